@@ -1,0 +1,183 @@
+"""Extract wav2vec 2.0 hidden states of every DEAM song, once: audio → DEAM_feats/.
+
+  python extract.py --deam demo                      # 60 synthetic songs: no network, no DEAM
+  python extract.py                                  # DEAM from Kaggle, WAV2VEC2_BASE, layer 10
+  python extract.py --deam PATH --weights pytorch_model.bin
+  python extract.py --precision float64 --store float16    # the canonical setting: the same bits on any machine
+
+Run the same command again to go on after an interruption: songs that the manifest vouches for are skipped.
+"""
+
+import os
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from common import (COLUMNS, Backbone, BadClip, DEAMHandler, Parser, Progress, UserError, architecture, arithmetic,
+                    environment, make_demo, manifest_digest, number, pick_device, read_manifest, read_splits,
+                    read_tensors, run_script, set_determinism, sha256, shortened, tensor_digest, write_file,
+                    write_json, write_tensors)
+
+
+def parser():
+    p = Parser(__doc__, threads=os.cpu_count() or 1)
+    p.add_argument("--deam", default="kaggle", metavar="kaggle|demo|PATH",
+                   help="kaggle downloads DEAM; demo makes 60 synthetic songs beside the features; PATH is a folder with DEAM in it")
+    p.add_argument("--features", type=Path, default=Path("DEAM_feats"), metavar="FOLDER", help="where the features go")
+    p.add_argument("--bundle", metavar="NAME", help="torchaudio wav2vec2 or HuBERT bundle (default: WAV2VEC2_BASE; DEMO for --deam demo)")
+    p.add_argument("--weights", type=Path, metavar="FILE",
+                   help="Hugging Face wav2vec2 pytorch_model.bin or torchaudio state dict, instead of the bundle's download")
+    p.add_argument("--normalize", choices=["auto", "on", "off"], default="auto",
+                   help="z-score each waveform; auto: as the bundle does, on for Hugging Face weights")
+    p.add_argument("--layer", type=number(int, 0), default=10, metavar="N", help="encoder layer whose states are kept; 0 is the encoder's input")
+    p.add_argument("--precision", choices=["float32", "float64", "tf32", "bfloat16"], default="float32", help="arithmetic")
+    p.add_argument("--store", choices=["float32", "float16"], default="float32", help="type of the stored states")
+    p.add_argument("--batch-size", type=number(int, 1), default=1, metavar="N", help="clips of equal length computed together")
+    p.add_argument("--workers", type=number(int, 1), default=2, metavar="N", help="threads that decode audio ahead")
+    p.add_argument("--limit", type=number(int, 1), metavar="N", help="only the N songs with the lowest ids (default: all)")
+    p.add_argument("--songs", type=int, nargs="+", metavar="ID", help="only these songs (default: all of the splits)")
+    p.add_argument("--allow-missing", action="store_true", help="work on the songs whose audio is there")
+    return p
+
+
+def choose_songs(args, deam, splits):
+    """The ids to extract, ascending. Raises UserError for songs without label or audio."""
+    ids = sorted(args.songs or sum(splits.values(), []))
+    if deam.demo and not args.songs:
+        ids = [song for song in ids if song in deam.annotations]
+    if unlabelled := [song for song in ids if song not in deam.annotations]:
+        raise UserError(f"{len(unlabelled)} of {len(ids)} songs have no label in these annotations: {shortened(unlabelled)}")
+    ids = ids[:args.limit]
+    missing = [song for song in ids if song not in deam.audio]
+    if missing and not args.allow_missing or len(missing) == len(ids):
+        raise UserError(f"{len(missing)} of {len(ids)} songs have no audio: {shortened(missing)}; complete DEAM's folder, "
+                        "or add --allow-missing to work on the songs that are there")
+    return [song for song in ids if song in deam.audio]
+
+
+def open_manifest(args, settings, corpus, annotations):
+    """The manifest to fill: the one in the folder if it was made with the same settings, else a new one."""
+    manifest = read_manifest(args.features)
+    if manifest is None:
+        return {"corpus": corpus, "settings": settings, "annotations": annotations, "songs": {}}
+    now = {"corpus": corpus, "annotations": annotations, **settings}
+    then = {"corpus": manifest["corpus"], "annotations": manifest["annotations"], **manifest["settings"]}
+    if differing := [f"{key} {then.get(key)} there, {now.get(key)} now" for key in {**then, **now} if then.get(key) != now.get(key)]:
+        raise UserError(f"{args.features} holds features made otherwise ({'; '.join(differing)}): choose another --features")
+    return manifest
+
+
+def vouched(root, manifest, ids):
+    """The ids whose feature files are there and are what the manifest says."""
+    known, done = [song for song in ids if str(song) in manifest["songs"]], set()
+    for song in Progress(known, desc="check", unit="song", disable=not known):
+        try:
+            features = read_tensors(root / "songs" / f"{song}.pt", "a feature file")
+            if tensor_digest(features) == manifest["songs"][str(song)]["features"]:
+                done.add(song)
+        except (UserError, AttributeError):
+            pass
+    return done
+
+
+def decoded(deam, ids, sample_rate, dtype, workers):
+    """Yield (song, waveform, digest) or (song, None, reason), in the order of ids, decoding a few songs ahead."""
+    pool, waiting, ahead = ThreadPoolExecutor(workers), deque(), iter(ids)
+    try:
+        while True:
+            while len(waiting) < 2 * workers and (song := next(ahead, None)) is not None:
+                waiting.append((song, pool.submit(deam.get_waveform, song, sample_rate, dtype)))
+            if not waiting:
+                return
+            song, future = waiting.popleft()
+            try:
+                yield song, *future.result()
+            except BadClip as error:
+                yield song, None, f"{deam.audio[song]}: {error}"
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def run(args):
+    device = pick_device(args.device)
+    set_determinism(args.threads, args.precision)
+    dtype, autocast = arithmetic(args.precision, device)
+    splits, root = read_splits(args.splits), args.deam
+    if args.deam == "demo":
+        root = args.features.parent / "DEAM_demo"
+        make_demo(root, splits)
+    bundle = args.bundle or ("DEMO" if args.deam == "demo" else "WAV2VEC2_BASE")
+    layers = architecture(bundle)[0]["encoder_num_layers"]
+    if args.layer > layers:
+        raise UserError(f"--layer {args.layer}: {bundle} has {layers} layers")
+    deam = DEAMHandler(root)
+    ids = choose_songs(args, deam, splits)
+    backbone = Backbone(bundle, args.weights, args.normalize)
+    settings = {"bundle": bundle, "weights_sha256": backbone.digest, "layer": args.layer, "precision": args.precision,
+                "store": args.store, "sample_rate": backbone.sample_rate, "normalize_epsilon": backbone.epsilon}
+    table = "".join(",".join([str(song), *values]) + "\n" for song, values in [("song_id", COLUMNS[1:]), *deam.annotations.items()])
+    manifest = open_manifest(args, settings, "demo" if deam.demo else "DEAM", sha256(table.encode()))
+    print(f"{len(ids)} songs; {bundle} layer {args.layer} of {layers}; weights {backbone.digest[:16]}; {args.precision} on {device}", flush=True)
+
+    def save_manifest():
+        manifest["songs"] = {str(song): manifest["songs"][str(song)] for song in sorted(map(int, manifest["songs"]))}
+        manifest.update(digest=manifest_digest(manifest), weights_file=backbone.file, environment=environment(device))
+        write_json(args.features / "manifest.json", manifest)
+
+    done = vouched(args.features, manifest, ids)
+    manifest["songs"] = {song: entry for song, entry in manifest["songs"].items() if int(song) in done or int(song) not in ids}
+    write_file(args.features / "annotations.csv", table)
+    save_manifest()
+    backbone.model.to(device, dtype)
+    failed, saved = [], time.monotonic()
+    with Progress(total=len(ids), initial=len(done), desc="extract", unit="song") as bar:
+
+        def compute(clips):
+            """clips: [(song, waveform, digest of its PCM)] of equal length."""
+            with autocast:
+                states = backbone.hidden_states(torch.stack([waveform for _, waveform, _ in clips]).to(device), args.layer)
+            for (song, _, pcm), features in zip(clips, states.to("cpu", getattr(torch, args.store))):
+                if not features.isfinite().all():
+                    failed.append(f"{deam.audio[song]}: its features overflow {args.store}")
+                    continue
+                write_tensors(args.features / "songs" / f"{song}.pt", features.clone())
+                manifest["songs"][str(song)] = {"pcm": pcm, "features": tensor_digest(features), "frames": len(features)}
+            bar.update(len(clips))
+
+        waiting = {}
+        try:
+            for song, waveform, note in decoded(deam, [song for song in ids if song not in done], backbone.sample_rate, dtype, args.workers):
+                if waveform is None:
+                    failed.append(note)
+                    continue
+                same = waiting.setdefault(len(waveform), [])
+                same.append((song, waveform, note))
+                if len(same) == args.batch_size:
+                    compute(waiting.pop(len(waveform)))
+                elif sum(map(len, waiting.values())) > 4 * args.batch_size:  # many lengths: bound the memory
+                    compute(waiting.pop(next(iter(waiting))))
+                if time.monotonic() - saved > 10:  # what a kill can cost
+                    save_manifest()
+                    saved = time.monotonic()
+            for same in waiting.values():
+                compute(same)
+        finally:
+            save_manifest()
+    frames = sum(entry["frames"] for entry in manifest["songs"].values())
+    print(f"{args.features}: {len(manifest['songs'])} songs, {frames} frames; root digest {manifest['digest']}")
+    if deam.demo:
+        print("These songs and labels are synthetic: results on them say nothing about DEAM.")
+    for reason in failed:
+        print(f"failed: {reason}")
+    return 1 if failed else 0
+
+
+def main():
+    run_script(run, parser(), "the same command goes on where it stopped")
+
+
+if __name__ == "__main__":
+    main()
