@@ -139,7 +139,7 @@ def save(figure, path):
 def draw(folder, caption, true, pred, metrics):
     """Write the four figures of the published report."""
     ticks = range(1, 10)
-    figure, axes = plt.subplots(1, 2, figsize=(9.5, 5), constrained_layout=True)
+    figure, axes = plt.subplots(1, 2, figsize=(9.5, 5.4), constrained_layout=True)
     for n, (axis, name) in enumerate(zip(axes, DIMENSIONS)):
         axis.plot([1, 9], [1, 9], "k--", linewidth=1, label="y = x")
         axis.scatter(true[:, n], pred[:, n], s=18, alpha=0.6, color=COLOURS[name], marker="os"[n])

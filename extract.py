@@ -45,7 +45,7 @@ def parser():
 
 def choose_songs(args, deam, splits):
     """The ids to extract, ascending. Raises UserError for songs without label or audio."""
-    ids = sorted(args.songs or sum(splits.values(), []))
+    ids = sorted(set(args.songs or sum(splits.values(), [])))
     if deam.demo and not args.songs:
         ids = [song for song in ids if song in deam.annotations]
     if unlabelled := [song for song in ids if song not in deam.annotations]:
