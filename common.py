@@ -49,6 +49,7 @@ def set_determinism(threads, precision="float32"):
     TF32 only when `precision` asks for it."""
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a fifth of the time, and nothing here reads any
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
 
@@ -231,6 +232,9 @@ DEMO = {
     "extractor_mode": "layer_norm", "extractor_conv_bias": True, "encoder_embed_dim": 64, "encoder_num_heads": 4, "encoder_ff_interm_features": 128,
     "encoder_pos_conv_kernel": 32, "encoder_pos_conv_groups": 4,
 }
+# oneDNN's float32 convolutions add up in an order that follows the thread count: they always get this many threads,
+# however many --threads asks for elsewhere, so that features are the same bits at any.
+CONVOLUTION_THREADS = 8
 POSITION = "encoder.transformer.pos_conv_embed.conv."
 
 
@@ -296,14 +300,18 @@ class Backbone:
 
     @torch.inference_mode()
     def hidden_states(self, waveforms, layer):
-        """float[B, samples] of equal length → float[B, T, D], the states after `layer` encoder layers; layer 0 is
-        the encoder's input. Never pad: the first group norm runs over time, so padding would change every frame."""
-        if self.epsilon is not None:
-            centred = waveforms - waveforms.mean(1, keepdim=True)
-            waveforms = centred / (centred.square().mean(1, keepdim=True) + self.epsilon).sqrt()
-        states, _ = self.model.feature_extractor(waveforms, None)
-        transformer = self.model.encoder.transformer
+        """float[B, samples] of equal length, on the CPU → float[B, T, D] on the model's device: the states after
+        `layer` encoder layers; layer 0 is the encoder's input. Never pad a waveform: the first group norm runs over
+        time, so padding would change every frame."""
+        if self.epsilon is not None:  # with numpy: torch's sum of one long row follows the thread count too
+            rows = [row - row.mean() for row in waveforms.double().numpy()]
+            rows = [row / np.sqrt((row * row).mean() + self.epsilon) for row in rows]
+            waveforms = torch.from_numpy(np.stack(rows)).to(waveforms.dtype)
+        transformer, threads = self.model.encoder.transformer, torch.get_num_threads()
+        torch.set_num_threads(CONVOLUTION_THREADS)
+        states, _ = self.model.feature_extractor(waveforms.to(transformer.layer_norm.weight.device), None)
         states = transformer._preprocess(self.model.encoder.feature_projection(states))
+        torch.set_num_threads(threads)
         for encoder_layer in transformer.layers[:layer]:  # one by one: forward() may skip layers at random
             states, _ = encoder_layer(states)
         return states
@@ -335,7 +343,7 @@ def from_hugging_face(state):
 
 def fold_weight_norm(state):
     """Replace the positional convolution's direction and length by their product, in either spelling of weight norm.
-    It is the one operation whose bits depend on the thread count, so it is done once, in float64, with numpy."""
+    torch's own bits of it depend on the thread count, so it is done once, in float64, with numpy."""
     state = dict(state)
     for length, direction in (("weight_g", "weight_v"), ("parametrizations.weight.original0", "parametrizations.weight.original1")):
         if POSITION + length in state and POSITION + direction in state:

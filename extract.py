@@ -4,6 +4,7 @@
   python extract.py                                  # DEAM from Kaggle, WAV2VEC2_BASE, layer 10
   python extract.py --deam PATH --weights pytorch_model.bin
   python extract.py --precision float64 --store float16    # the canonical setting: the same bits on any machine
+  python extract.py --check DEAM_feats               # nothing but: are the files what the manifest says?
 
 Run the same command again to go on after an interruption: songs that the manifest vouches for are skipped.
 """
@@ -40,6 +41,7 @@ def parser():
     p.add_argument("--limit", type=number(int, 1), metavar="N", help="only the N songs with the lowest ids (default: all)")
     p.add_argument("--songs", type=int, nargs="+", metavar="ID", help="only these songs (default: all of the splits)")
     p.add_argument("--allow-missing", action="store_true", help="work on the songs whose audio is there")
+    p.add_argument("--check", type=Path, metavar="FOLDER", help="only check the feature files in FOLDER against its manifest")
     return p
 
 
@@ -83,6 +85,21 @@ def vouched(root, manifest, ids):
     return done
 
 
+def check(root):
+    """Print what in a features folder is not what its manifest says; 0 where all is, else 1."""
+    manifest = read_manifest(root)
+    if manifest is None:
+        raise UserError(f"no manifest in {root}: nothing to check its features against")
+    ids = list(map(int, manifest["songs"]))
+    bad = sorted(set(ids) - vouched(root, manifest, ids))
+    table = root / "annotations.csv"
+    labels = table.is_file() and sha256(table.read_bytes()) == manifest["annotations"]
+    for path in [root / "songs" / f"{song}.pt" for song in bad] + ([] if labels else [table]):
+        print(f"damaged or missing: {path}")
+    print(f"{root}: {len(ids) - len(bad)} of {len(ids)} songs are what the manifest says; root digest {manifest['digest']}")
+    return 1 if bad or not labels else 0
+
+
 def decoded(deam, ids, sample_rate, dtype, workers):
     """Yield (song, waveform, digest) or (song, None, reason), in the order of ids, decoding a few songs ahead."""
     pool, waiting, ahead = ThreadPoolExecutor(workers), deque(), iter(ids)
@@ -102,6 +119,8 @@ def decoded(deam, ids, sample_rate, dtype, workers):
 
 
 def run(args):
+    if args.check:
+        return check(args.check)
     device = pick_device(args.device)
     set_determinism(args.threads, args.precision)
     dtype, autocast = arithmetic(args.precision, device)
@@ -138,7 +157,7 @@ def run(args):
         def compute(clips):
             """clips: [(song, waveform, digest of its PCM)] of equal length."""
             with autocast:
-                states = backbone.hidden_states(torch.stack([waveform for _, waveform, _ in clips]).to(device), args.layer)
+                states = backbone.hidden_states(torch.stack([waveform for _, waveform, _ in clips]), args.layer)
             for (song, _, pcm), features in zip(clips, states.to("cpu", getattr(torch, args.store))):
                 if not features.isfinite().all():
                     failed.append(f"{deam.audio[song]}: its features overflow {args.store}")
@@ -159,7 +178,7 @@ def run(args):
                     compute(waiting.pop(len(waveform)))
                 elif sum(map(len, waiting.values())) > 4 * args.batch_size:  # many lengths: bound the memory
                     compute(waiting.pop(next(iter(waiting))))
-                if time.monotonic() - saved > 10:  # what a kill can cost
+                if time.monotonic() - saved > 1:  # as much as a kill can cost
                     save_manifest()
                     saved = time.monotonic()
             for same in waiting.values():
