@@ -215,9 +215,11 @@ def read_json(path, what):
 def read_tensors(path, what):
     """torch.load that can only make tensors and plain values, never run code. Raises UserError."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        data = Path(path).read_bytes()
     except OSError as error:
-        raise UserError(f"cannot read {what} {path}: {error.strerror or error}") from None
+        raise UserError(f"cannot read {what} {path}: {error.strerror}") from None
+    try:
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception:  # the unpickler raises nearly anything on a file that is not its own
         raise UserError(f"{path} is not {what}: damaged, or it holds more than tensors and plain values") from None
 
@@ -232,8 +234,8 @@ DEMO = {
     "extractor_mode": "layer_norm", "extractor_conv_bias": True, "encoder_embed_dim": 64, "encoder_num_heads": 4, "encoder_ff_interm_features": 128,
     "encoder_pos_conv_kernel": 32, "encoder_pos_conv_groups": 4,
 }
-# oneDNN's float32 convolutions add up in an order that follows the thread count: they always get this many threads,
-# however many --threads asks for elsewhere, so that features are the same bits at any.
+# oneDNN's float32 convolutions add up in an order that follows the thread count and the batch: they always get this
+# many threads, however many --threads asks for elsewhere, and one clip at a time, so that features are the same bits.
 CONVOLUTION_THREADS = 8
 POSITION = "encoder.transformer.pos_conv_embed.conv."
 
@@ -309,8 +311,11 @@ class Backbone:
             waveforms = torch.from_numpy(np.stack(rows)).to(waveforms.dtype)
         transformer, threads = self.model.encoder.transformer, torch.get_num_threads()
         torch.set_num_threads(CONVOLUTION_THREADS)
-        states, _ = self.model.feature_extractor(waveforms.to(transformer.layer_norm.weight.device), None)
-        states = transformer._preprocess(self.model.encoder.feature_projection(states))
+        states = []
+        for waveform in waveforms.to(transformer.layer_norm.weight.device).split(1):
+            features, _ = self.model.feature_extractor(waveform, None)
+            states.append(transformer._preprocess(self.model.encoder.feature_projection(features)))
+        states = torch.cat(states)
         torch.set_num_threads(threads)
         for encoder_layer in transformer.layers[:layer]:  # one by one: forward() may skip layers at random
             states, _ = encoder_layer(states)
@@ -660,6 +665,11 @@ class DEAMFeatHandler:
             pass
 
 
+def differences(then, now):
+    """"key a there, b now; …" for the settings in which two dicts differ; empty where they do not."""
+    return "; ".join(f"{key} {then.get(key)} there, {now.get(key)} now" for key in {**then, **now} if then.get(key) != now.get(key))
+
+
 def shortened(ids):
     return ", ".join(map(str, ids[:5])) + (", …" if len(ids) > 5 else "")
 
@@ -739,7 +749,12 @@ class EmotionModel(nn.Module):
         return self.norm(states).mean(1)
 
     def forward(self, clips, micro_batch=1):
-        """[features[T, D], …], any lengths → z-scored predictions [B, 2]: valence, arousal.
+        """[features[T, D], …], any lengths → z-scored predictions [B, 2]: valence, arousal."""
+        pooled = self.pool_clips(clips, micro_batch)
+        return torch.cat([self.valence(pooled), self.arousal(pooled)], 1)
+
+    def pool_clips(self, clips, micro_batch):
+        """[features[T, D], …] → pooled[B, D]; a clip's row does not depend on the others.
 
         Clips of equal length go through the layers together, up to `micro_batch` at a time. In training each group's
         activations are dropped and recomputed in the backward pass, so memory holds one group, and the gradient is
@@ -761,8 +776,7 @@ class EmotionModel(nn.Module):
             rows = checkpoint(self.pool, states, use_reentrant=False) if recompute else self.pool(states)
             for place, row in zip(group, rows):
                 pooled[place] = row
-        pooled = torch.stack(pooled)
-        return torch.cat([self.valence(pooled), self.arousal(pooled)], 1)
+        return torch.stack(pooled)
 
     @torch.no_grad()
     def predict(self, loader, autocast, micro_batch=1):

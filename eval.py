@@ -15,10 +15,10 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
+from torch.utils.data import DataLoader
 
-from common import (DEAMFeatHandler, EmotionModel, Parser, Progress, UserError, arithmetic, environment, json_digest,
-                    pick_device, read_json, read_tensors, run_script, set_determinism, state_digest, tensor_digest,
+from common import (DEAMFeatHandler, EmotionModel, Parser, Progress, UserError, arithmetic, collate, environment,
+                    json_digest, pick_device, read_json, read_tensors, run_script, set_determinism, state_digest,
                     write_file, write_json)
 
 DIMENSIONS = ("valence", "arousal")
@@ -243,7 +243,7 @@ def evaluate(args, folder, data, device):
     digest = state_digest(checkpoint["state"])
     model.to(device, dtype)
     ids = data.ids[args.split]
-    loader = Progress(getattr(data, args.split), desc=f"eval {folder.name}", unit="batch")
+    loader = Progress(DataLoader(data.datasets[args.split], 1, collate_fn=collate), desc=f"eval {folder.name}", unit="song")
     pred = (model.predict(loader, autocast) * model.std + model.mean).numpy().round(6)
     true, std = data.datasets[args.split].labels.numpy(), model.std.numpy()
     published = data.corpus == "DEAM" and json_digest(ids) == PUBLISHED["test_songs"]

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from common import (COLUMNS, Backbone, BadClip, DEAMHandler, Parser, Progress, UserError, architecture, arithmetic,
-                    environment, make_demo, manifest_digest, number, pick_device, read_manifest, read_splits,
+                    differences, environment, make_demo, manifest_digest, number, pick_device, read_manifest, read_splits,
                     read_tensors, run_script, set_determinism, sha256, shortened, tensor_digest, write_file,
                     write_json, write_tensors)
 
@@ -67,8 +67,8 @@ def open_manifest(args, settings, corpus, annotations):
         return {"corpus": corpus, "settings": settings, "annotations": annotations, "songs": {}}
     now = {"corpus": corpus, "annotations": annotations, **settings}
     then = {"corpus": manifest["corpus"], "annotations": manifest["annotations"], **manifest["settings"]}
-    if differing := [f"{key} {then.get(key)} there, {now.get(key)} now" for key in {**then, **now} if then.get(key) != now.get(key)]:
-        raise UserError(f"{args.features} holds features made otherwise ({'; '.join(differing)}): choose another --features")
+    if differing := differences(then, now):
+        raise UserError(f"{args.features} holds features made otherwise ({differing}): choose another --features")
     return manifest
 
 

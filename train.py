@@ -16,8 +16,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 
-from common import (Backbone, DEAMFeatHandler, EmotionModel, Parser, Progress, UserError, arithmetic, emotion_loss,
-                    environment, number, pick_device, quadrant_weights, read_tensors, run_script, set_determinism,
+from common import (Backbone, DEAMFeatHandler, EmotionModel, Parser, Progress, UserError, arithmetic,
+                    differences, emotion_loss, environment, number, pick_device, quadrant_weights, read_tensors, run_script, set_determinism,
                     state_digest, tensor_digest, write_file, write_json, write_tensors)
 
 HISTORY = ["epoch", "lr", "train_loss", "train_mse", "train_mae", "val_loss", "val_mse", "val_mae"]
@@ -114,16 +114,14 @@ def run(args):
     if len(data.ids["train"]) < args.batch_size or not data.ids["val"]:
         raise UserError(f"{data.summary}: that is no full batch of {args.batch_size} to train on, or nothing to validate on; lower --batch-size")
     config, last = configuration(args, device, data), None
-    if (args.run / "config.json").exists() or (args.run / "last.pt").exists():
+    if (args.run / "last.pt").exists():
         if not args.resume:
             raise UserError(f"{args.run} holds a run already: add --resume to go on with it, choose another --run, or delete it")
-        if (args.run / "last.pt").exists():
-            last = read_tensors(args.run / "last.pt", "a training state")
-            if not isinstance(last, dict) or "config" not in last:
-                raise UserError(f"{args.run / 'last.pt'} is not a training state: delete {args.run} and train again")
-            if differing := [f"{key} {last['config'].get(key)} there, {config.get(key)} now" for key in {**last["config"], **config}
-                             if last["config"].get(key) != config.get(key)]:
-                raise UserError(f"{args.run} was started otherwise ({'; '.join(differing)}): resume with its own settings, or choose another --run")
+        last = read_tensors(args.run / "last.pt", "a training state")
+        if not isinstance(last, dict) or "config" not in last:
+            raise UserError(f"{args.run / 'last.pt'} is not a training state: delete {args.run} and train again")
+        if differing := differences(last["config"], config):
+            raise UserError(f"{args.run} was started otherwise ({differing}): resume with its own settings, or choose another --run")
 
     model = EmotionModel(data.settings["bundle"], data.settings["layer"], args.finetune)
     model.start_from(load_backbone(args, data), args.seed)
@@ -146,9 +144,9 @@ def run(args):
             torch.cuda.set_rng_state(last["cuda_rng"], device)
         history, best = last["history"], last["best"]
         print(f"going on after epoch {len(history)} of {args.epochs}")
-    write_json(args.run / "config.json", {**config, "weights_file": (data.manifest or {}).get("weights_file"),
-                                          "label_mean": data.mean.tolist(), "label_std": data.std.tolist(),
-                                          "digests": digests, "environment": environment(device)})
+    record = {**config, "weights_file": (data.manifest or {}).get("weights_file"), "label_mean": data.mean.tolist(),
+              "label_std": data.std.tolist(), "digests": digests, "environment": environment(device)}
+    write_json(args.run / "config.json", record)
 
     def z_scored(labels):
         return ((labels - data.mean) / data.std).to(device, dtype)
@@ -207,7 +205,7 @@ def run(args):
         "config": config, "bundle": data.settings["bundle"], "layer": data.settings["layer"], "mean": data.mean, "std": data.std,
         "initial_model": digests["initial_model"],
         "state": {name: value.cpu() for name, value in model.state_dict().items()}})
-    write_json(args.run / "digests.json", digests)
+    write_json(args.run / "config.json", record)  # now with the digests of the result
     for name, value in digests.items():
         print(f"{name.replace('_', ' ')}: {value}")
     return 0
