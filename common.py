@@ -649,11 +649,15 @@ class DEAMFeatHandler:
         self.datasets = {name: FeatDataset(root, ids, annotations, self.manifest, self.dimension) for name, ids in self.ids.items()}
         labels = torch.cat([self.datasets["train"].labels, self.datasets["val"].labels])
         self.mean, self.std = labels.mean(0), labels.std(0, correction=0)
-        self.shuffle = torch.Generator().manual_seed(seed)
-        for name in ("val", "test"):
-            setattr(self, name, DataLoader(self.datasets[name], batch_size, collate_fn=collate))
-        self.train = DataLoader(self.datasets["train"], batch_size, shuffle=True, drop_last=True, collate_fn=collate,
-                                generator=self.shuffle) if self.ids["train"] else None
+        self.batch_size, self.shuffle = batch_size, torch.Generator().manual_seed(seed)
+        for name in splits:
+            setattr(self, name, self.loader(name, self.datasets[name]))
+
+    def loader(self, split, dataset):
+        """A DataLoader over `dataset`: for train shuffled, without the last partial batch; else in order."""
+        if split == "train" and len(dataset):
+            return DataLoader(dataset, self.batch_size, shuffle=True, drop_last=True, collate_fn=collate, generator=self.shuffle)
+        return DataLoader(dataset, self.batch_size, collate_fn=collate)
 
     @property
     def digest(self):
@@ -742,40 +746,45 @@ class EmotionModel(nn.Module):
                     nn.init.uniform_(linear.weight, -bound, bound, generator=generator)
                     nn.init.uniform_(linear.bias, -bound, bound, generator=generator)
 
+    @torch.no_grad()
+    def frozen(self, features):
+        """One clip's features[T, D] through the layers that do not train → states[T, D] on the model's device; where
+        no layer trains, on through norm and mean: pooled[1, D]. Clip by clip, so that it can be kept or computed
+        again, whichever memory allows, without changing a bit."""
+        states = features.to(self.valence[0].weight)[None]
+        for layer in self.layers[:self.first_trained]:
+            states, _ = layer(states)
+        return (states if self.first_trained < len(self.layers) else self.norm(states).mean(1, keepdim=True))[0]
+
     def pool(self, states):
-        """hidden states[B, T, D] of the first trained layer's input → pooled[B, D]."""
+        """states[B, T, D] of `frozen` → pooled[B, D]."""
         for layer in self.layers[self.first_trained:]:
             states, _ = layer(states)
-        return self.norm(states).mean(1)
+        return (self.norm(states) if self.first_trained < len(self.layers) else states).mean(1)
 
     def forward(self, clips, micro_batch=1):
-        """[features[T, D], …], any lengths → z-scored predictions [B, 2]: valence, arousal."""
+        """[states of `frozen`, …], of any lengths → z-scored predictions [B, 2]: valence, arousal."""
         pooled = self.pool_clips(clips, micro_batch)
         return torch.cat([self.valence(pooled), self.arousal(pooled)], 1)
 
     def pool_clips(self, clips, micro_batch):
-        """[features[T, D], …] → pooled[B, D]; a clip's row does not depend on the others.
+        """[states of `frozen`, …] → pooled[B, D]; a clip's row does not depend on the others.
 
-        Clips of equal length go through the layers together, up to `micro_batch` at a time. In training each group's
-        activations are dropped and recomputed in the backward pass, so memory holds one group, and the gradient is
-        still that of the whole batch.
+        Clips of equal length go through the layers together, up to `micro_batch` at a time. In training, where that is
+        less than the batch, a group's activations are dropped and recomputed in the backward pass: memory holds one
+        group, and the gradient is still that of the whole batch.
         """
-        parameter = self.valence[0].weight
-        places, groups = {}, []
+        places, pooled = {}, [None] * len(clips)
         for place, clip in enumerate(clips):
             places.setdefault(len(clip), []).append(place)
         for same in places.values():
-            groups += [same[start:start + micro_batch] for start in range(0, len(same), micro_batch)]
-        pooled = [None] * len(clips)
-        for group in groups:
-            with torch.no_grad():
-                states = torch.stack([clips[place] for place in group]).to(parameter.device, parameter.dtype)
-                for layer in self.layers[:self.first_trained]:
-                    states, _ = layer(states)
-            recompute = self.training and torch.is_grad_enabled() and len(groups) > 1
-            rows = checkpoint(self.pool, states, use_reentrant=False) if recompute else self.pool(states)
-            for place, row in zip(group, rows):
-                pooled[place] = row
+            for start in range(0, len(same), micro_batch):
+                group = same[start:start + micro_batch]
+                states = torch.stack([clips[place] for place in group]).to(self.valence[0].weight)
+                recompute = self.training and micro_batch < len(clips)
+                rows = checkpoint(self.pool, states, use_reentrant=False) if recompute else self.pool(states)
+                for place, row in zip(group, rows):
+                    pooled[place] = row
         return torch.stack(pooled)
 
     @torch.no_grad()
@@ -784,6 +793,38 @@ class EmotionModel(nn.Module):
         self.eval()
         with autocast:
             return torch.cat([self(clips, micro_batch).double().cpu() for clips, _ in loader])
+
+
+class FrozenOutputs(Dataset):
+    """A FeatDataset seen through a model's frozen layers: yields (states, label[2]). Each clip's states are computed
+    once and kept on the device `keep`, or computed at each use where that is None."""
+
+    def __init__(self, dataset, model, autocast, keep=None):
+        self.dataset, self.model, self.autocast, self.keep, self.kept = dataset, model, autocast, keep, {}
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        if index not in self.kept:
+            features, _ = self.dataset[index]
+            with self.autocast:
+                states = self.model.frozen(features)
+            if self.keep is None:
+                return states, self.dataset.labels[index]
+            self.kept[index] = states.to(self.keep)
+        return self.kept[index], self.dataset.labels[index]
+
+
+def where_to_keep(count, frames, model, device):
+    """The device with room for the frozen outputs of `count` clips of `frames` frames: the model's own, the host, or
+    None. Half of what is free stays free."""
+    parameter = model.valence[0].weight
+    needed = count * (frames if model.first_trained < len(model.layers) else 1) * parameter.shape[1] * parameter.element_size()
+    if device.type == "cuda" and needed < torch.cuda.mem_get_info(device)[0] / 2:
+        return device
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return torch.device("cpu") if needed < free / 2 else None
 
 
 # -------------------------------------------------------------------------------------------------- loss

@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from torch.utils.data import DataLoader
 
-from common import (DEAMFeatHandler, EmotionModel, Parser, Progress, UserError, arithmetic, collate, environment,
+from common import (DEAMFeatHandler, EmotionModel, FrozenOutputs, Parser, Progress, UserError, arithmetic, collate, environment,
                     json_digest, pick_device, read_json, read_tensors, run_script, set_determinism, state_digest,
                     write_file, write_json)
 
@@ -191,13 +191,13 @@ def draw(folder, caption, true, pred, metrics):
 
 
 def flat(metrics, prefix=""):
-    """{"valence.mse": 1.2, …}: the numbers of a nested dict under dotted names."""
+    """{"valence.mse": 1.2, …}: the numbers, and arrays of numbers, of nested dicts under dotted names."""
     numbers = {}
-    for key, value in metrics.items() if isinstance(metrics, dict) else enumerate(metrics):
-        if isinstance(value, (dict, list)):
+    for key, value in metrics.items():
+        if isinstance(value, dict):
             numbers |= flat(value, f"{prefix}{key}.")
-        elif isinstance(value, (int, float)):
-            numbers[f"{prefix}{key}"] = value
+        elif key != "quadrants":
+            numbers[f"{prefix}{key}"] = np.array(value, float)
     return numbers
 
 
@@ -224,8 +224,8 @@ def verify(expected_file, found):
     line(f"predictions of {len(songs)} songs", difference, json_digest(songs)[:16], json_digest(found["predictions"])[:16])
     now = flat(found["metrics"])
     for name, value in numbers.items():
-        delta = abs(value - now[name]) if name in now else np.inf
-        line(name, 0 if delta < 5e-7 else delta, f"{value:.6g}", f"{now.get(name, float('nan')):.6g}")
+        delta = abs(value - now[name]).max() if name in now and now[name].shape == value.shape else np.inf
+        line(name, 0 if delta < 5e-7 else delta, *(f"{v.item():.6g}" if v.ndim == 0 else v.astype(int).tolist() for v in (value, now.get(name, np.array(np.nan)))))
     if difference == 0:
         print("REPRODUCED: every prediction is the same to six decimals")
         return 0
@@ -243,7 +243,7 @@ def evaluate(args, folder, data, device):
     digest = state_digest(checkpoint["state"])
     model.to(device, dtype)
     ids = data.ids[args.split]
-    loader = Progress(DataLoader(data.datasets[args.split], 1, collate_fn=collate), desc=f"eval {folder.name}", unit="song")
+    loader = Progress(DataLoader(FrozenOutputs(data.datasets[args.split], model, autocast), 1, collate_fn=collate), desc=f"eval {folder.name}", unit="song")
     pred = (model.predict(loader, autocast) * model.std + model.mean).numpy().round(6)
     true, std = data.datasets[args.split].labels.numpy(), model.std.numpy()
     published = data.corpus == "DEAM" and json_digest(ids) == PUBLISHED["test_songs"]

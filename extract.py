@@ -37,7 +37,7 @@ def parser():
     p.add_argument("--precision", choices=["float32", "float64", "tf32", "bfloat16"], default="float32", help="arithmetic")
     p.add_argument("--store", choices=["float32", "float16"], default="float32", help="type of the stored states")
     p.add_argument("--batch-size", type=number(int, 1), default=1, metavar="N", help="clips of equal length computed together")
-    p.add_argument("--workers", type=number(int, 1), default=2, metavar="N", help="threads that decode audio ahead")
+    p.add_argument("--workers", type=number(int, 1), default=min(os.cpu_count() or 1, 16), metavar="N", help="threads that decode ahead, and as many that write")
     p.add_argument("--limit", type=number(int, 1), metavar="N", help="only the N songs with the lowest ids (default: all)")
     p.add_argument("--songs", type=int, nargs="+", metavar="ID", help="only these songs (default: all of the splits)")
     p.add_argument("--allow-missing", action="store_true", help="work on the songs whose audio is there")
@@ -151,22 +151,35 @@ def run(args):
     write_file(args.features / "annotations.csv", table)
     save_manifest()
     backbone.model.to(device, dtype)
-    failed, saved = [], time.monotonic()
+    failed, saved, waiting, writing = [], time.monotonic(), {}, deque()
+    writers = ThreadPoolExecutor(args.workers)
+
+    def store(song, pcm, features):
+        """In the background: write one song's features; its entry in the manifest, None where they overflow."""
+        if not features.isfinite().all():
+            return None
+        write_tensors(args.features / "songs" / f"{song}.pt", features)
+        return {"pcm": pcm, "features": tensor_digest(features), "frames": len(features)}
+
+    def settle(most):
+        """Enter what is written into the manifest, until at most `most` songs are still being written."""
+        while len(writing) > most or writing and writing[0][1].done():
+            song, future = writing.popleft()
+            if entry := future.result():
+                manifest["songs"][str(song)] = entry
+            else:
+                failed.append(f"{deam.audio[song]}: its features overflow {args.store}")
+            bar.update()
+
+    def compute(clips):
+        """clips: [(song, waveform, digest of its PCM)] of equal length."""
+        with autocast:
+            states = backbone.hidden_states(torch.stack([waveform for _, waveform, _ in clips]), args.layer)
+        for (song, _, pcm), features in zip(clips, states.to(getattr(torch, args.store)).cpu()):
+            writing.append((song, writers.submit(store, song, pcm, features.clone())))
+        settle(2 * args.workers)
+
     with Progress(total=len(ids), initial=len(done), desc="extract", unit="song") as bar:
-
-        def compute(clips):
-            """clips: [(song, waveform, digest of its PCM)] of equal length."""
-            with autocast:
-                states = backbone.hidden_states(torch.stack([waveform for _, waveform, _ in clips]), args.layer)
-            for (song, _, pcm), features in zip(clips, states.to("cpu", getattr(torch, args.store))):
-                if not features.isfinite().all():
-                    failed.append(f"{deam.audio[song]}: its features overflow {args.store}")
-                    continue
-                write_tensors(args.features / "songs" / f"{song}.pt", features.clone())
-                manifest["songs"][str(song)] = {"pcm": pcm, "features": tensor_digest(features), "frames": len(features)}
-            bar.update(len(clips))
-
-        waiting = {}
         try:
             for song, waveform, note in decoded(deam, [song for song in ids if song not in done], backbone.sample_rate, dtype, args.workers):
                 if waveform is None:
@@ -183,7 +196,9 @@ def run(args):
                     saved = time.monotonic()
             for same in waiting.values():
                 compute(same)
+            settle(0)
         finally:
+            writers.shutdown(wait=False, cancel_futures=True)
             save_manifest()
     frames = sum(entry["frames"] for entry in manifest["songs"].values())
     print(f"{args.features}: {len(manifest['songs'])} songs, {frames} frames; root digest {manifest['digest']}")

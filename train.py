@@ -16,9 +16,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 
-from common import (Backbone, DEAMFeatHandler, EmotionModel, Parser, Progress, UserError, arithmetic,
+from common import (Backbone, DEAMFeatHandler, EmotionModel, FrozenOutputs, Parser, Progress, UserError, arithmetic,
                     differences, emotion_loss, environment, number, pick_device, quadrant_weights, read_tensors, run_script, set_determinism,
-                    state_digest, tensor_digest, write_file, write_json, write_tensors)
+                    state_digest, tensor_digest, where_to_keep, write_file, write_json, write_tensors)
 
 HISTORY = ["epoch", "lr", "train_loss", "train_mse", "train_mae", "val_loss", "val_mse", "val_mae"]
 
@@ -156,13 +156,15 @@ def run(args):
     def loss_of(pred, true):
         return emotion_loss(pred.to(dtype), true, args.lambda_corr, args.lambda_var, args.corr_target, weights)
 
-    val_true, steps = z_scored(data.datasets["val"].labels), len(data.train) * args.epochs
-    val_pred = None
-    with Progress(total=steps, initial=len(data.train) * len(history), desc="train", unit="step") as bar:
+    frames = max((entry["frames"] for entry in data.manifest["songs"].values()), default=0) if data.manifest else 2250
+    keep = where_to_keep(len(data.ids["train"] + data.ids["val"]), frames, model, device)
+    train, val = (data.loader(name, FrozenOutputs(data.datasets[name], model, autocast, keep)) for name in ("train", "val"))
+    val_true, steps, val_pred = z_scored(data.datasets["val"].labels), len(train) * args.epochs, None
+    with Progress(total=steps, initial=len(train) * len(history), desc="train", unit="step") as bar:
         for epoch in range(len(history) + 1, args.epochs + 1):
             model.train()
             sums = torch.zeros(3, dtype=torch.float64)  # loss, MSE, MAE
-            for clips, labels in data.train:
+            for clips, labels in train:
                 rate = learning_rate(bar.n, steps, args.lr, args.max_lr, args.schedule, args.step_size_up)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
@@ -179,10 +181,10 @@ def run(args):
                 if not sums.isfinite().all():
                     raise UserError(f"the loss is not finite in epoch {epoch}: lower --max-lr, or try --precision float32")
                 bar.update()
-            val_pred = model.predict(data.val, autocast, args.micro_batch)
+            val_pred = model.predict(val, autocast, args.micro_batch)
             difference = val_pred - val_true.double().cpu()
             val_loss = loss_of(val_pred.to(device), val_true).item()
-            means = (sums / len(data.train)).tolist()
+            means = (sums / len(train)).tolist()
             history.append(dict(zip(HISTORY, [epoch, rate, *means, val_loss, difference.square().mean().item(), difference.abs().mean().item()])))
             bar.write("epoch {epoch:3d}  lr {lr:.2e}  train loss {train_loss:.4f} MSE {train_mse:.4f} MAE {train_mae:.4f}  "
                       "val loss {val_loss:.4f} MSE {val_mse:.4f} MAE {val_mae:.4f}".format(**history[-1]))
@@ -199,7 +201,7 @@ def run(args):
     if best[1]:
         model.load_state_dict(best[1])
     if best[1] or val_pred is None:
-        val_pred = model.predict(data.val, autocast, args.micro_batch)
+        val_pred = model.predict(val, autocast, args.micro_batch)
     digests |= {"model": state_digest(model.state_dict()), "val_predictions": tensor_digest((val_pred * 1e6).round() / 1e6 + 0.0)}
     write_tensors(args.run / "model.pt", {
         "config": config, "bundle": data.settings["bundle"], "layer": data.settings["layer"], "mean": data.mean, "std": data.std,
