@@ -148,6 +148,10 @@ class Progress(tqdm):
             return tqdm.status_printer(file)
         return lambda line: line.strip() and print(line.strip(), file=file, flush=True)
 
+    def say(self, line):
+        """Print a line to stdout, above the bar where there is one."""
+        self.write(line) if sys.stderr.isatty() else print(line, flush=True)
+
 
 # -------------------------------------------------------------------------------- digests and safe files
 
@@ -424,7 +428,8 @@ def read_splits(path):
 
 
 class DEAMHandler:
-    """DEAM in a folder: `annotations` {song id: label strings}, `audio` {song id: path}, `get_waveform`.
+    """DEAM in a folder: `annotations` {song id: label strings}, `dynamic` {"valence": path, "arousal": path} of the
+    annotations over time, where they are there; `audio` {song id: path}; `get_waveform`.
 
     root: the folder, in any layout (Kaggle's, the two original zip files', spaces or underscores): it is searched
     for the static annotations and for files named <song id>.mp3 (.wav, .flac, .ogg). "kaggle" downloads version 1.
@@ -450,6 +455,7 @@ class DEAMHandler:
         if not tables:
             raise UserError(f"no DEAM in {root}: {STATIC} is nowhere in it; unpack DEAM_Annotations there")
         self.annotations, self.audio, self.demo = read_annotations(min(tables)), {}, (root / DEMO_NOTE).exists()
+        self.dynamic = {path.stem: path for path in files if path.name in ("valence.csv", "arousal.csv") and "dynamic" in path.parent.name}
         for path in sorted(files):
             if path.suffix.lower() in (".mp3", ".wav", ".flac", ".ogg") and path.stem.isdecimal():
                 song = int(path.stem)
@@ -463,25 +469,39 @@ class DEAMHandler:
 
 
 def read_waveform(path, sample_rate, dtype=torch.float32):
-    """Decode a whole file, average its channels, resample. Returns (waveform[samples], digest of the decoded PCM).
+    """A whole file as (waveform[samples], digest of its decoded PCM). Raises BadClip."""
+    [(waveform, pcm)] = read_windows(path, sample_rate, dtype)
+    return waveform, tensor_digest(pcm)
+
+
+def read_windows(path, sample_rate, dtype=torch.float32, seconds=None):
+    """Decode a file, average its channels, resample. Yields (waveform[samples], float32 PCM [samples, channels]): the
+    whole file, or one after the other equal windows of about `seconds`, as many as fit its length best.
     Raises BadClip for a file that is empty, truncated (where its header says how long it was), not audio, not
     finite, or shorter than one frame of the encoder."""
     try:
         with soundfile.SoundFile(path) as file:
             announced, rate, notes = file.frames, file.samplerate, file.extra_info
-            pcm = file.read(dtype="float32", always_2d=True)
+            windows = max(1, round(announced / rate / seconds)) if seconds else 1
+            size, length = -1 if windows == 1 else -(-announced // windows), 0
+            while size > 0 or not length:
+                pcm = file.read(size, dtype="float32", always_2d=True)
+                length += len(pcm)
+                if not np.isfinite(pcm).all():
+                    raise BadClip("holds NaN or infinity")
+                if len(pcm) * sample_rate >= SHORTEST * rate:
+                    yield torchaudio.functional.resample(torch.from_numpy(pcm).to(dtype).mean(1), rate, sample_rate), pcm
+                elif length * sample_rate < SHORTEST * rate:
+                    raise BadClip(f"too short: {length / rate:.3f} s, one frame needs {SHORTEST / sample_rate:.3f} s")
+                else:  # a rest shorter than a frame
+                    break
     except (soundfile.LibsndfileError, OSError) as error:
-        raise BadClip("empty file" if Path(path).stat().st_size == 0 else f"not readable as audio ({error})") from None
+        empty = Path(path).is_file() and Path(path).stat().st_size == 0
+        raise BadClip("empty file" if empty else f"not readable as audio ({error})") from None
     # libsndfile shortens a truncated WAV silently, but notes it. Programs that stream a WAV write 0xFFFFFFFF.
     note = re.search(r"data : (\d+) \(should be (\d+)\)", notes)
-    if len(pcm) < announced - rate // 10 or note and int(note[2]) < int(note[1]) < 0xFFFFFF00:
+    if length < announced - rate // 10 or note and int(note[2]) < int(note[1]) < 0xFFFFFF00:
         raise BadClip("truncated: shorter than its own header says")
-    if len(pcm) * sample_rate < SHORTEST * rate:
-        raise BadClip(f"too short: {len(pcm) / rate:.3f} s, one frame needs {SHORTEST / sample_rate:.3f} s")
-    if not np.isfinite(pcm).all():
-        raise BadClip("holds NaN or infinity")
-    waveform = torch.from_numpy(pcm).to(dtype).mean(1)
-    return torchaudio.functional.resample(waveform, rate, sample_rate), tensor_digest(pcm)
 
 
 DEMO_NOTE = "SYNTHETIC.txt"
@@ -563,7 +583,7 @@ def make_demo(root, splits):
 
 def manifest_digest(manifest):
     """One digest over how the features were made, the labels beside them, and every song's PCM and features."""
-    return json_digest({key: manifest[key] for key in ("corpus", "settings", "annotations", "songs")})
+    return json_digest({key: manifest[key] for key in ("corpus", "settings", "annotations", "swapped_labels", "songs")})
 
 
 def read_manifest(root):
@@ -614,22 +634,31 @@ class DEAMFeatHandler:
     """A DEAM_feats folder and a frozen split: `ids`, `datasets`, `train`, `val`, `test` (DataLoaders), and the label
     statistics `mean`, `std` (float64[2], population σ over train and val).
 
+    labels: "corrected" exchanges valence and arousal for the ranges of ids in `swapped`, where extract.py's audit found
+    them exchanged (None: it had no dynamic annotations to compare with).
     Raises UserError for a folder that is not one, songs that are missing (unless allow_missing) or a split that
     names unknown songs. A folder without manifest, as the published notebook made them, is taken as
     WAV2VEC2_BASE layer 10.
     """
 
-    def __init__(self, root, splits, batch_size=32, seed=0, allow_missing=False):
+    def __init__(self, root, splits, batch_size=32, seed=0, allow_missing=False, labels="shipped"):
         root = Path(root)
         if not (root / "annotations.csv").is_file():
             raise UserError(f"no features in {root}: run extract.py --features {root} first")
         self.root, self.manifest, annotations = root, read_manifest(root), read_annotations(root / "annotations.csv")
         if self.manifest is None:
-            self.corpus, self.settings = "DEAM", {"bundle": "WAV2VEC2_BASE", "layer": 10}
+            self.corpus, self.settings, self.swapped = "DEAM", {"bundle": "WAV2VEC2_BASE", "layer": 10}, None
         else:
-            self.corpus, self.settings = self.manifest["corpus"], self.manifest["settings"]
+            self.corpus, self.settings, self.swapped = (self.manifest[key] for key in ("corpus", "settings", "swapped_labels"))
             if sha256((root / "annotations.csv").read_bytes()) != self.manifest["annotations"]:
                 raise UserError(f"{root / 'annotations.csv'} is not the file that the manifest vouches for; run extract.py again")
+        if labels == "corrected":
+            if self.swapped is None:
+                raise UserError(f"{root} does not say which labels are exchanged: extract again from a DEAM folder with its dynamic annotations")
+            for song, (valence, valence_std, arousal, arousal_std) in annotations.items():
+                if any(low <= song <= high for low, high in self.swapped):
+                    annotations[song] = [arousal, arousal_std, valence, valence_std]
+        self.annotations, self.labels = annotations, labels
         splits = read_splits(splits)
         if self.corpus == "demo":  # its songs are the front of each list
             splits = {name: [song for song in ids if song in annotations] for name, ids in splits.items()}
@@ -658,6 +687,16 @@ class DEAMFeatHandler:
         if split == "train" and len(dataset):
             return DataLoader(dataset, self.batch_size, shuffle=True, drop_last=True, collate_fn=collate, generator=self.shuffle)
         return DataLoader(dataset, self.batch_size, collate_fn=collate)
+
+    def notes(self):
+        """What a user should know about these features and labels before reading a number, a line each."""
+        if not self.manifest:
+            yield f"{self.root} has no manifest: nothing vouches for these features; taken as WAV2VEC2_BASE layer 10."
+        if self.swapped and self.labels == "shipped":
+            ranges = ", ".join(f"{low}–{high}" for low, high in self.swapped)
+            yield f"labels as shipped: for ids {ranges} valence and arousal are exchanged (see extract.py --audit-labels; --labels corrected)."
+        if not self.complete:
+            yield f"working on {self.summary}"
 
     @property
     def digest(self):

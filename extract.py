@@ -5,16 +5,19 @@
   python extract.py --deam PATH --weights pytorch_model.bin
   python extract.py --precision float64 --store float16    # the canonical setting: the same bits on any machine
   python extract.py --check DEAM_feats               # nothing but: are the files what the manifest says?
+  python extract.py --deam PATH --audit-labels       # nothing but: are valence and arousal exchanged? (no audio needed)
 
 Run the same command again to go on after an interruption: songs that the manifest vouches for are skipped.
 """
 
+import csv
 import os
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from common import (COLUMNS, Backbone, BadClip, DEAMHandler, Parser, Progress, UserError, architecture, arithmetic,
@@ -41,8 +44,62 @@ def parser():
     p.add_argument("--limit", type=number(int, 1), metavar="N", help="only the N songs with the lowest ids (default: all)")
     p.add_argument("--songs", type=int, nargs="+", metavar="ID", help="only these songs (default: all of the splits)")
     p.add_argument("--allow-missing", action="store_true", help="work on the songs whose audio is there")
+    p.add_argument("--audit-labels", action="store_true", help="only compare the static labels with the dynamic annotations")
     p.add_argument("--check", type=Path, metavar="FOLDER", help="only check the feature files in FOLDER against its manifest")
     return p
+
+
+# DEAM was collected a year at a time; an exchange of columns happens to a whole batch.
+AUDITED = ((1, 1000), (1001, 2000))
+
+
+def dynamic_means(path):
+    """{song id: mean over time} of a dynamic annotations file; empty cells and NaN are skipped."""
+    means = {}
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        for row in list(csv.reader(file))[1:]:
+            values = [float(cell) for cell in row[1:] if cell.strip() and cell.strip().lower() != "nan"]
+            if values:
+                means[int(float(row[0]))] = sum(values) / len(values)
+    return means
+
+
+def audit_labels(annotations, dynamic):
+    """Compare static labels with the song means of the dynamic ones, by range of ids.
+
+    annotations: {song id: label strings}; dynamic: {"valence": {song id: mean}, "arousal": …}. Returns one dict a range:
+    low, high, songs, r (2×2: static valence, arousal × dynamic valence, arousal), evidence: mean correlation crosswise
+    minus straight, its 99.9 % bootstrap interval over songs, and swapped: True, False or None where that holds 0.
+    """
+    rows, generator = [], np.random.default_rng(0)
+    for low, high in AUDITED:
+        ids = [song for song in annotations if low <= song <= high and song in dynamic["valence"] and song in dynamic["arousal"]]
+        if len(ids) < 10:
+            continue
+        values = np.array([[float(annotations[song][0]), float(annotations[song][2]), dynamic["valence"][song], dynamic["arousal"][song]] for song in ids])
+
+        def correlations(sample):
+            sample = (sample - sample.mean(-2, keepdims=True)) / np.maximum(sample.std(-2, keepdims=True), 1e-12)
+            return sample[..., :2].swapaxes(-1, -2) @ sample[..., 2:] / sample.shape[-2]
+
+        def evidence(r):
+            return (r[..., 0, 1] + r[..., 1, 0] - r[..., 0, 0] - r[..., 1, 1]) / 2
+
+        resampled = evidence(correlations(values[generator.integers(0, len(ids), (4000, len(ids)))]))
+        interval = np.quantile(resampled, [0.0005, 0.9995])
+        rows.append({"low": low, "high": high, "songs": len(ids), "r": correlations(values), "evidence": float(evidence(correlations(values))),
+                     "interval": interval.tolist(), "swapped": True if interval[0] > 0 else False if interval[1] < 0 else None})
+    return rows
+
+
+def print_audit(rows):
+    print("static label against the song mean of the dynamic one: Pearson's r")
+    print(f"{'ids':>12}{'songs':>7}{'val–val':>9}{'val–aro':>9}{'aro–aro':>9}{'aro–val':>9}   crosswise minus straight, 99.9 % interval")
+    for row in rows:
+        (vv, va), (av, aa) = row["r"]
+        print(f"{row['low']:>6}–{row['high']:<5}{row['songs']:>7}{vv:9.3f}{va:9.3f}{aa:9.3f}{av:9.3f}   {row['evidence']:+.3f} [{row['interval'][0]:+.3f}, {row['interval'][1]:+.3f}]")
+    said = {True: "valence and arousal are exchanged", False: "the labels are right", None: "the data do not tell"}
+    print("; ".join(f"ids {row['low']}–{row['high']}: {said[row['swapped']]}" for row in rows) + ".")
 
 
 def choose_songs(args, deam, splits):
@@ -60,13 +117,12 @@ def choose_songs(args, deam, splits):
     return [song for song in ids if song in deam.audio]
 
 
-def open_manifest(args, settings, corpus, annotations):
+def open_manifest(args, settings, **labels):
     """The manifest to fill: the one in the folder if it was made with the same settings, else a new one."""
     manifest = read_manifest(args.features)
     if manifest is None:
-        return {"corpus": corpus, "settings": settings, "annotations": annotations, "songs": {}}
-    now = {"corpus": corpus, "annotations": annotations, **settings}
-    then = {"corpus": manifest["corpus"], "annotations": manifest["annotations"], **manifest["settings"]}
+        return {**labels, "settings": settings, "songs": {}}
+    now, then = {**labels, **settings}, {**{key: manifest[key] for key in labels}, **manifest["settings"]}
     if differing := differences(then, now):
         raise UserError(f"{args.features} holds features made otherwise ({differing}): choose another --features")
     return manifest
@@ -128,17 +184,24 @@ def run(args):
     if args.deam == "demo":
         root = args.features.parent / "DEAM_demo"
         make_demo(root, splits)
+    deam = DEAMHandler(root)
+    audit = audit_labels(deam.annotations, {name: dynamic_means(path) for name, path in deam.dynamic.items()}) if len(deam.dynamic) == 2 else None
+    if args.audit_labels:
+        if not audit:
+            raise UserError(f"no dynamic annotations in {root} to compare with: unpack the whole of DEAM_Annotations there")
+        print_audit(audit)
+        return 0
+    swapped = [[row["low"], row["high"]] for row in audit if row["swapped"]] if audit is not None else None
     bundle = args.bundle or ("DEMO" if args.deam == "demo" else "WAV2VEC2_BASE")
     layers = architecture(bundle)[0]["encoder_num_layers"]
     if args.layer > layers:
         raise UserError(f"--layer {args.layer}: {bundle} has {layers} layers")
-    deam = DEAMHandler(root)
     ids = choose_songs(args, deam, splits)
     backbone = Backbone(bundle, args.weights, args.normalize)
     settings = {"bundle": bundle, "weights_sha256": backbone.digest, "layer": args.layer, "precision": args.precision,
                 "store": args.store, "sample_rate": backbone.sample_rate, "normalize_epsilon": backbone.epsilon}
     table = "".join(",".join([str(song), *values]) + "\n" for song, values in [("song_id", COLUMNS[1:]), *deam.annotations.items()])
-    manifest = open_manifest(args, settings, "demo" if deam.demo else "DEAM", sha256(table.encode()))
+    manifest = open_manifest(args, settings, corpus="demo" if deam.demo else "DEAM", annotations=sha256(table.encode()), swapped_labels=swapped)
     print(f"{len(ids)} songs; {bundle} layer {args.layer} of {layers}; weights {backbone.digest[:16]}; {args.precision} on {device}", flush=True)
 
     def save_manifest():

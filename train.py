@@ -47,6 +47,8 @@ def parser():
     p.add_argument("--grad-clip", type=number(float, 0, above=True), default=1.0, metavar="X", help="largest norm of the gradient")
     p.add_argument("--seed", type=number(int, 0), default=0, metavar="N", help="of heads, shuffling and dropout")
     p.add_argument("--select", choices=["last", "best"], default="last", help="the result: the last epoch or the one of lowest val loss")
+    p.add_argument("--labels", choices=["shipped", "corrected"], default="shipped",
+                   help="corrected exchanges valence and arousal where the audit of extract.py says that DEAM has them exchanged")
     p.add_argument("--precision", choices=["float32", "float64", "tf32", "bfloat16"], default="float32", help="arithmetic")
     p.add_argument("--allow-missing", action="store_true", help="train on the songs whose features are there")
     p.add_argument("--resume", action="store_true", help="go on with the run in --run, or start it if there is none")
@@ -108,9 +110,9 @@ def run(args):
         raise UserError(f"--max-lr {args.max_lr} is below --lr {args.lr}")
     args.run = args.run or Path("runs") / args.finetune
     args.micro_batch = args.micro_batch or (32 if device.type == "cuda" else 1)
-    data = DEAMFeatHandler(args.features, args.splits, args.batch_size, args.seed + 1, args.allow_missing)
-    if not data.manifest:
-        print(f"{args.features} has no manifest: nothing vouches for these features; taken as WAV2VEC2_BASE layer 10.")
+    data = DEAMFeatHandler(args.features, args.splits, args.batch_size, args.seed + 1, args.allow_missing, args.labels)
+    for note in data.notes():
+        print(note)
     if len(data.ids["train"]) < args.batch_size or not data.ids["val"]:
         raise UserError(f"{data.summary}: that is no full batch of {args.batch_size} to train on, or nothing to validate on; lower --batch-size")
     config, last = configuration(args, device, data), None
@@ -186,8 +188,8 @@ def run(args):
             val_loss = loss_of(val_pred.to(device), val_true).item()
             means = (sums / len(train)).tolist()
             history.append(dict(zip(HISTORY, [epoch, rate, *means, val_loss, difference.square().mean().item(), difference.abs().mean().item()])))
-            bar.write("epoch {epoch:3d}  lr {lr:.2e}  train loss {train_loss:.4f} MSE {train_mse:.4f} MAE {train_mae:.4f}  "
-                      "val loss {val_loss:.4f} MSE {val_mse:.4f} MAE {val_mae:.4f}".format(**history[-1]))
+            bar.say("epoch {epoch:3d}  lr {lr:.2e}  train loss {train_loss:.4f} MSE {train_mse:.4f} MAE {train_mae:.4f}  "
+                    "val loss {val_loss:.4f} MSE {val_mse:.4f} MAE {val_mae:.4f}".format(**history[-1]))
             if args.select == "best" and val_loss < best[0]:
                 best = (val_loss, {name: value.cpu().clone() for name, value in model.state_dict().items()})
             write_tensors(args.run / "last.pt", {
@@ -204,7 +206,7 @@ def run(args):
         val_pred = model.predict(val, autocast, args.micro_batch)
     digests |= {"model": state_digest(model.state_dict()), "val_predictions": tensor_digest((val_pred * 1e6).round() / 1e6 + 0.0)}
     write_tensors(args.run / "model.pt", {
-        "config": config, "bundle": data.settings["bundle"], "layer": data.settings["layer"], "mean": data.mean, "std": data.std,
+        "config": config, "settings": data.settings, "mean": data.mean, "std": data.std,
         "initial_model": digests["initial_model"],
         "state": {name: value.cpu() for name, value in model.state_dict().items()}})
     write_json(args.run / "config.json", record)  # now with the digests of the result
