@@ -215,8 +215,8 @@ def draw(folder, caption, true, pred, metrics, intervals, counts, pdf):
     """Write the four figures of the published report; captions say run, split, labels and n."""
     ticks, kinds = range(1, 10), ["png", "pdf"] if pdf else ["png"]
 
-    def save(figure, name):
-        figure.suptitle(caption, fontsize=9)
+    def save(figure, name, note=" · [95 % bootstrap intervals]"):
+        figure.suptitle(caption + note, fontsize=9)
         for kind in kinds:
             image = io.BytesIO()
             figure.savefig(image, format=kind, dpi=150, metadata={"CreationDate": None} if kind == "pdf" else None)
@@ -258,6 +258,10 @@ def draw(folder, caption, true, pred, metrics, intervals, counts, pdf):
         for column in range(4):
             axis.text(column, row, f"{counts[row, column]}\n{shares[row, column]:.0%}", ha="center", va="center",
                       color="white" if shares[row, column] > 0.5 else "black")
+    axis.set_xticks(np.arange(0.5, 3), minor=True)
+    axis.set_yticks(np.arange(0.5, 3), minor=True)
+    axis.grid(which="minor", color="white", linewidth=2)
+    axis.tick_params(which="minor", length=0)
     edges = intervals["quadrant"]["accuracy"]
     axis.set(xlabel="predicted quadrant", ylabel="true quadrant", xticks=range(4), yticks=range(4), xticklabels=QUADRANTS, yticklabels=QUADRANTS)
     axis.set_title(f"quadrants right: {metrics['quadrant']['accuracy']:.1%} [{edges[0]:.1%}, {edges[1]:.1%}]", fontsize=10)
@@ -270,7 +274,7 @@ def draw(folder, caption, true, pred, metrics, intervals, counts, pdf):
         axis.hist(true[:, n], bins=np.arange(1, 9.1, 0.5), histtype="step", color="k", linewidth=1.5, label="true")
         axis.set(xlabel=f"{name} (1–9)", ylabel="songs" if n == 0 else None, xlim=(1, 9), xticks=ticks)
         axis.legend()
-    save(figure, "histograms")
+    save(figure, "histograms", note="")
 
 
 # ----------------------------------------------------------------------------------------------- verdict
@@ -362,7 +366,7 @@ def evaluate(args, folder, device):
     write_json(out / "metrics.json", found)
     table = [[song, *t, *(f"{value:.6f}" for value in p)] for song, t, p in zip(ids, true.tolist(), pred.tolist())]
     write_csv(out / "predictions.csv", ["song_id", "valence_true", "arousal_true", "valence_pred", "arousal_pred"], table)
-    draw(out, f"{folder.name} · {data.corpus} {args.split} · {data.labels} labels · n = {len(ids)} · [95 % bootstrap intervals]",
+    draw(out, f"{folder.name} · {data.corpus} {args.split} · {data.labels} labels · n = {len(ids)}",
          true, pred, metrics, intervals, counts, args.pdf)
     print(f"written: {out}/metrics.json, predictions.csv and four figures")
     return found

@@ -158,7 +158,8 @@ def check(root):
 
 def decoded(deam, ids, sample_rate, dtype, workers):
     """Yield (song, waveform, digest) or (song, None, reason), in the order of ids, decoding a few songs ahead."""
-    pool, waiting, ahead = ThreadPoolExecutor(workers), deque(), iter(ids)
+    # one thread each for resampling: many songs are under way at once
+    pool, waiting, ahead = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)), deque(), iter(ids)
     try:
         while True:
             while len(waiting) < 2 * workers and (song := next(ahead, None)) is not None:
@@ -239,7 +240,7 @@ def run(args):
         with autocast:
             states = backbone.hidden_states(torch.stack([waveform for _, waveform, _ in clips]), args.layer)
         for (song, _, pcm), features in zip(clips, states.to(getattr(torch, args.store)).cpu()):
-            writing.append((song, writers.submit(store, song, pcm, features.clone())))
+            writing.append((song, writers.submit(store, song, pcm, features.clone() if len(clips) > 1 else features)))
         settle(2 * args.workers)
 
     with Progress(total=len(ids), initial=len(done), desc="extract", unit="song") as bar:
