@@ -3,13 +3,15 @@
 ARG PYTHON_IMAGE=python:3.11-slim-bookworm@sha256:0bee7276f83efd4a1ee05bbbf4281d95ed28e079220a9457f25a93e3f1e3c31b
 FROM ${PYTHON_IMAGE}
 
-# common.py sets the first four as well; here they also hold for whatever else is run in the image.
+# common.py sets the first four as well; here they also hold for whatever else is run in the image. LOGNAME, because
+# torch asks for the user's name, and a user given with --user has none in the image.
 ENV CUBLAS_WORKSPACE_CONFIG=:4096:8 \
     ATEN_CPU_CAPABILITY=avx2 \
     ONEDNN_MAX_CPU_ISA=AVX2 \
     MKL_CBWR=AVX2,STRICT \
     PYTHONUNBUFFERED=1 \
     HOME=/cache \
+    LOGNAME=kit \
     TORCH_HOME=/cache/torch \
     KAGGLEHUB_CACHE=/cache/kagglehub \
     MPLCONFIGDIR=/cache/matplotlib
