@@ -48,7 +48,7 @@ def set_determinism(threads, precision="float32"):
     """Make torch repeat itself: deterministic kernels (an error where there is none), `threads` CPU threads,
     TF32 only when `precision` asks for it."""
     torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(True)
+    torch.set_deterministic_debug_mode("error")  # use_deterministic_algorithms, less two seconds of importing a compiler
     torch.utils.deterministic.fill_uninitialized_memory = False  # a fifth of the time, and nothing here reads any
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
