@@ -548,7 +548,7 @@ def demo_song(song_id):
              "arousal": 5 + 3.2 * (tempo - 0.5) + 3.2 * (loudness - 0.5)}
     labels, dynamic = [], {}
     for name, value in truth.items():
-        spread = 1.5 + 0.7 * (draw.random() - 0.5)  # DEAM's annotators: standard deviation 1.5 on average
+        spread = 1.5 + 1.3 * (draw.random() - 0.5)  # over songs as in DEAM: mean 1.5, standard deviation 0.4
         noise = spread / math.sqrt(10) * math.sqrt(3) * (2 * draw.random() - 1)
         mean = min(max(value + noise, 1), 9)
         labels += [f"{mean:.1f}", f"{spread:.2f}"]
