@@ -48,7 +48,7 @@ def set_determinism(threads, precision="float32"):
     """Make torch repeat itself: deterministic kernels (an error where there is none), `threads` CPU threads,
     TF32 only when `precision` asks for it."""
     torch.set_num_threads(threads)
-    torch.set_deterministic_debug_mode("error")  # use_deterministic_algorithms, less two seconds of importing a compiler
+    torch.set_deterministic_debug_mode("error")  # as use_deterministic_algorithms, without importing a compiler
     torch.utils.deterministic.fill_uninitialized_memory = False  # a fifth of the time, and nothing here reads any
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
@@ -64,7 +64,8 @@ def arithmetic(precision, device):
 
 def environment(device):
     """What a result was computed with. Recorded beside every digest, never inside one."""
-    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else None
+    cpuinfo = Path("/proc/cpuinfo")
+    cpu = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
     return {
         "python": platform.python_version(), "torch": torch.__version__, "torchaudio": torchaudio.__version__,
         "numpy": np.__version__, "soundfile": soundfile.__version__, "libsndfile": soundfile.__libsndfile_version__,
@@ -119,7 +120,7 @@ def run_script(run, parser, go_on):
     except UserError as error:
         code = f"error: {error}"
     except torch.OutOfMemoryError:
-        code = "error: the GPU has too little free memory: lower --batch-size (train: --micro-batch), or use --device cpu"
+        code = "error: too little free GPU memory: lower --batch-size (train: --micro-batch), or use --device cpu"
     except KeyboardInterrupt:
         print(f"\ninterrupted: {go_on}", file=sys.stderr, flush=True)
         os._exit(130)  # at once: decoding threads may be in the middle of a song
@@ -165,7 +166,8 @@ def tensor_digest(tensor):
     """sha256 over dtype, shape and little-endian bytes: never over a file format, which may change."""
     array = np.ascontiguousarray(tensor.detach().cpu().numpy() if isinstance(tensor, torch.Tensor) else tensor)
     digest = hashlib.sha256(f"{array.dtype.name} {list(array.shape)}\n".encode())
-    digest.update(array.astype(array.dtype.newbyteorder("<"), copy=False).reshape(-1).data.cast("B"))  # no copy: 45 s of PCM are 16 MB
+    little = array.astype(array.dtype.newbyteorder("<"), copy=False)
+    digest.update(little.reshape(-1).data.cast("B"))  # the bytes without a copy: 45 s of PCM are 16 MB
     return digest.hexdigest()
 
 
@@ -237,7 +239,8 @@ DEMO = {
     **torchaudio.pipelines.WAV2VEC2_BASE._params,
     "extractor_conv_layer_config": [(32, kernel, stride) for _, kernel, stride
                                     in torchaudio.pipelines.WAV2VEC2_BASE._params["extractor_conv_layer_config"]],
-    "extractor_mode": "layer_norm", "extractor_conv_bias": True, "encoder_embed_dim": 64, "encoder_num_heads": 4, "encoder_ff_interm_features": 128,
+    "extractor_mode": "layer_norm", "extractor_conv_bias": True,
+    "encoder_embed_dim": 64, "encoder_num_heads": 4, "encoder_ff_interm_features": 128,
     "encoder_pos_conv_kernel": 32, "encoder_pos_conv_groups": 4,
 }
 # oneDNN's float32 convolutions add up in an order that follows the thread count and the batch: they always get this
@@ -284,7 +287,8 @@ class Backbone:
         if weights is not None:
             state = read_tensors(weights, "a file of weights")
             if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-                raise UserError(f"{weights} is not a state dict: give a Hugging Face pytorch_model.bin or a torchaudio state dict")
+                raise UserError(f"{weights} is not a state dict: give a Hugging Face pytorch_model.bin or a "
+                                f"torchaudio state dict")
             if not any(name.startswith("encoder.transformer.") for name in state):
                 state, z_scored, epsilon = from_hugging_face(state), True, 1e-7
             self.file = {"name": Path(weights).name, "sha256": sha256(Path(weights).read_bytes())}
@@ -356,7 +360,8 @@ def fold_weight_norm(state):
     """Replace the positional convolution's direction and length by their product, in either spelling of weight norm.
     torch's own bits of it depend on the thread count, so it is done once, in float64, with numpy."""
     state = dict(state)
-    for length, direction in (("weight_g", "weight_v"), ("parametrizations.weight.original0", "parametrizations.weight.original1")):
+    spellings = ("weight_g", "weight_v"), ("parametrizations.weight.original0", "parametrizations.weight.original1")
+    for length, direction in spellings:
         if POSITION + length in state and POSITION + direction in state:
             g, v = (state.pop(POSITION + part).double().numpy() for part in (length, direction))
             state[POSITION + "weight"] = torch.from_numpy(v * (g / np.sqrt((v * v).sum((0, 1), keepdims=True))))
@@ -409,9 +414,11 @@ def read_annotations(path):
             if not all(math.isfinite(float(value)) for value in values):
                 raise ValueError
         except (ValueError, IndexError):
-            raise UserError(f"{path}, line {line}: not five finite numbers; take the file from a fresh copy of DEAM") from None
+            raise UserError(f"{path}, line {line}: not five finite numbers; take the file from a fresh copy of "
+                            f"DEAM") from None
         if song in songs:
-            raise UserError(f"{path}, line {line}: song {song} stands there twice; take the file from a fresh copy of DEAM")
+            raise UserError(f"{path}, line {line}: song {song} stands there twice; take the file from a fresh copy of "
+                            f"DEAM")
         songs[song] = values
     if not songs:
         raise UserError(f"{path}: no songs in it")
@@ -457,7 +464,8 @@ class DEAMHandler:
         if not tables:
             raise UserError(f"no DEAM in {root}: {STATIC} is nowhere in it; unpack DEAM_Annotations there")
         self.annotations, self.audio, self.demo = read_annotations(min(tables)), {}, (root / DEMO_NOTE).exists()
-        self.dynamic = {path.stem: path for path in files if path.name in ("valence.csv", "arousal.csv") and "dynamic" in path.parent.name}
+        self.dynamic = {path.stem: path for path in files
+                        if path.name in ("valence.csv", "arousal.csv") and "dynamic" in path.parent.name}
         for path in sorted(files):
             if path.suffix.lower() in (".mp3", ".wav", ".flac", ".ogg") and path.stem.isdecimal():
                 song = int(path.stem)
@@ -492,7 +500,8 @@ def read_windows(path, sample_rate, dtype=torch.float32, seconds=None):
                 if not np.isfinite(pcm).all():
                     raise BadClip("holds NaN or infinity")
                 if len(pcm) * sample_rate >= SHORTEST * rate:
-                    yield torchaudio.functional.resample(torch.from_numpy(pcm).to(dtype).mean(1), rate, sample_rate), pcm
+                    mono = torch.from_numpy(pcm).to(dtype).mean(1)
+                    yield torchaudio.functional.resample(mono, rate, sample_rate), pcm
                 elif length * sample_rate < SHORTEST * rate:
                     raise BadClip(f"too short: {length / rate:.3f} s, one frame needs {SHORTEST / sample_rate:.3f} s")
                 else:  # a rest shorter than a frame
@@ -533,7 +542,8 @@ def demo_song(song_id):
         length = min(DEMO_RATE // 3, samples - start)  # plucked: slow songs have gaps
         clock = np.arange(length, dtype=np.uint64)
         fade = np.minimum(clock / 400, 1) * (1 - clock / (DEMO_RATE // 3)) ** 2
-        for note, weight, pan in ((root - 12, 0.8, 0.5), (root + (0, third, 7, 12)[count % 4], 1.0, 0.3 + 0.4 * (count % 2))):
+        bass, upper = (root - 12, 0.8, 0.5), (root + (0, third, 7, 12)[count % 4], 1.0, 0.3 + 0.4 * (count % 2))
+        for note, weight, pan in (bass, upper):
             step = int(round(2**32 * 440 * 2 ** ((int(note) - 69) / 12) / DEMO_RATE))  # of a 32-bit phase
             tone = np.zeros(length)
             for n, partial in enumerate(partials, 1):
@@ -577,7 +587,7 @@ def make_demo(root, splits):
     for name, rows in dynamic.items():
         write_file(root / averaged / "dynamic (per second annotations)" / f"{name}.csv",
                    "\r\n".join([f"song_id,{times},", *rows]) + "\r\n")
-    write_file(root / DEMO_NOTE, "Songs and labels in this folder are synthetic. Results on them say nothing about DEAM.\n")
+    write_file(root / DEMO_NOTE, "These songs and labels are synthetic. Results on them say nothing about DEAM.\n")
 
 
 # ---------------------------------------------------------------------------------------------- features
@@ -622,7 +632,8 @@ class FeatDataset(Dataset):
             raise UserError(f"{path}: not a tensor [T, {self.dimension}]; extract this song again")
         if self.manifest and song not in self.verified:
             if tensor_digest(features) != self.manifest["songs"][str(song)]["features"]:
-                raise UserError(f"{path} is damaged: not the features that the manifest vouches for; run extract.py again")
+                raise UserError(f"{path} is damaged: not the features that the manifest vouches for; run extract.py "
+                                f"again")
             self.verified.add(song)
         return features, self.labels[index]
 
@@ -651,12 +662,15 @@ class DEAMFeatHandler:
         if self.manifest is None:
             self.corpus, self.settings, self.swapped = "DEAM", {"bundle": "WAV2VEC2_BASE", "layer": 10}, None
         else:
-            self.corpus, self.settings, self.swapped = (self.manifest[key] for key in ("corpus", "settings", "swapped_labels"))
+            keys = "corpus", "settings", "swapped_labels"
+            self.corpus, self.settings, self.swapped = (self.manifest[key] for key in keys)
             if sha256((root / "annotations.csv").read_bytes()) != self.manifest["annotations"]:
-                raise UserError(f"{root / 'annotations.csv'} is not the file that the manifest vouches for; run extract.py again")
+                raise UserError(f"{root / 'annotations.csv'} is not the file that the manifest vouches for; run "
+                                f"extract.py again")
         if labels == "corrected":
             if self.swapped is None:
-                raise UserError(f"{root} does not say which labels are exchanged: extract again from a DEAM folder with its dynamic annotations")
+                raise UserError(f"{root} does not say which labels are exchanged: extract again from a DEAM folder "
+                                f"with its dynamic annotations")
             for song, (valence, valence_std, arousal, arousal_std) in annotations.items():
                 if any(low <= song <= high for low, high in self.swapped):
                     annotations[song] = [arousal, arousal_std, valence, valence_std]
@@ -666,18 +680,20 @@ class DEAMFeatHandler:
             splits = {name: [song for song in ids if song in annotations] for name, ids in splits.items()}
         self.splits_digest, everything = json_digest(splits), sum(splits.values(), [])
         if unknown := [song for song in everything if song not in annotations]:
-            raise UserError(f"{len(unknown)} songs of the split have no labels in {root / 'annotations.csv'}: {shortened(unknown)}")
+            raise UserError(f"{len(unknown)} songs of the split have no labels in {root / 'annotations.csv'}: "
+                            f"{shortened(unknown)}")
         there = {song for song in everything if (root / "songs" / f"{song}.pt").exists()
                  and (self.manifest is None or str(song) in self.manifest["songs"])}
         missing = [song for song in everything if song not in there]
         if missing and not allow_missing or not there:
-            raise UserError(f"{len(missing)} of {len(everything)} songs have no features in {root}: {shortened(missing)}; "
-                            "extract them, or add --allow-missing to work on those that are there")
+            raise UserError(f"{len(missing)} of {len(everything)} songs have no features in {root}: "
+                            f"{shortened(missing)}; extract them, or add --allow-missing for those that are there")
         self.complete = not missing
         self.ids = {name: [song for song in ids if song in there] for name, ids in splits.items()}
         self.summary = ", ".join(f"{len(self.ids[name])} of {len(splits[name])} {name}" for name in splits) + " songs"
         self.dimension = architecture(self.settings["bundle"])[0]["encoder_embed_dim"]
-        self.datasets = {name: FeatDataset(root, ids, annotations, self.manifest, self.dimension) for name, ids in self.ids.items()}
+        self.datasets = {name: FeatDataset(root, ids, annotations, self.manifest, self.dimension)
+                         for name, ids in self.ids.items()}
         labels = torch.cat([self.datasets["train"].labels, self.datasets["val"].labels])
         self.mean, self.std = labels.mean(0), labels.std(0, correction=0)
         self.batch_size, self.shuffle = batch_size, torch.Generator().manual_seed(seed)
@@ -687,7 +703,8 @@ class DEAMFeatHandler:
     def loader(self, split, dataset):
         """A DataLoader over `dataset`: for train shuffled, without the last partial batch; else in order."""
         if split == "train" and len(dataset):
-            return DataLoader(dataset, self.batch_size, shuffle=True, drop_last=True, collate_fn=collate, generator=self.shuffle)
+            return DataLoader(dataset, self.batch_size, shuffle=True, drop_last=True, collate_fn=collate,
+                              generator=self.shuffle)
         return DataLoader(dataset, self.batch_size, collate_fn=collate)
 
     def notes(self):
@@ -696,7 +713,8 @@ class DEAMFeatHandler:
             yield f"{self.root} has no manifest: nothing vouches for these features; taken as WAV2VEC2_BASE layer 10."
         if self.swapped and self.labels == "shipped":
             ranges = ", ".join(f"{low}–{high}" for low, high in self.swapped)
-            yield f"labels as shipped: for ids {ranges} valence and arousal are exchanged (see extract.py --audit-labels; --labels corrected)."
+            yield (f"labels as shipped: for ids {ranges} valence and arousal are exchanged "
+                   "(see extract.py --audit-labels; --labels corrected).")
         if not self.complete:
             yield f"working on {self.summary}"
 
@@ -712,7 +730,8 @@ class DEAMFeatHandler:
 
 def differences(then, now):
     """"key a there, b now; …" for the settings in which two dicts differ; empty where they do not."""
-    return "; ".join(f"{key} {then.get(key)} there, {now.get(key)} now" for key in {**then, **now} if then.get(key) != now.get(key))
+    return "; ".join(f"{key} {then.get(key)} there, {now.get(key)} now"
+                     for key in {**then, **now} if then.get(key) != now.get(key))
 
 
 def shortened(ids):
@@ -755,8 +774,9 @@ class EmotionModel(nn.Module):
         top = params["encoder_num_layers"] - layer
         trained = layers_to_train(finetune, top)
         if trained > top:
-            raise UserError(f"--finetune {finetune} needs features of layer {params['encoder_num_layers'] - trained} or below, these are "
-                            f"of layer {layer}: extract with --layer {params['encoder_num_layers'] - trained}")
+            raise UserError(f"--finetune {finetune} needs features of layer {params['encoder_num_layers'] - trained} "
+                            f"or below, these are of layer {layer}: "
+                            f"extract with --layer {params['encoder_num_layers'] - trained}")
         transformer = torchaudio.models.wav2vec2_model(**params).encoder.transformer
         self.layers, self.norm = transformer.layers[layer:], transformer.layer_norm
         self.valence, self.arousal = Head(params["encoder_embed_dim"]), Head(params["encoder_embed_dim"])
@@ -861,7 +881,8 @@ def where_to_keep(count, frames, model, device):
     """The device with room for the frozen outputs of `count` clips of `frames` frames: the model's own, the host, or
     None. Half of what is free stays free."""
     parameter = model.valence[0].weight
-    needed = count * (frames if model.first_trained < len(model.layers) else 1) * parameter.shape[1] * parameter.element_size()
+    rows = count * (frames if model.first_trained < len(model.layers) else 1)
+    needed = rows * parameter.shape[1] * parameter.element_size()
     if device.type == "cuda" and needed < torch.cuda.mem_get_info(device)[0] / 2:
         return device
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

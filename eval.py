@@ -20,14 +20,15 @@ import soundfile
 import torch
 from torch.utils.data import DataLoader
 
-from common import (Backbone, BadClip, DEAMFeatHandler, EmotionModel, FrozenOutputs, Parser, Progress, UserError, arithmetic,
-                    collate, environment, json_digest, pick_device, read_json, read_tensors, read_windows, run_script,
-                    set_determinism, state_digest, write_file, write_json)
+from common import (Backbone, BadClip, DEAMFeatHandler, EmotionModel, FrozenOutputs, Parser, Progress, UserError,
+                    arithmetic, collate, environment, json_digest, pick_device, read_json, read_tensors, read_windows,
+                    run_script, set_determinism, state_digest, write_file, write_json)
 
 DIMENSIONS = ("valence", "arousal")
 QUADRANTS = ("HV/HA", "LV/HA", "LV/LA", "HV/LA")  # high or low valence / arousal, from 5 on
 MOODS = ("excited, happy", "tense, angry", "sad, tired", "calm, content")  # after Russell 1980
-PUBLISHED = {"test_songs": "6d451f0f9be00953438aba123b3d71423c7f45a0cc1f13a078e2217a1ead6e03", "mse": 0.4945, "quadrants": 107}
+PUBLISHED = {"mse": 0.4945, "quadrants": 107,  # on the first 160 of the test songs whose ids have this digest
+             "test_songs": "6d451f0f9be00953438aba123b3d71423c7f45a0cc1f13a078e2217a1ead6e03"}
 TOLERANCE = 0.01  # on the 1–9 scale: --verify calls larger differences of a prediction NOT REPRODUCED
 ANNOTATORS = 10  # a DEAM song, at least; the label is their mean
 WINDOW = 45  # seconds of --audio: the length of a DEAM song
@@ -39,13 +40,17 @@ def parser():
     p.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder that train.py wrote")
     p.add_argument("--features", type=Path, default=Path("DEAM_feats"), metavar="FOLDER", help="what extract.py wrote")
     p.add_argument("--split", choices=["train", "val", "test"], default="test", help="which songs")
-    p.add_argument("--labels", choices=["shipped", "corrected"], help="compare with these labels (default: those that the run was trained on)")
-    p.add_argument("--precision", choices=["float32", "float64", "tf32", "bfloat16"], default="float64", help="arithmetic of the model")
+    p.add_argument("--labels", choices=["shipped", "corrected"],
+                   help="compare with these labels (default: those that the run was trained on)")
+    p.add_argument("--precision", choices=["float32", "float64", "tf32", "bfloat16"], default="float64",
+                   help="arithmetic of the model")
     p.add_argument("--verify", type=Path, metavar="FILE", help="metrics.json of an earlier evaluation to compare with")
     p.add_argument("--pdf", action="store_true", help="write the figures as PDF too")
     p.add_argument("--allow-missing", action="store_true", help="evaluate on the songs whose features are there")
-    p.add_argument("--audio", type=Path, nargs="+", metavar="FILE", help="predict these audio files, or all in these folders, instead")
-    p.add_argument("--weights", type=Path, metavar="FILE", help="with --audio: the backbone's weights, if extract.py was given a file")
+    p.add_argument("--audio", type=Path, nargs="+", metavar="FILE",
+                   help="predict these audio files, or all in these folders, instead")
+    p.add_argument("--weights", type=Path, metavar="FILE",
+                   help="with --audio: the backbone's weights, if extract.py was given a file")
     p.add_argument("--csv", type=Path, metavar="FILE", help="with --audio: write the table there")
     return p
 
@@ -54,7 +59,8 @@ def load_run(folder):
     """(model, checkpoint) of a run. Raises UserError for anything else."""
     checkpoint = read_tensors(folder / "model.pt", "a trained model")
     try:
-        model = EmotionModel(checkpoint["settings"]["bundle"], checkpoint["settings"]["layer"], checkpoint["config"]["finetune"])
+        settings = checkpoint["settings"]
+        model = EmotionModel(settings["bundle"], settings["layer"], checkpoint["config"]["finetune"])
         model.load_state_dict(checkpoint["state"])
         model.mean, model.std = checkpoint["mean"], checkpoint["std"]
         return model, checkpoint
@@ -65,13 +71,16 @@ def load_run(folder):
 def load_data(args, folder, checkpoint):
     """The features that the run was trained on, the split's files checked. Raises UserError where they are others."""
     config = checkpoint["config"]
-    data = DEAMFeatHandler(args.features, args.splits, allow_missing=args.allow_missing, labels=args.labels or config["labels"])
+    data = DEAMFeatHandler(args.features, args.splits, allow_missing=args.allow_missing,
+                           labels=args.labels or config["labels"])
     runs, here = ((settings["bundle"], settings["layer"]) for settings in (checkpoint["settings"], data.settings))
     if runs != here:
-        raise UserError(f"{folder} was trained on {runs[0]} layer {runs[1]}, {data.root} holds {here[0]} layer {here[1]}: "
+        raise UserError(f"{folder} was trained on {runs[0]} layer {runs[1]}, {data.root} holds {here[0]} layer "
+                        f"{here[1]}: "
                         "name its own features with --features")
     if config["features_digest"] != data.digest:
-        raise UserError(f"{folder} was trained on features {str(config['features_digest'])[:16]}…, {data.root} holds {str(data.digest)[:16]}…: "
+        raise UserError(f"{folder} was trained on features {str(config['features_digest'])[:16]}…, {data.root} holds "
+                        f"{str(data.digest)[:16]}…: "
                         "name its own with --features, or extract them again with its settings")
     if config["splits_digest"] != data.splits_digest:
         raise UserError(f"{folder} was trained on other splits: name them with --splits")
@@ -101,7 +110,8 @@ def regression(true, pred, scale):
     R² is against the mean of these songs; concordance (ccc): Lin 1989, Biometrics 45."""
     mse, mae, variance = ((pred - true) ** 2).mean(-1), abs(pred - true).mean(-1), true.var(-1)
     covariance = (true * pred).mean(-1) - true.mean(-1) * pred.mean(-1)
-    return {"mse": mse, "rmse": np.sqrt(mse), "mae": mae, "z_mse": mse / scale**2, "z_rmse": np.sqrt(mse) / scale, "z_mae": mae / scale,
+    return {"mse": mse, "rmse": np.sqrt(mse), "mae": mae,
+            "z_mse": mse / scale**2, "z_rmse": np.sqrt(mse) / scale, "z_mae": mae / scale,
             "r2": np.where(variance > 0, 1 - divide(mse, variance), 0.0), "pearson": correlation(true, pred),
             "ccc": divide(2 * covariance, variance + pred.var(-1) + (true.mean(-1) - pred.mean(-1)) ** 2)}
 
@@ -117,9 +127,11 @@ def all_metrics(true, pred, std):
     metrics = {name: regression(true[..., n], pred[..., n], std[n]) for n, name in enumerate(DIMENSIONS)}
     metrics["average"] = {key: (metrics["valence"][key] + metrics["arousal"][key]) / 2 for key in metrics["valence"]}
     t, p = quadrant(true), quadrant(pred)
-    f1 = {name: divide(2 * ((t == n) & (p == n)).sum(-1), (t == n).sum(-1) + (p == n).sum(-1)) for n, name in enumerate(QUADRANTS)}
+    f1 = {name: divide(2 * ((t == n) & (p == n)).sum(-1), (t == n).sum(-1) + (p == n).sum(-1))
+          for n, name in enumerate(QUADRANTS)}
     metrics["quadrant"] = {"accuracy": (t == p).mean(-1), "f1": f1, "macro_f1": sum(f1.values()) / 4}
-    metrics["valence_arousal_correlation"] = {"true": correlation(true[..., 0], true[..., 1]), "predicted": correlation(pred[..., 0], pred[..., 1])}
+    metrics["valence_arousal_correlation"] = {"true": correlation(true[..., 0], true[..., 1]),
+                                              "predicted": correlation(pred[..., 0], pred[..., 1])}
     return metrics
 
 
@@ -132,8 +144,9 @@ def confusion(true, pred):
 
 def mapped(function, *trees):
     """Apply a function to the leaves of nested dicts of one shape."""
-    first = trees[0]
-    return {key: mapped(function, *(tree[key] for tree in trees)) for key in first} if isinstance(first, dict) else function(*trees)
+    if not isinstance(trees[0], dict):
+        return function(*trees)
+    return {key: mapped(function, *(tree[key] for tree in trees)) for key in trees[0]}
 
 
 def bootstrap(true, pred, std, resamples=10_000):
@@ -179,7 +192,8 @@ def baselines(data, split, std):
                 bar.update()
             splits[name] = np.stack(rows)
     predict, penalty = ridge(splits["train"], labels["train"] / std, splits["val"], labels["val"] / std)
-    return {"training mean": np.broadcast_to(labels["train"].mean(0), labels[split].shape), "ridge": predict(splits[split]) * std}, penalty
+    mean = np.broadcast_to(labels["train"].mean(0), labels[split].shape)
+    return {"training mean": mean, "ridge": predict(splits[split]) * std}, penalty
 
 
 def print_report(metrics, intervals, counts, top, others):
@@ -194,17 +208,20 @@ def print_report(metrics, intervals, counts, top, others):
     for name, row in rows.items():
         print(f"  {name:28}{row['valence']:10.4f}{row['arousal']:10.4f}")
     q, edges = metrics["quadrant"], intervals["quadrant"]["accuracy"]
-    print(f"\nquadrants right: {q['accuracy']:.1%} [{edges[0]:.1%}, {edges[1]:.1%}] of {counts.sum()}; macro F1 {q['macro_f1']:.4f}  "
+    print(f"\nquadrants right: {q['accuracy']:.1%} [{edges[0]:.1%}, {edges[1]:.1%}] of {counts.sum()}; macro F1 "
+          f"{q['macro_f1']:.4f}  "
           "(threshold 5; rows true, columns predicted)")
     print(" " * 8 + "".join(f"{name:>8}" for name in QUADRANTS) + f"{'F1':>8}")
     for name, row in zip(QUADRANTS, counts):
         print(f"{name:8}" + "".join(f"{count:8d}" for count in row) + f"{q['f1'][name]:8.4f}")
     r, edges = metrics["valence_arousal_correlation"], intervals["valence_arousal_correlation"]["predicted"]
     collapsed = abs(r["predicted"]) >= 0.9 and abs(r["predicted"]) - abs(r["true"]) >= 0.2
-    print(f"\ncorrelation of valence with arousal: predicted {r['predicted']:.4f} [{edges[0]:.4f}, {edges[1]:.4f}], true {r['true']:.4f}"
+    print(f"\ncorrelation of valence with arousal: predicted {r['predicted']:.4f} [{edges[0]:.4f}, {edges[1]:.4f}], "
+          f"true {r['true']:.4f}"
           + (": a collapse, the two heads predict one thing" if collapsed else ""))
     if p := metrics.get("published_protocol"):
-        print(f"published protocol (first 160 test songs): z-scored MSE {p['z_mse']:.4f} (published {PUBLISHED['mse']}), "
+        print(f"published protocol (first 160 test songs): z-scored MSE {p['z_mse']:.4f} (published "
+              f"{PUBLISHED['mse']}), "
               f"quadrants right {p['quadrants_right']} (published {PUBLISHED['quadrants']})")
 
 
@@ -213,7 +230,8 @@ def print_report(metrics, intervals, counts, top, others):
 
 def draw(folder, caption, true, pred, metrics, intervals, counts, pdf):
     """Write the four figures of the published report; captions say run, split, labels and n."""
-    ticks, kinds = range(1, 10), ["png", "pdf"] if pdf else ["png"]
+    kinds = ["png", "pdf"] if pdf else ["png"]
+    scale = {"xlim": (1, 9), "ylim": (1, 9), "xticks": range(1, 10), "yticks": range(1, 10), "aspect": "equal"}
 
     def save(figure, name, note=" · [95 % bootstrap intervals]"):
         figure.suptitle(caption + note, fontsize=9)
@@ -231,7 +249,7 @@ def draw(folder, caption, true, pred, metrics, intervals, counts, pdf):
         m, edges = metrics[name], intervals[name]
         axis.plot([1, 9], [1, 9], "k--", linewidth=1, label="y = x")
         axis.scatter(true[:, n], pred[:, n], s=18, alpha=0.6, color=COLOURS[name], marker="os"[n], label="songs")
-        axis.set(xlabel=f"true {name} (1–9)", ylabel=f"predicted {name} (1–9)", xlim=(1, 9), ylim=(1, 9), xticks=ticks, yticks=ticks, aspect="equal")
+        axis.set(xlabel=f"true {name} (1–9)", ylabel=f"predicted {name} (1–9)", **scale)
         axis.set_title(f"R² {m['r2']:.2f} {between(edges['r2'])}   r {m['pearson']:.2f} {between(edges['pearson'])}\n"
                        f"CCC {m['ccc']:.2f} {between(edges['ccc'])}", fontsize=9)
         axis.legend(loc="upper left")
@@ -242,11 +260,13 @@ def draw(folder, caption, true, pred, metrics, intervals, counts, pdf):
     figure, axis = plt.subplots(figsize=(6.5, 7), layout="constrained")
     axis.axhline(5, color="k", linewidth=1)
     axis.axvline(5, color="k", linewidth=1)
-    axis.scatter(*true.T, s=24, facecolors="none", edgecolors="#555555", label=f"true, r {r['true']:.2f} {between(edges['true'])}")
-    axis.scatter(*pred.T, s=22, alpha=0.7, marker="^", color="#cc79a7", label=f"predicted, r {r['predicted']:.2f} {between(edges['predicted'])}")
+    axis.scatter(*true.T, s=24, facecolors="none", edgecolors="#555555",
+                 label=f"true, r {r['true']:.2f} {between(edges['true'])}")
+    axis.scatter(*pred.T, s=22, alpha=0.7, marker="^", color="#cc79a7",
+                 label=f"predicted, r {r['predicted']:.2f} {between(edges['predicted'])}")
     for name, mood, x, y in zip(QUADRANTS, MOODS, (8.9, 1.1, 1.1, 8.9), (8.65, 8.65, 1.15, 1.15)):
         axis.text(x, y, f"{name}: {mood}", ha="right" if x > 5 else "left", fontsize=9, weight="bold", color="#555555")
-    axis.set(xlabel="valence (1–9)", ylabel="arousal (1–9)", xlim=(1, 9), ylim=(1, 9), xticks=ticks, yticks=ticks, aspect="equal")
+    axis.set(xlabel="valence (1–9)", ylabel="arousal (1–9)", **scale)
     axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, fontsize=8)
     axis.grid(alpha=0.3)
     save(figure, "plane")
@@ -263,8 +283,9 @@ def draw(folder, caption, true, pred, metrics, intervals, counts, pdf):
     axis.grid(which="minor", color="white", linewidth=2)
     axis.tick_params(which="minor", length=0)
     edges = intervals["quadrant"]["accuracy"]
-    axis.set(xlabel="predicted quadrant", ylabel="true quadrant", xticks=range(4), yticks=range(4), xticklabels=QUADRANTS, yticklabels=QUADRANTS)
-    axis.set_title(f"quadrants right: {metrics['quadrant']['accuracy']:.1%} [{edges[0]:.1%}, {edges[1]:.1%}]", fontsize=10)
+    axis.set(xlabel="predicted quadrant", xticks=range(4), xticklabels=QUADRANTS,
+             ylabel="true quadrant", yticks=range(4), yticklabels=QUADRANTS)
+    axis.set_title(f"quadrants right: {metrics['quadrant']['accuracy']:.1%} [{edges[0]:.1%}, {edges[1]:.1%}]")
     figure.colorbar(image, label="share of the row", shrink=0.8)
     save(figure, "confusion")
 
@@ -272,7 +293,7 @@ def draw(folder, caption, true, pred, metrics, intervals, counts, pdf):
     for n, (axis, name) in enumerate(zip(axes, DIMENSIONS)):
         axis.hist(pred[:, n], bins=np.arange(1, 9.1, 0.5), alpha=0.6, color=COLOURS[name], label="predicted")
         axis.hist(true[:, n], bins=np.arange(1, 9.1, 0.5), histtype="step", color="k", linewidth=1.5, label="true")
-        axis.set(xlabel=f"{name} (1–9)", ylabel="songs" if n == 0 else None, xlim=(1, 9), xticks=ticks)
+        axis.set(xlabel=f"{name} (1–9)", ylabel="songs" if n == 0 else None, xlim=(1, 9), xticks=range(1, 10))
         axis.legend()
     save(figure, "histograms", note="")
 
@@ -297,8 +318,10 @@ def verify(expected_file, found):
     expected = read_json(expected_file, "an earlier metrics.json")
     try:
         songs, numbers = expected["predictions"], flat(expected["metrics"])
-        if any(expected[key] != found[key] for key in ("splits", "split", "labels")) or list(songs) != list(found["predictions"]):
-            raise UserError(f"{expected_file} is about other songs or labels ({expected['split']}, {len(songs)} songs of splits {expected['splits'][:16]}…, "
+        other = [key for key in ("splits", "split", "labels") if expected[key] != found[key]]
+        if other or list(songs) != list(found["predictions"]):
+            raise UserError(f"{expected_file} is about other songs or labels ({expected['split']}, {len(songs)} songs "
+                            f"of splits {expected['splits'][:16]}…, "
                             f"{expected['labels']} labels): verify with the same --split, --splits and --labels")
         difference = float(np.abs(np.array(list(songs.values())) - np.array(list(found["predictions"].values()))).max())
     except (KeyError, TypeError, ValueError, AttributeError):
@@ -310,12 +333,16 @@ def verify(expected_file, found):
 
     print(f"\ncompared with {expected_file}:")
     for key in ("features", "splits", "initial_model", "model"):
-        line(key.replace("_", " "), 0 if expected.get(key) == found[key] else np.inf, str(expected.get(key))[:16], str(found[key])[:16])
-    line(f"predictions of {len(songs)} songs", difference, json_digest(songs)[:16], json_digest(found["predictions"])[:16])
+        then, now = str(expected.get(key)), str(found[key])
+        line(key.replace("_", " "), 0 if then == now else np.inf, then[:16], now[:16])
+    then, now = json_digest(songs), json_digest(found["predictions"])
+    line(f"predictions of {len(songs)} songs", difference, then[:16], now[:16])
     now = flat(found["metrics"])
     for name, value in numbers.items():
         delta = abs(value - now[name]).max() if name in now and now[name].shape == value.shape else np.inf
-        line(name, 0 if delta < 5e-7 else delta, *(f"{v.item():.6g}" if v.ndim == 0 else v.astype(int).tolist() for v in (value, now.get(name, np.array(np.nan)))))
+        both = value, now.get(name, np.array(np.nan))
+        shown = [f"{v:.6g}" if v.ndim == 0 else v.astype(int).tolist() for v in both]
+        line(name, 0 if delta < 5e-7 else delta, *shown)
     if difference == 0:
         print("REPRODUCED: every prediction is the same to six decimals")
         return 0
@@ -336,24 +363,30 @@ def evaluate(args, folder, device):
     data = load_data(args, folder, checkpoint)
     model.to(device, dtype)
     ids, dataset = data.ids[args.split], data.datasets[args.split]
-    loader = Progress(DataLoader(FrozenOutputs(dataset, model, autocast), 1, collate_fn=collate), desc=f"eval {folder.name}", unit="song")
-    pred = (model.predict(loader, autocast) * model.std + model.mean).numpy().round(6)
+    clips = DataLoader(FrozenOutputs(dataset, model, autocast), 1, collate_fn=collate)
+    pred = model.predict(Progress(clips, desc=f"eval {folder.name}", unit="song"), autocast)
+    pred = (pred * model.std + model.mean).numpy().round(6)
     true, std = dataset.labels.numpy(), model.std.numpy()
-    metrics, intervals, counts = mapped(float, all_metrics(true, pred, std)), bootstrap(true, pred, std), confusion(true, pred)
+    metrics, intervals = mapped(float, all_metrics(true, pred, std)), bootstrap(true, pred, std)
+    counts = confusion(true, pred)
     metrics["quadrant"]["confusion"] = counts.tolist()
-    if data.corpus == "DEAM" and json_digest(ids) == PUBLISHED["test_songs"]:  # the published loader dropped the last partial batch
+    if data.corpus == "DEAM" and json_digest(ids) == PUBLISHED["test_songs"]:
+        # the published loader dropped the last partial batch
         metrics["published_protocol"] = {"z_mse": float((((pred - true) / std)[:160] ** 2).mean()),
                                          "quadrants_right": int((quadrant(true) == quadrant(pred))[:160].sum())}
     spread = np.array([[float(data.annotations[song][n]) for n in (1, 3)] for song in ids])
     top = dict(zip(DIMENSIONS, ceiling(true, spread).tolist()))
     others, penalty = baselines(data, args.split, std)
     others = {name: mapped(float, all_metrics(true, other, std)) for name, other in others.items()}
-    found = {"run": folder.name, "corpus": data.corpus, "split": args.split, "labels": data.labels, "trained_on_labels": checkpoint["config"]["labels"],
+    found = {"run": folder.name, "corpus": data.corpus, "split": args.split,
+             "labels": data.labels, "trained_on_labels": checkpoint["config"]["labels"],
              "precision": args.precision, "songs": len(ids), "features": data.digest, "splits": data.splits_digest,
              "initial_model": checkpoint["initial_model"], "model": state_digest(checkpoint["state"]),
-             "metrics": metrics, "intervals": intervals, "ceiling_r2": top, "baselines": others, "ridge_penalty": penalty,
-             "predictions": {str(song): row for song, row in zip(ids, pred.tolist())}, "environment": environment(device)}
-    print(f"{folder}: {checkpoint['config']['finetune']} on {data.corpus}, {args.split} split, {len(ids)} songs, {data.labels} labels, {args.precision} on {device}")
+             "metrics": metrics, "intervals": intervals, "ceiling_r2": top,
+             "baselines": others, "ridge_penalty": penalty,
+             "predictions": dict(zip(map(str, ids), pred.tolist())), "environment": environment(device)}
+    print(f"{folder}: {checkpoint['config']['finetune']} on {data.corpus}, {args.split} split, {len(ids)} songs, "
+          f"{data.labels} labels, {args.precision} on {device}")
     for note in data.notes():
         print(note)
     if data.labels != checkpoint["config"]["labels"]:
@@ -365,7 +398,8 @@ def evaluate(args, folder, device):
     out = folder / f"eval-{args.split}"
     write_json(out / "metrics.json", found)
     table = [[song, *t, *(f"{value:.6f}" for value in p)] for song, t, p in zip(ids, true.tolist(), pred.tolist())]
-    write_csv(out / "predictions.csv", ["song_id", "valence_true", "arousal_true", "valence_pred", "arousal_pred"], table)
+    header = ["song_id", "valence_true", "arousal_true", "valence_pred", "arousal_pred"]
+    write_csv(out / "predictions.csv", header, table)
     draw(out, f"{folder.name} · {data.corpus} {args.split} · {data.labels} labels · n = {len(ids)}",
          true, pred, metrics, intervals, counts, args.pdf)
     print(f"written: {out}/metrics.json, predictions.csv and four figures")
@@ -381,30 +415,36 @@ def write_csv(path, header, rows):
 def print_runs(all_found):
     """One row a run, then mean ± standard deviation (of the sample) over the runs."""
     keys = [(name, key) for name in DIMENSIONS for key in ("z_mse", "r2", "pearson", "ccc")]
-    rows = np.array([[found["metrics"][name][key] for name, key in keys] + [found["metrics"]["quadrant"]["accuracy"]] for found in all_found])
+    rows = np.array([[m[name][key] for name, key in keys] + [m["quadrant"]["accuracy"]]
+                     for m in (found["metrics"] for found in all_found)])
     print(f"\n{'run':20}" + "".join(f"{name[:3] + ' ' + key:>17}" for name, key in keys) + f"{'quadrants':>17}")
     for found, row in zip(all_found, rows):
         print(f"{found['run']:20}" + "".join(f"{value:17.4f}" for value in row))
-    print(f"{'mean ± std':20}" + "".join(f"{f'{m:.4f} ± {s:.4f}':>17}" for m, s in zip(rows.mean(0), rows.std(0, ddof=1))))
+    pairs = zip(rows.mean(0), rows.std(0, ddof=1))
+    print(f"{'mean ± std':20}" + "".join(f"{f'{mean:.4f} ± {std:.4f}':>17}" for mean, std in pairs))
 
 
 # ------------------------------------------------------------------------------------- one's own music
 
 
 def predict_audio(args, folder, device):
-    """Print valence and arousal of audio files, with the backbone as it made the run's features. Returns the exit code."""
+    """Print valence and arousal of audio files, the backbone set as for the run's features. Returns the exit code."""
     model, checkpoint = load_run(folder)
     settings, (dtype, autocast) = checkpoint["settings"], arithmetic(args.precision, device)
     set_determinism(args.threads, settings.get("precision", "float32"))
     feature_dtype, feature_autocast = arithmetic(settings.get("precision", "float32"), device)
     backbone = Backbone(settings["bundle"], args.weights, "on" if settings.get("normalize_epsilon") else "off")
     if backbone.digest != settings.get("weights_sha256", backbone.digest):
-        raise UserError(f"{folder}'s features were made by other weights ({settings['weights_sha256'][:16]}…) than these ({backbone.digest[:16]}…): "
+        raise UserError(f"{folder}'s features were made by other weights ({settings['weights_sha256'][:16]}…) than "
+                        f"these ({backbone.digest[:16]}…): "
                         "pass the file that extract.py was given with --weights")
+    stored = getattr(torch, settings.get("store", "float32"))
     backbone.model.to(device, feature_dtype)
     model.to(device, dtype).eval()
     known = {f".{name.lower()}" for name in soundfile.available_formats()} | {".aif", ".oga", ".opus"}
-    files = [file for path in args.audio for file in (sorted(f for f in path.rglob("*") if f.suffix.lower() in known) if path.is_dir() else [path])]
+    files = []
+    for path in args.audio:
+        files += sorted(f for f in path.rglob("*") if f.suffix.lower() in known) if path.is_dir() else [path]
     if not files:
         raise UserError("no audio files in the folders given with --audio")
     rows, failed = [], 0
@@ -414,7 +454,7 @@ def predict_audio(args, folder, device):
         try:
             for waveform, _ in read_windows(file, backbone.sample_rate, feature_dtype, WINDOW):
                 with feature_autocast:
-                    features = backbone.hidden_states(waveform[None], settings["layer"])[0].to(getattr(torch, settings.get("store", "float32")))
+                    features = backbone.hidden_states(waveform[None], settings["layer"])[0].to(stored)
                 with torch.no_grad(), autocast:
                     windows.append(model([model.frozen(features)]).double().cpu()[0] * model.std + model.mean)
         except BadClip as error:
@@ -426,9 +466,11 @@ def predict_audio(args, folder, device):
         n = int(quadrant(windows.mean(0)))
         over = f"±{valence_spread:.2f} ±{arousal_spread:.2f} of {len(windows)}"
         print(f"{valence:8.3f}{arousal:9.3f}   {QUADRANTS[n] + ' ' + MOODS[n]:24}{over:>20}   {file}", flush=True)
-        rows.append([file, *(f"{value:.6f}" for value in (valence, arousal, valence_spread, arousal_spread)), len(windows), QUADRANTS[n], MOODS[n]])
+        values = [f"{value:.6f}" for value in (valence, arousal, valence_spread, arousal_spread)]
+        rows.append([file, *values, len(windows), QUADRANTS[n], MOODS[n]])
     if args.csv:
-        write_csv(args.csv, ["song", "valence", "arousal", "valence_spread", "arousal_spread", "windows", "quadrant", "mood"], rows)
+        header = ["song", "valence", "arousal", "valence_spread", "arousal_spread", "windows", "quadrant", "mood"]
+        write_csv(args.csv, header, rows)
     return 1 if failed else 0
 
 

@@ -21,31 +21,41 @@ import numpy as np
 import torch
 
 from common import (COLUMNS, Backbone, BadClip, DEAMHandler, Parser, Progress, UserError, architecture, arithmetic,
-                    differences, environment, make_demo, manifest_digest, number, pick_device, read_manifest, read_splits,
-                    read_tensors, run_script, set_determinism, sha256, shortened, tensor_digest, write_file,
-                    write_json, write_tensors)
+                    differences, environment, make_demo, manifest_digest, number, pick_device, read_manifest,
+                    read_splits, read_tensors, run_script, set_determinism, sha256, shortened, tensor_digest,
+                    write_file, write_json, write_tensors)
 
 
 def parser():
     p = Parser(__doc__, threads=os.cpu_count() or 1)
     p.add_argument("--deam", default="kaggle", metavar="kaggle|demo|PATH",
-                   help="kaggle downloads DEAM; demo makes 60 synthetic songs beside the features; PATH is a folder with DEAM in it")
+                   help="kaggle downloads DEAM; demo makes 60 synthetic songs beside the features; PATH is a folder "
+                        "with DEAM in it")
     p.add_argument("--features", type=Path, default=Path("DEAM_feats"), metavar="FOLDER", help="where the features go")
-    p.add_argument("--bundle", metavar="NAME", help="torchaudio wav2vec2 or HuBERT bundle (default: WAV2VEC2_BASE; DEMO for --deam demo)")
+    p.add_argument("--bundle", metavar="NAME",
+                   help="torchaudio wav2vec2 or HuBERT bundle (default: WAV2VEC2_BASE; DEMO for --deam demo)")
     p.add_argument("--weights", type=Path, metavar="FILE",
-                   help="Hugging Face wav2vec2 pytorch_model.bin or torchaudio state dict, instead of the bundle's download")
+                   help="Hugging Face wav2vec2 pytorch_model.bin or torchaudio state dict, instead of the bundle's "
+                        "download")
     p.add_argument("--normalize", choices=["auto", "on", "off"], default="auto",
                    help="z-score each waveform; auto: as the bundle does, on for Hugging Face weights")
-    p.add_argument("--layer", type=number(int, 0), default=10, metavar="N", help="encoder layer whose states are kept; 0 is the encoder's input")
-    p.add_argument("--precision", choices=["float32", "float64", "tf32", "bfloat16"], default="float32", help="arithmetic")
+    p.add_argument("--layer", type=number(int, 0), default=10, metavar="N",
+                   help="encoder layer whose states are kept; 0 is the encoder's input")
+    p.add_argument("--precision", choices=["float32", "float64", "tf32", "bfloat16"], default="float32",
+                   help="arithmetic")
     p.add_argument("--store", choices=["float32", "float16"], default="float32", help="type of the stored states")
-    p.add_argument("--batch-size", type=number(int, 1), default=1, metavar="N", help="clips of equal length computed together")
-    p.add_argument("--workers", type=number(int, 1), default=min(os.cpu_count() or 1, 16), metavar="N", help="threads that decode ahead, and as many that write")
-    p.add_argument("--limit", type=number(int, 1), metavar="N", help="only the N songs with the lowest ids (default: all)")
+    p.add_argument("--batch-size", type=number(int, 1), default=1, metavar="N",
+                   help="clips of equal length computed together")
+    p.add_argument("--workers", type=number(int, 1), default=min(os.cpu_count() or 1, 16), metavar="N",
+                   help="threads that decode ahead, and as many that write")
+    p.add_argument("--limit", type=number(int, 1), metavar="N",
+                   help="only the N songs with the lowest ids (default: all)")
     p.add_argument("--songs", type=int, nargs="+", metavar="ID", help="only these songs (default: all of the splits)")
     p.add_argument("--allow-missing", action="store_true", help="work on the songs whose audio is there")
-    p.add_argument("--audit-labels", action="store_true", help="only compare the static labels with the dynamic annotations")
-    p.add_argument("--check", type=Path, metavar="FOLDER", help="only check the feature files in FOLDER against its manifest")
+    p.add_argument("--audit-labels", action="store_true",
+                   help="only compare the static labels with the dynamic annotations")
+    p.add_argument("--check", type=Path, metavar="FOLDER",
+                   help="only check the feature files in FOLDER against its manifest")
     return p
 
 
@@ -67,16 +77,17 @@ def dynamic_means(path):
 def audit_labels(annotations, dynamic):
     """Compare static labels with the song means of the dynamic ones, by range of ids.
 
-    annotations: {song id: label strings}; dynamic: {"valence": {song id: mean}, "arousal": …}. Returns one dict a range:
+    annotations: {song id: label strings}; dynamic: {"valence": {song id: mean}, "arousal": …}. One dict a range:
     low, high, songs, r (2×2: static valence, arousal × dynamic valence, arousal), evidence: mean correlation crosswise
     minus straight, its 99.9 % bootstrap interval over songs, and swapped: True, False or None where that holds 0.
     """
     rows, generator = [], np.random.default_rng(0)
     for low, high in AUDITED:
-        ids = [song for song in annotations if low <= song <= high and song in dynamic["valence"] and song in dynamic["arousal"]]
+        ids = [song for song in annotations if low <= song <= high and all(song in means for means in dynamic.values())]
         if len(ids) < 10:
             continue
-        values = np.array([[float(annotations[song][0]), float(annotations[song][2]), dynamic["valence"][song], dynamic["arousal"][song]] for song in ids])
+        values = np.array([[float(annotations[song][0]), float(annotations[song][2]),
+                            dynamic["valence"][song], dynamic["arousal"][song]] for song in ids])
 
         def correlations(sample):
             sample = (sample - sample.mean(-2, keepdims=True)) / np.maximum(sample.std(-2, keepdims=True), 1e-12)
@@ -87,17 +98,21 @@ def audit_labels(annotations, dynamic):
 
         resampled = evidence(correlations(values[generator.integers(0, len(ids), (4000, len(ids)))]))
         interval = np.quantile(resampled, [0.0005, 0.9995])
-        rows.append({"low": low, "high": high, "songs": len(ids), "r": correlations(values), "evidence": float(evidence(correlations(values))),
-                     "interval": interval.tolist(), "swapped": True if interval[0] > 0 else False if interval[1] < 0 else None})
+        swapped = True if interval[0] > 0 else False if interval[1] < 0 else None
+        rows.append({"low": low, "high": high, "songs": len(ids), "r": correlations(values),
+                     "evidence": float(evidence(correlations(values))), "interval": interval.tolist(),
+                     "swapped": swapped})
     return rows
 
 
 def print_audit(rows):
     print("static label against the song mean of the dynamic one: Pearson's r")
-    print(f"{'ids':>12}{'songs':>7}{'val–val':>9}{'val–aro':>9}{'aro–aro':>9}{'aro–val':>9}   crosswise minus straight, 99.9 % interval")
+    print(f"{'ids':>12}{'songs':>7}{'val–val':>9}{'val–aro':>9}{'aro–aro':>9}{'aro–val':>9}   crosswise minus "
+          f"straight, 99.9 % interval")
     for row in rows:
         (vv, va), (av, aa) = row["r"]
-        print(f"{row['low']:>6}–{row['high']:<5}{row['songs']:>7}{vv:9.3f}{va:9.3f}{aa:9.3f}{av:9.3f}   {row['evidence']:+.3f} [{row['interval'][0]:+.3f}, {row['interval'][1]:+.3f}]")
+        print(f"{row['low']:>6}–{row['high']:<5}{row['songs']:>7}{vv:9.3f}{va:9.3f}{aa:9.3f}{av:9.3f}   "
+              f"{row['evidence']:+.3f} [{row['interval'][0]:+.3f}, {row['interval'][1]:+.3f}]")
     said = {True: "valence and arousal are exchanged", False: "the labels are right", None: "the data do not tell"}
     print("; ".join(f"ids {row['low']}–{row['high']}: {said[row['swapped']]}" for row in rows) + ".")
 
@@ -108,11 +123,13 @@ def choose_songs(args, deam, splits):
     if deam.demo and not args.songs:
         ids = [song for song in ids if song in deam.annotations]
     if unlabelled := [song for song in ids if song not in deam.annotations]:
-        raise UserError(f"{len(unlabelled)} of {len(ids)} songs have no label in these annotations: {shortened(unlabelled)}")
+        raise UserError(f"{len(unlabelled)} of {len(ids)} songs have no label in these annotations: "
+                        f"{shortened(unlabelled)}")
     ids = ids[:args.limit]
     missing = [song for song in ids if song not in deam.audio]
     if missing and not args.allow_missing or len(missing) == len(ids):
-        raise UserError(f"{len(missing)} of {len(ids)} songs have no audio: {shortened(missing)}; complete DEAM's folder, "
+        raise UserError(f"{len(missing)} of {len(ids)} songs have no audio: {shortened(missing)}; complete DEAM's "
+                        f"folder, "
                         "or add --allow-missing to work on the songs that are there")
     return [song for song in ids if song in deam.audio]
 
@@ -152,14 +169,16 @@ def check(root):
     labels = table.is_file() and sha256(table.read_bytes()) == manifest["annotations"]
     for path in [root / "songs" / f"{song}.pt" for song in bad] + ([] if labels else [table]):
         print(f"damaged or missing: {path}")
-    print(f"{root}: {len(ids) - len(bad)} of {len(ids)} songs are what the manifest says; root digest {manifest['digest']}")
+    print(f"{root}: {len(ids) - len(bad)} of {len(ids)} songs are what the manifest says; root digest "
+          f"{manifest['digest']}")
     return 1 if bad or not labels else 0
 
 
 def decoded(deam, ids, sample_rate, dtype, workers):
     """Yield (song, waveform, digest) or (song, None, reason), in the order of ids, decoding a few songs ahead."""
     # one thread each for resampling: many songs are under way at once
-    pool, waiting, ahead = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)), deque(), iter(ids)
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+    waiting, ahead = deque(), iter(ids)
     try:
         while True:
             while len(waiting) < 2 * workers and (song := next(ahead, None)) is not None:
@@ -186,10 +205,12 @@ def run(args):
         root = args.features.parent / "DEAM_demo"
         make_demo(root, splits)
     deam = DEAMHandler(root)
-    audit = audit_labels(deam.annotations, {name: dynamic_means(path) for name, path in deam.dynamic.items()}) if len(deam.dynamic) == 2 else None
+    dynamic = {name: dynamic_means(path) for name, path in deam.dynamic.items()}
+    audit = audit_labels(deam.annotations, dynamic) if len(dynamic) == 2 else None
     if args.audit_labels:
         if not audit:
-            raise UserError(f"no dynamic annotations in {root} to compare with: unpack the whole of DEAM_Annotations there")
+            raise UserError(f"no dynamic annotations in {root} to compare with: unpack the whole of DEAM_Annotations "
+                            f"there")
         print_audit(audit)
         return 0
     swapped = [[row["low"], row["high"]] for row in audit if row["swapped"]] if audit is not None else None
@@ -201,9 +222,12 @@ def run(args):
     backbone = Backbone(bundle, args.weights, args.normalize)
     settings = {"bundle": bundle, "weights_sha256": backbone.digest, "layer": args.layer, "precision": args.precision,
                 "store": args.store, "sample_rate": backbone.sample_rate, "normalize_epsilon": backbone.epsilon}
-    table = "".join(",".join([str(song), *values]) + "\n" for song, values in [("song_id", COLUMNS[1:]), *deam.annotations.items()])
-    manifest = open_manifest(args, settings, corpus="demo" if deam.demo else "DEAM", annotations=sha256(table.encode()), swapped_labels=swapped)
-    print(f"{len(ids)} songs; {bundle} layer {args.layer} of {layers}; weights {backbone.digest[:16]}; {args.precision} on {device}", flush=True)
+    table = [COLUMNS, *([str(song), *values] for song, values in deam.annotations.items())]
+    table = "".join(",".join(row) + "\n" for row in table)
+    manifest = open_manifest(args, settings, corpus="demo" if deam.demo else "DEAM",
+                             annotations=sha256(table.encode()), swapped_labels=swapped)
+    print(f"{len(ids)} songs; {bundle} layer {args.layer} of {layers}; weights {backbone.digest[:16]}; "
+          f"{args.precision} on {device}", flush=True)
 
     def save_manifest():
         manifest["songs"] = {str(song): manifest["songs"][str(song)] for song in sorted(map(int, manifest["songs"]))}
@@ -211,7 +235,8 @@ def run(args):
         write_json(args.features / "manifest.json", manifest)
 
     done = vouched(args.features, manifest, ids)
-    manifest["songs"] = {song: entry for song, entry in manifest["songs"].items() if int(song) in done or int(song) not in ids}
+    todo = [song for song in ids if song not in done]
+    manifest["songs"] = {song: entry for song, entry in manifest["songs"].items() if int(song) not in todo}
     write_file(args.features / "annotations.csv", table)
     save_manifest()
     backbone.model.to(device, dtype)
@@ -245,7 +270,7 @@ def run(args):
 
     with Progress(total=len(ids), initial=len(done), desc="extract", unit="song") as bar:
         try:
-            for song, waveform, note in decoded(deam, [song for song in ids if song not in done], backbone.sample_rate, dtype, args.workers):
+            for song, waveform, note in decoded(deam, todo, backbone.sample_rate, dtype, args.workers):
                 if waveform is None:
                     failed.append(note)
                     continue

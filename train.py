@@ -17,7 +17,8 @@ import matplotlib.pyplot as plt
 import torch
 
 from common import (Backbone, DEAMFeatHandler, EmotionModel, FrozenOutputs, Parser, Progress, UserError, arithmetic,
-                    differences, emotion_loss, environment, number, pick_device, quadrant_weights, read_tensors, run_script, set_determinism,
+                    differences, emotion_loss, environment, number, pick_device, quadrant_weights, read_tensors,
+                    run_script, set_determinism,
                     state_digest, tensor_digest, where_to_keep, write_file, write_json, write_tensors)
 
 HISTORY = ["epoch", "lr", "train_loss", "train_mse", "train_mae", "val_loss", "val_mse", "val_mae"]
@@ -26,30 +27,47 @@ HISTORY = ["epoch", "lr", "train_loss", "train_mse", "train_mae", "val_loss", "v
 def parser():
     p = Parser(__doc__, threads=8)
     p.add_argument("--features", type=Path, default=Path("DEAM_feats"), metavar="FOLDER", help="what extract.py wrote")
-    p.add_argument("--run", type=Path, metavar="FOLDER", help="where the run goes (default: runs/ and the name of --finetune)")
+    p.add_argument("--run", type=Path, metavar="FOLDER",
+                   help="where the run goes (default: runs/ and the name of --finetune)")
     p.add_argument("--finetune", default="last1", metavar="frozen|last1|last2|…|lastN|all",
-                   help="what trains: the heads alone; the top n layers with the norm and the heads; all layers above the features'")
-    p.add_argument("--weights", type=Path, metavar="FILE", help="the backbone's weights, if extract.py was given a file (default: the bundle's download)")
+                   help="what trains: the heads alone; the top n layers with the norm and the heads; all layers above "
+                        "the features'")
+    p.add_argument("--weights", type=Path, metavar="FILE",
+                   help="the backbone's weights, if extract.py was given a file (default: the bundle's download)")
     p.add_argument("--epochs", type=number(int, 1), default=20, metavar="N", help="passes over the training songs")
-    p.add_argument("--lr", type=number(float, 0, above=True), default=3e-5, metavar="RATE", help="lowest learning rate; the rate of --schedule constant")
-    p.add_argument("--max-lr", type=number(float, 0, above=True), default=1e-3, metavar="RATE", help="highest learning rate of the other schedules")
+    p.add_argument("--lr", type=number(float, 0, above=True), default=3e-5, metavar="RATE",
+                   help="lowest learning rate; the rate of --schedule constant")
+    p.add_argument("--max-lr", type=number(float, 0, above=True), default=1e-3, metavar="RATE",
+                   help="highest learning rate of the other schedules")
     p.add_argument("--schedule", choices=["triangular2", "triangular", "cosine", "constant"], default="triangular2",
-                   help="learning rate over steps: cyclic, its height halved each cycle or not; or one fall from --max-lr to --lr; or --lr")
-    p.add_argument("--step-size-up", type=number(int, 1), default=100, metavar="N", help="steps from the lowest rate to the highest")
-    p.add_argument("--batch-size", type=number(int, 2), default=32, metavar="N", help="songs a step; the last partial batch is dropped")
+                   help="learning rate over steps: cyclic, its height halved each cycle or not; or one fall from "
+                        "--max-lr to --lr; or --lr")
+    p.add_argument("--step-size-up", type=number(int, 1), default=100, metavar="N",
+                   help="steps from the lowest rate to the highest")
+    p.add_argument("--batch-size", type=number(int, 2), default=32, metavar="N",
+                   help="songs a step; the last partial batch is dropped")
     p.add_argument("--micro-batch", type=number(int, 1), metavar="N",
-                   help="songs whose activations are held at a time; the gradient stays the batch's (default: 1 on a CPU, 32 on a GPU)")
+                   help="songs whose activations are held at a time; the gradient stays the batch's (default: 1 on a "
+                        "CPU, 32 on a GPU)")
     p.add_argument("--weight-decay", type=number(float, 0), default=1e-4, metavar="X", help="AdamW's")
-    p.add_argument("--lambda-corr", type=number(float, 0), default=0.05, metavar="X", help="weight of the correlation penalty")
-    p.add_argument("--lambda-var", type=number(float, 0), default=0.05, metavar="X", help="weight of the variance penalty")
-    p.add_argument("--corr-target", choices=["true", "zero"], default="true", help="what the predictions' correlation is pulled to")
-    p.add_argument("--weight-loss", action="store_true", help="MSE weighted by inverse quadrant frequency, without the variance penalty")
-    p.add_argument("--grad-clip", type=number(float, 0, above=True), default=1.0, metavar="X", help="largest norm of the gradient")
+    p.add_argument("--lambda-corr", type=number(float, 0), default=0.05, metavar="X",
+                   help="weight of the correlation penalty")
+    p.add_argument("--lambda-var", type=number(float, 0), default=0.05, metavar="X",
+                   help="weight of the variance penalty")
+    p.add_argument("--corr-target", choices=["true", "zero"], default="true",
+                   help="what the predictions' correlation is pulled to")
+    p.add_argument("--weight-loss", action="store_true",
+                   help="MSE weighted by inverse quadrant frequency, without the variance penalty")
+    p.add_argument("--grad-clip", type=number(float, 0, above=True), default=1.0, metavar="X",
+                   help="largest norm of the gradient")
     p.add_argument("--seed", type=number(int, 0), default=0, metavar="N", help="of heads, shuffling and dropout")
-    p.add_argument("--select", choices=["last", "best"], default="last", help="the result: the last epoch or the one of lowest val loss")
+    p.add_argument("--select", choices=["last", "best"], default="last",
+                   help="the result: the last epoch or the one of lowest val loss")
     p.add_argument("--labels", choices=["shipped", "corrected"], default="shipped",
-                   help="corrected exchanges valence and arousal where the audit of extract.py says that DEAM has them exchanged")
-    p.add_argument("--precision", choices=["float32", "float64", "tf32", "bfloat16"], default="float32", help="arithmetic")
+                   help="corrected exchanges valence and arousal where the audit of extract.py says that DEAM has "
+                        "them exchanged")
+    p.add_argument("--precision", choices=["float32", "float64", "tf32", "bfloat16"], default="float32",
+                   help="arithmetic")
     p.add_argument("--allow-missing", action="store_true", help="train on the songs whose features are there")
     p.add_argument("--resume", action="store_true", help="go on with the run in --run, or start it if there is none")
     return p
@@ -81,21 +99,23 @@ def load_backbone(args, data):
     wanted = data.settings.get("weights_sha256", backbone.digest)
     if backbone.digest != wanted:
         file = (data.manifest.get("weights_file") or {}).get("name")
-        raise UserError(f"{args.features} was made by other weights ({wanted[:16]}…) than these ({backbone.digest[:16]}…): "
+        raise UserError(f"{args.features} was made by other weights ({wanted[:16]}…) than these "
+                        f"({backbone.digest[:16]}…): "
                         + (f"pass {file} with --weights" if file else "leave out --weights"))
     return backbone
 
 
-def draw_history(history, path, title):
+def draw_history(history, path, caption):
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), constrained_layout=True)
-    for axis, name in zip(axes, ("loss", "mse", "mae")):
+    epochs = [row["epoch"] for row in history]
+    for axis, name, title in zip(axes, ("loss", "mse", "mae"), ("loss", "MSE (z-scored)", "MAE (z-scored)")):
         for split, style in (("train", "-"), ("val", "--")):
-            axis.plot([row["epoch"] for row in history], [row[f"{split}_{name}"] for row in history], style, marker=".", label=split)
-        axis.set(title={"loss": "loss", "mse": "MSE (z-scored)", "mae": "MAE (z-scored)"}[name], xlabel="epoch", ylim=(0, None))
+            axis.plot(epochs, [row[f"{split}_{name}"] for row in history], style, marker=".", label=split)
+        axis.set(title=title, xlabel="epoch", ylim=(0, None))
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.legend()
         axis.grid(alpha=0.3)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(caption, fontsize=10)
     image = io.BytesIO()
     figure.savefig(image, dpi=150)
     plt.close(figure)
@@ -114,16 +134,19 @@ def run(args):
     for note in data.notes():
         print(note)
     if len(data.ids["train"]) < args.batch_size or not data.ids["val"]:
-        raise UserError(f"{data.summary}: that is no full batch of {args.batch_size} to train on, or nothing to validate on; lower --batch-size")
+        raise UserError(f"{data.summary}: that is no full batch of {args.batch_size} to train on, or nothing to "
+                        f"validate on; lower --batch-size")
     config, last = configuration(args, device, data), None
     if (args.run / "last.pt").exists():
         if not args.resume:
-            raise UserError(f"{args.run} holds a run already: add --resume to go on with it, choose another --run, or delete it")
+            raise UserError(f"{args.run} holds a run already: add --resume to go on with it, choose another --run, or "
+                            f"delete it")
         last = read_tensors(args.run / "last.pt", "a training state")
         if not isinstance(last, dict) or "config" not in last:
             raise UserError(f"{args.run / 'last.pt'} is not a training state: delete {args.run} and train again")
         if differing := differences(last["config"], config):
-            raise UserError(f"{args.run} was started otherwise ({differing}): resume with its own settings, or choose another --run")
+            raise UserError(f"{args.run} was started otherwise ({differing}): resume with its own settings, or choose "
+                            f"another --run")
 
     model = EmotionModel(data.settings["bundle"], data.settings["layer"], args.finetune)
     model.start_from(load_backbone(args, data), args.seed)
@@ -132,7 +155,8 @@ def run(args):
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=args.lr, weight_decay=args.weight_decay)
     print(f"{args.run}: {args.finetune} on {data.summary}; {sum(p.numel() for p in trainable):,} trainable of "
-          f"{sum(p.numel() for p in model.parameters()):,} parameters; {args.precision} on {device}, {args.threads} threads")
+          f"{sum(p.numel() for p in model.parameters()):,} parameters; {args.precision} on {device}, {args.threads} "
+          f"threads")
     print(f"features {str(data.digest)[:16]}; initial model {digests['initial_model'][:16]}", flush=True)
 
     torch.manual_seed(args.seed + 2)  # dropout
@@ -160,7 +184,8 @@ def run(args):
 
     frames = max((entry["frames"] for entry in data.manifest["songs"].values()), default=0) if data.manifest else 2250
     keep = where_to_keep(len(data.ids["train"] + data.ids["val"]), frames, model, device)
-    train, val = (data.loader(name, FrozenOutputs(data.datasets[name], model, autocast, keep)) for name in ("train", "val"))
+    train, val = (data.loader(name, FrozenOutputs(data.datasets[name], model, autocast, keep))
+                  for name in ("train", "val"))
     val_true, steps, val_pred = z_scored(data.datasets["val"].labels), len(train) * args.epochs, None
     with Progress(total=steps, initial=len(train) * len(history), desc="train", unit="step") as bar:
         for epoch in range(len(history) + 1, args.epochs + 1):
@@ -181,30 +206,36 @@ def run(args):
                 difference = pred.detach().double() - true
                 sums += torch.stack([loss.detach().double(), difference.square().mean(), difference.abs().mean()]).cpu()
                 if not sums.isfinite().all():
-                    raise UserError(f"the loss is not finite in epoch {epoch}: lower --max-lr, or try --precision float32")
+                    raise UserError(f"the loss is not finite in epoch {epoch}: lower --max-lr, or try --precision "
+                                    f"float32")
                 bar.update()
             val_pred = model.predict(val, autocast, args.micro_batch)
             difference = val_pred - val_true.double().cpu()
             val_loss = loss_of(val_pred.to(device), val_true).item()
+            val_mse, val_mae = difference.square().mean().item(), difference.abs().mean().item()
             means = (sums / len(train)).tolist()
-            history.append(dict(zip(HISTORY, [epoch, rate, *means, val_loss, difference.square().mean().item(), difference.abs().mean().item()])))
-            bar.say("epoch {epoch:3d}  lr {lr:.2e}  train loss {train_loss:.4f} MSE {train_mse:.4f} MAE {train_mae:.4f}  "
+            history.append(dict(zip(HISTORY, [epoch, rate, *means, val_loss, val_mse, val_mae])))
+            bar.say("epoch {epoch:3d}  lr {lr:.2e}  "
+                    "train loss {train_loss:.4f} MSE {train_mse:.4f} MAE {train_mae:.4f}  "
                     "val loss {val_loss:.4f} MSE {val_mse:.4f} MAE {val_mae:.4f}".format(**history[-1]))
             if args.select == "best" and val_loss < best[0]:
                 best = (val_loss, {name: value.cpu().clone() for name, value in model.state_dict().items()})
             write_tensors(args.run / "last.pt", {
-                "config": config, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "history": history, "best": best,
+                "config": config, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                "history": history, "best": best,
                 "shuffle": data.shuffle.get_state(), "rng": torch.get_rng_state(),
                 "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None})
             write_history(args.run, history)
 
     write_history(args.run, history)
-    draw_history(history, args.run / "history.png", f"{args.run.name}: {args.finetune} on {data.corpus}, {data.summary}")
+    caption = f"{args.run.name} · {args.finetune} on {data.corpus}, {data.labels} labels · {data.summary}"
+    draw_history(history, args.run / "history.png", caption)
     if best[1]:
         model.load_state_dict(best[1])
     if best[1] or val_pred is None:
         val_pred = model.predict(val, autocast, args.micro_batch)
-    digests |= {"model": state_digest(model.state_dict()), "val_predictions": tensor_digest((val_pred * 1e6).round() / 1e6 + 0.0)}
+    six_decimals = (val_pred * 1e6).round() / 1e6 + 0.0  # without minus zeros
+    digests |= {"model": state_digest(model.state_dict()), "val_predictions": tensor_digest(six_decimals)}
     write_tensors(args.run / "model.pt", {
         "config": config, "settings": data.settings, "mean": data.mean, "std": data.std,
         "initial_model": digests["initial_model"],

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import ROOT, call
+from conftest import call
 
 import common
 import eval as eval_script
-from common import BadClip, DEAMHandler, read_json, read_windows
+from common import DEAMHandler, read_json, read_windows
 
 
 @pytest.fixture

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 import torchaudio
-from conftest import ROOT, call
+from conftest import call
 
 import common
 import extract
-from common import Backbone, POSITION, UserError, read_json, read_tensors, state_digest
+from common import Backbone, POSITION, read_json, read_tensors, state_digest
 
 
 @pytest.fixture(scope="module")

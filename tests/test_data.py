@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import ROOT, call
+from conftest import call
 
 import common
 import extract

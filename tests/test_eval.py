@@ -7,12 +7,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, QUICK, call
+from conftest import ROOT, call
 
 import common
 import eval as eval_script
 import extract
-import train
 from common import json_digest, read_json, read_tensors
 
 

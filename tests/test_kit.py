@@ -6,8 +6,7 @@ import shutil
 import subprocess
 import sys
 
-import pytest
-from conftest import ROOT, call
+from conftest import ROOT
 
 import common
 import eval as eval_script

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +17,7 @@ import common
 import extract
 import train
 from common import (Backbone, DEAMFeatHandler, EmotionModel, emotion_loss, quadrant_weights, read_json, read_tensors,
-                    state_digest, tensor_digest)
+                    state_digest)
 
 
 def count(model):
