@@ -124,6 +124,8 @@ def run_script(run, parser, go_on):
     except KeyboardInterrupt:
         print(f"\ninterrupted: {go_on}", file=sys.stderr, flush=True)
         os._exit(130)  # at once: decoding threads may be in the middle of a song
+    except BrokenPipeError:  # `… | head` has read enough
+        os._exit(141)
     if isinstance(code, str):
         print(code, file=sys.stderr)
         code = 2

@@ -197,16 +197,15 @@ def baselines(data, split, std):
 
 
 def print_report(metrics, intervals, counts, top, others):
-    print(f"\n{'':10}{'MSE':>8}{'RMSE':>8}{'MAE':>8}{'z MSE':>8}{'z RMSE':>8}{'z MAE':>8}{'R²':>8}{'r':>8}{'CCC':>8}")
+    heads = "MSE", "RMSE", "MAE", "z MSE", "z RMSE", "z MAE", "R²", "r", "CCC"
+    print(f"\n{'':18}" + "".join(f"{head:>8}" for head in heads))
     for name in (*DIMENSIONS, "average"):
-        print(f"{name:10}" + "".join(f"{value:8.4f}" for value in metrics[name].values()))
-        for edge, label in enumerate(("  from", "  to 95 %")):
-            print(f"{label:10}" + "".join(f"{interval[edge]:8.4f}" for interval in intervals[name].values()))
-    print("\nR² beside what it could be:" + f"{'valence':>14}{'arousal':>10}")
-    rows = {"ceiling (a perfect model)": top, "this run": {name: metrics[name]["r2"] for name in DIMENSIONS},
-            **{name: {dimension: other[dimension]["r2"] for dimension in DIMENSIONS} for name, other in others.items()}}
-    for name, row in rows.items():
-        print(f"  {name:28}{row['valence']:10.4f}{row['arousal']:10.4f}")
+        rows = {name: metrics[name].values(), "  95 % from": [interval[0] for interval in intervals[name].values()],
+                "  to": [interval[1] for interval in intervals[name].values()],
+                **{f"  {other}": others[other][name].values() for other in others}}
+        for label, row in rows.items():
+            print(f"{label:18}" + "".join(f"{round(value, 4) + 0.0:8.4f}" for value in row))
+        print(f"{'  perfect model':66}{top[name]:8.4f}")
     q, edges = metrics["quadrant"], intervals["quadrant"]["accuracy"]
     print(f"\nquadrants right: {q['accuracy']:.1%} [{edges[0]:.1%}, {edges[1]:.1%}] of {counts.sum()}; macro F1 "
           f"{q['macro_f1']:.4f}  "
@@ -376,6 +375,7 @@ def evaluate(args, folder, device):
                                          "quadrants_right": int((quadrant(true) == quadrant(pred))[:160].sum())}
     spread = np.array([[float(data.annotations[song][n]) for n in (1, 3)] for song in ids])
     top = dict(zip(DIMENSIONS, ceiling(true, spread).tolist()))
+    top["average"] = sum(top.values()) / 2
     others, penalty = baselines(data, args.split, std)
     others = {name: mapped(float, all_metrics(true, other, std)) for name, other in others.items()}
     found = {"run": folder.name, "corpus": data.corpus, "split": args.split,
@@ -464,7 +464,7 @@ def predict_audio(args, folder, device):
         windows = torch.stack(windows).numpy()
         (valence, arousal), (valence_spread, arousal_spread) = windows.mean(0), windows.std(0)
         n = int(quadrant(windows.mean(0)))
-        over = f"±{valence_spread:.2f} ±{arousal_spread:.2f} of {len(windows)}"
+        over = f"±{valence_spread:.2f} ±{arousal_spread:.2f} of {len(windows)}" if len(windows) > 1 else "one window"
         print(f"{valence:8.3f}{arousal:9.3f}   {QUADRANTS[n] + ' ' + MOODS[n]:24}{over:>20}   {file}", flush=True)
         values = [f"{value:.6f}" for value in (valence, arousal, valence_spread, arousal_spread)]
         rows.append([file, *values, len(windows), QUADRANTS[n], MOODS[n]])

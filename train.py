@@ -18,8 +18,8 @@ import torch
 
 from common import (Backbone, DEAMFeatHandler, EmotionModel, FrozenOutputs, Parser, Progress, UserError, arithmetic,
                     differences, emotion_loss, environment, number, pick_device, quadrant_weights, read_tensors,
-                    run_script, set_determinism,
-                    state_digest, tensor_digest, where_to_keep, write_file, write_json, write_tensors)
+                    run_script, set_determinism, state_digest, tensor_digest, where_to_keep, write_file, write_json,
+                    write_tensors)
 
 HISTORY = ["epoch", "lr", "train_loss", "train_mse", "train_mae", "val_loss", "val_mse", "val_mae"]
 

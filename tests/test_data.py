@@ -115,8 +115,11 @@ def test_bad_clips_are_named(tmp_path, compared):
     (tmp_path / "empty.mp3").write_bytes(b"")
     (tmp_path / "text.mp3").write_text("not audio " * 100)
     (tmp_path / "cut.wav").write_bytes(whole[:len(whole) // 2])
+    soundfile.write(tmp_path / "whole.flac", np.random.default_rng(0).normal(0, 0.1, 44100), 44100)
+    (tmp_path / "cut.flac").write_bytes((tmp_path / "whole.flac").read_bytes()[:30000])
     (tmp_path / "cut.mp3").write_bytes((tmp_path / "whole.mp3").read_bytes()[:20000])
-    expected = {"short.wav": "too short", "nan.wav": "NaN", "empty.mp3": "empty", "text.mp3": "not readable", "cut.wav": "truncated", "cut.mp3": "truncated"}
+    expected = {"short.wav": "too short", "nan.wav": "NaN", "empty.mp3": "empty", "text.mp3": "not readable", "cut.wav": "truncated", "cut.mp3": "truncated",
+                "cut.flac": "not readable"}
     for name, says in expected.items():
         with pytest.raises(BadClip, match=says):
             read_waveform(tmp_path / name, 16000)

@@ -167,8 +167,9 @@ def test_a_collapse_is_called_one(capsys):
     true, _ = random_labels(50)
     for copy, said in ((1.0, True), (0.0, False)):
         pred = np.stack([true[:, 0], copy * true[:, 0] + (1 - copy) * true[:, 1]], 1) * 0.5 + 2
-        metrics, intervals = eval_script.all_metrics(true, pred, np.ones(2)), eval_script.bootstrap(true, pred, np.ones(2), 100)
-        eval_script.print_report(metrics, intervals, eval_script.confusion(true, pred), {"valence": 1, "arousal": 1}, {})
+        metrics = eval_script.mapped(float, eval_script.all_metrics(true, pred, np.ones(2)))
+        intervals = eval_script.bootstrap(true, pred, np.ones(2), 100)
+        eval_script.print_report(metrics, intervals, eval_script.confusion(true, pred), {"valence": 1, "arousal": 1, "average": 1}, {})
         assert ("a collapse" in capsys.readouterr().out) == said
 
 

@@ -259,14 +259,19 @@ def test_a_killed_extraction_resumes_to_the_same(demo, tmp_path, compared):
     compared(60, f"songs, {done} of them before the kill")
 
 
-def test_ctrl_c_says_how_to_go_on(demo, tmp_path):
-    process = python("train.py", "--features", demo / "DEAM_feats", "--run", tmp_path / "r", *QUICK, "--epochs", 500)
-    wait_for((tmp_path / "r/last.pt").exists, process)
+@pytest.mark.parametrize("script, hint", [("train.py", "the same command with --resume"), ("extract.py", "the same command goes on")])
+def test_ctrl_c_says_how_to_go_on(demo, tmp_path, script, hint):
+    if script == "train.py":
+        process = python(script, "--features", demo / "DEAM_feats", "--run", tmp_path / "r", *QUICK, "--epochs", 500)
+        wait_for((tmp_path / "r/last.pt").exists, process)
+    else:
+        process = python(script, "--deam", demo / "DEAM_demo", "--bundle", "DEMO", "--features", tmp_path / "f", "--device", "cpu", *CANONICAL)
+        wait_for(lambda: len(list((tmp_path / "f/songs").glob("*.pt"))) > 2, process)
     start = time.monotonic()
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=20)
     assert process.returncode == 130 and time.monotonic() - start < 5
-    assert output.strip().splitlines()[-1].startswith("interrupted: the same command with --resume") and "Traceback" not in output
+    assert output.strip().splitlines()[-1].startswith(f"interrupted: {hint}") and "Traceback" not in output
 
 
 def test_a_run_is_not_overwritten_or_mixed(demo, trained, tmp_path, fails):
