@@ -55,11 +55,12 @@ def set_determinism(threads, precision="float32"):
 
 
 def arithmetic(precision, device):
-    """The dtype of parameters and inputs, and the autocast context to compute in, for a --precision."""
+    """The dtype of parameters and inputs, and a function that makes the autocast context to compute in, for a
+    --precision. A new one each time: one context entered twice, nested, would stay on for good."""
     if precision == "tf32" and device.type != "cuda":
         raise UserError("--precision tf32 needs an NVIDIA GPU: use float32 on a CPU")
     dtype = torch.float64 if precision == "float64" else torch.float32
-    return dtype, torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+    return dtype, lambda: torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
 def environment(device):
@@ -854,7 +855,7 @@ class EmotionModel(nn.Module):
     def predict(self, loader, autocast, micro_batch=1):
         """z-scored predictions float64[N, 2] on the CPU for all clips of a loader, in its order, in eval mode."""
         self.eval()
-        with autocast:
+        with autocast():
             return torch.cat([self(clips, micro_batch).double().cpu() for clips, _ in loader])
 
 
@@ -871,7 +872,7 @@ class FrozenOutputs(Dataset):
     def __getitem__(self, index):
         if index not in self.kept:
             features, _ = self.dataset[index]
-            with self.autocast:
+            with self.autocast():
                 states = self.model.frozen(features)
             if self.keep is None:
                 return states, self.dataset.labels[index]

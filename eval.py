@@ -453,9 +453,9 @@ def predict_audio(args, folder, device):
         windows = []
         try:
             for waveform, _ in read_windows(file, backbone.sample_rate, feature_dtype, WINDOW):
-                with feature_autocast:
+                with feature_autocast():
                     features = backbone.hidden_states(waveform[None], settings["layer"])[0].to(stored)
-                with torch.no_grad(), autocast:
+                with torch.no_grad(), autocast():
                     windows.append(model([model.frozen(features)]).double().cpu()[0] * model.std + model.mean)
         except BadClip as error:
             print(f"failed: {file}: {error}", flush=True)

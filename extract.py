@@ -262,7 +262,7 @@ def run(args):
 
     def compute(clips):
         """clips: [(song, waveform, digest of its PCM)] of equal length."""
-        with autocast:
+        with autocast():
             states = backbone.hidden_states(torch.stack([waveform for _, waveform, _ in clips]), args.layer)
         for (song, _, pcm), features in zip(clips, states.to(getattr(torch, args.store)).cpu()):
             writing.append((song, writers.submit(store, song, pcm, features.clone() if len(clips) > 1 else features)))

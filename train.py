@@ -196,7 +196,7 @@ def run(args):
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 true = z_scored(labels)
-                with autocast:
+                with autocast():
                     pred = model(clips, args.micro_batch)
                 loss = loss_of(pred, true)
                 optimizer.zero_grad()

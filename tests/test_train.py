@@ -346,3 +346,18 @@ def test_a_full_disk_or_a_forbidden_folder_is_one_line(demo, tmp_path, fails, mo
     message = fails(train, "--features", demo / "DEAM_feats", "--run", tmp_path / "r", *QUICK)
     assert f"no space left in {tmp_path / 'r'}" in message and "MB more" in message
     assert not list((tmp_path / "r").iterdir())
+
+
+def test_bfloat16_stays_where_it_is_asked_for(demo, tmp_path, compared):
+    """Autocast is off again after a run, and a resumed bfloat16 run equals an undisturbed one."""
+    base = ["--features", demo / "DEAM_feats", *QUICK, "--precision", "bfloat16", "--epochs", 3]
+    assert call(train, *base, "--run", tmp_path / "a") == 0
+    assert not torch.is_autocast_enabled("cpu")
+    stopped = python("train.py", *base, "--run", tmp_path / "b")
+    wait_for((tmp_path / "b/last.pt").exists, stopped)
+    stopped.send_signal(signal.SIGKILL)
+    stopped.wait()
+    assert call(train, *base, "--run", tmp_path / "b", "--resume") == 0
+    digests = [read_json(tmp_path / name / "config.json", "")["digests"] for name in "ab"]
+    assert digests[0] == digests[1]
+    compared(len(digests[0]), "digests")
