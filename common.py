@@ -214,6 +214,12 @@ def write_tensors(path, value):
     write_file(path, buffer.getbuffer())
 
 
+def write_csv(path, header, rows):
+    table = io.StringIO()
+    csv.writer(table, lineterminator="\n").writerows([header, *rows])
+    write_file(path, table.getvalue())
+
+
 def read_json(path, what):
     try:
         return json.loads(Path(path).read_text())
@@ -291,7 +297,7 @@ class Backbone:
             state = read_tensors(weights, "a file of weights")
             if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
                 raise UserError(f"{weights} is not a state dict: give a Hugging Face pytorch_model.bin or a "
-                                f"torchaudio state dict")
+                                "torchaudio state dict")
             if not any(name.startswith("encoder.transformer.") for name in state):
                 state, z_scored, epsilon = from_hugging_face(state), True, 1e-7
             self.file = {"name": Path(weights).name, "sha256": sha256(Path(weights).read_bytes())}
@@ -333,6 +339,19 @@ class Backbone:
         for encoder_layer in transformer.layers[:layer]:  # one by one: forward() may skip layers at random
             states, _ = encoder_layer(states)
         return states
+
+
+def backbone_of(settings, weights, whose, file=None):
+    """The Backbone that made features with these manifest `settings`, from `weights` (None: the bundle's own).
+    Raises UserError, speaking of `whose` features and of their weights' `file`, where these are other weights."""
+    backbone = Backbone(settings["bundle"], weights)
+    backbone.epsilon = settings.get("normalize_epsilon")
+    wanted = settings.get("weights_sha256", backbone.digest)
+    if backbone.digest != wanted:
+        raise UserError(f"the features of {whose} were made by other weights ({wanted[:16]}…) than these "
+                        f"({backbone.digest[:16]}…): pass {file or 'the file that extract.py was given'} with "
+                        "--weights, or leave that out if it was given none")
+    return backbone
 
 
 def downloaded_weights(bundle):
@@ -418,10 +437,10 @@ def read_annotations(path):
                 raise ValueError
         except (ValueError, IndexError):
             raise UserError(f"{path}, line {line}: not five finite numbers; take the file from a fresh copy of "
-                            f"DEAM") from None
+                            "DEAM") from None
         if song in songs:
             raise UserError(f"{path}, line {line}: song {song} stands there twice; take the file from a fresh copy of "
-                            f"DEAM")
+                            "DEAM")
         songs[song] = values
     if not songs:
         raise UserError(f"{path}: no songs in it")
@@ -636,7 +655,7 @@ class FeatDataset(Dataset):
         if self.manifest and song not in self.verified:
             if tensor_digest(features) != self.manifest["songs"][str(song)]["features"]:
                 raise UserError(f"{path} is damaged: not the features that the manifest vouches for; run extract.py "
-                                f"again")
+                                "again")
             self.verified.add(song)
         return features, self.labels[index]
 
@@ -669,11 +688,11 @@ class DEAMFeatHandler:
             self.corpus, self.settings, self.swapped = (self.manifest[key] for key in keys)
             if sha256((root / "annotations.csv").read_bytes()) != self.manifest["annotations"]:
                 raise UserError(f"{root / 'annotations.csv'} is not the file that the manifest vouches for; run "
-                                f"extract.py again")
+                                "extract.py again")
         if labels == "corrected":
             if self.swapped is None:
                 raise UserError(f"{root} does not say which labels are exchanged: extract again from a DEAM folder "
-                                f"with its dynamic annotations")
+                                "with its dynamic annotations")
             for song, (valence, valence_std, arousal, arousal_std) in annotations.items():
                 if any(low <= song <= high for low, high in self.swapped):
                     annotations[song] = [arousal, arousal_std, valence, valence_std]
@@ -726,9 +745,12 @@ class DEAMFeatHandler:
         return self.manifest["digest"] if self.manifest else None
 
     def check(self, split):
-        """Read every feature file of a split against the manifest. Raises UserError naming a damaged one."""
-        for _ in Progress(self.datasets[split], desc=f"check {split}", unit="song", disable=not self.manifest):
-            pass
+        """Read the feature files of a split that were not yet read against the manifest. Raises UserError naming a
+        damaged one."""
+        dataset = self.datasets[split]
+        unread = [index for index, song in enumerate(dataset.ids) if song not in dataset.verified]
+        for index in Progress(unread, desc=f"check {split}", unit="song", disable=not self.manifest or not unread):
+            dataset[index]
 
 
 def differences(then, now):
@@ -783,13 +805,12 @@ class EmotionModel(nn.Module):
         transformer = torchaudio.models.wav2vec2_model(**params).encoder.transformer
         self.layers, self.norm = transformer.layers[layer:], transformer.layer_norm
         self.valence, self.arousal = Head(params["encoder_embed_dim"]), Head(params["encoder_embed_dim"])
-        self.first_trained = top - trained
+        self.first_trained, self.trains_layers = top - trained, trained > 0
         for module in self.frozen_modules():
             module.requires_grad_(False)
 
     def frozen_modules(self):
-        trains_layers = self.first_trained < len(self.layers)
-        return [*self.layers[:self.first_trained], *([] if trains_layers else [self.norm])]
+        return [*self.layers[:self.first_trained], *([] if self.trains_layers else [self.norm])]
 
     def train(self, mode=True):
         super().train(mode)
@@ -818,13 +839,13 @@ class EmotionModel(nn.Module):
         states = features.to(self.valence[0].weight)[None]
         for layer in self.layers[:self.first_trained]:
             states, _ = layer(states)
-        return (states if self.first_trained < len(self.layers) else self.norm(states).mean(1, keepdim=True))[0]
+        return (states if self.trains_layers else self.norm(states).mean(1, keepdim=True))[0]
 
     def pool(self, states):
         """states[B, T, D] of `frozen` → pooled[B, D]."""
         for layer in self.layers[self.first_trained:]:
             states, _ = layer(states)
-        return (self.norm(states) if self.first_trained < len(self.layers) else states).mean(1)
+        return (self.norm(states) if self.trains_layers else states).mean(1)
 
     def forward(self, clips, micro_batch=1):
         """[states of `frozen`, …], of any lengths → z-scored predictions [B, 2]: valence, arousal."""
@@ -884,8 +905,7 @@ def where_to_keep(count, frames, model, device):
     """The device with room for the frozen outputs of `count` clips of `frames` frames: the model's own, the host, or
     None. Half of what is free stays free."""
     parameter = model.valence[0].weight
-    rows = count * (frames if model.first_trained < len(model.layers) else 1)
-    needed = rows * parameter.shape[1] * parameter.element_size()
+    needed = count * (frames if model.trains_layers else 1) * parameter.shape[1] * parameter.element_size()
     if device.type == "cuda" and needed < torch.cuda.mem_get_info(device)[0] / 2:
         return device
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -6,7 +6,7 @@
   python eval.py runs/last1 --audio song.mp3 folder    # valence and arousal of any audio file
 """
 
-import csv
+import functools
 import io
 import os
 from pathlib import Path
@@ -20,9 +20,9 @@ import soundfile
 import torch
 from torch.utils.data import DataLoader
 
-from common import (Backbone, BadClip, DEAMFeatHandler, EmotionModel, FrozenOutputs, Parser, Progress, UserError,
-                    arithmetic, collate, environment, json_digest, pick_device, read_json, read_tensors, read_windows,
-                    run_script, set_determinism, state_digest, write_file, write_json)
+from common import (BadClip, DEAMFeatHandler, EmotionModel, FrozenOutputs, Parser, Progress, UserError,
+                    arithmetic, backbone_of, collate, environment, json_digest, pick_device, read_json, read_tensors,
+                    read_windows, run_script, set_determinism, state_digest, write_csv, write_file, write_json)
 
 DIMENSIONS = ("valence", "arousal")
 QUADRANTS = ("HV/HA", "LV/HA", "LV/LA", "HV/LA")  # high or low valence / arousal, from 5 on
@@ -68,20 +68,19 @@ def load_run(folder):
         raise UserError(f"{folder / 'model.pt'} is not a model that train.py wrote") from None
 
 
-def load_data(args, folder, checkpoint):
-    """The features that the run was trained on, the split's files checked. Raises UserError where they are others."""
+def load_data(args, folder, checkpoint, open_features):
+    """The features that the run was trained on, the split's files checked. Raises UserError where they are others.
+    open_features(labels): their DEAMFeatHandler, the same one for all runs of a call."""
     config = checkpoint["config"]
-    data = DEAMFeatHandler(args.features, args.splits, allow_missing=args.allow_missing,
-                           labels=args.labels or config["labels"])
+    data = open_features(args.labels or config["labels"])
     runs, here = ((settings["bundle"], settings["layer"]) for settings in (checkpoint["settings"], data.settings))
     if runs != here:
         raise UserError(f"{folder} was trained on {runs[0]} layer {runs[1]}, {data.root} holds {here[0]} layer "
-                        f"{here[1]}: "
-                        "name its own features with --features")
+                        f"{here[1]}: name its own features with --features")
     if config["features_digest"] != data.digest:
         raise UserError(f"{folder} was trained on features {str(config['features_digest'])[:16]}…, {data.root} holds "
-                        f"{str(data.digest)[:16]}…: "
-                        "name its own with --features, or extract them again with its settings")
+                        f"{str(data.digest)[:16]}…: name its own with --features, or extract them again with its "
+                        "settings")
     if config["splits_digest"] != data.splits_digest:
         raise UserError(f"{folder} was trained on other splits: name them with --splits")
     if len(data.ids[args.split]) < 2:
@@ -178,8 +177,10 @@ def ridge(x, y, x_val, y_val, penalties=10.0 ** np.arange(-2, 7.5, 0.5)):
     return predictor(best), float(best)
 
 
+@functools.cache
 def baselines(data, split, std):
-    """Predictions [N, 2] that need no network: the mean of the training labels, and ridge on mean-pooled features."""
+    """Predictions [N, 2] that need no network: the mean of the training labels, and ridge on mean-pooled features.
+    Returns (predictions by name, ridge's penalty). std: a tuple, train+val's σ of both dimensions."""
     splits = dict.fromkeys(["train", "val", split])
     if not data.ids["train"] or not data.ids["val"]:
         return {}, None
@@ -208,8 +209,7 @@ def print_report(metrics, intervals, counts, top, others):
         print(f"{'  perfect model':66}{top[name]:8.4f}")
     q, edges = metrics["quadrant"], intervals["quadrant"]["accuracy"]
     print(f"\nquadrants right: {q['accuracy']:.1%} [{edges[0]:.1%}, {edges[1]:.1%}] of {counts.sum()}; macro F1 "
-          f"{q['macro_f1']:.4f}  "
-          "(threshold 5; rows true, columns predicted)")
+          f"{q['macro_f1']:.4f}  (threshold 5; rows true, columns predicted)")
     print(" " * 8 + "".join(f"{name:>8}" for name in QUADRANTS) + f"{'F1':>8}")
     for name, row in zip(QUADRANTS, counts):
         print(f"{name:8}" + "".join(f"{count:8d}" for count in row) + f"{q['f1'][name]:8.4f}")
@@ -320,8 +320,8 @@ def verify(expected_file, found):
         other = [key for key in ("splits", "split", "labels") if expected[key] != found[key]]
         if other or list(songs) != list(found["predictions"]):
             raise UserError(f"{expected_file} is about other songs or labels ({expected['split']}, {len(songs)} songs "
-                            f"of splits {expected['splits'][:16]}…, "
-                            f"{expected['labels']} labels): verify with the same --split, --splits and --labels")
+                            f"of splits {expected['splits'][:16]}…, {expected['labels']} labels): "
+                            "verify with the same --split, --splits and --labels")
         difference = float(np.abs(np.array(list(songs.values())) - np.array(list(found["predictions"].values()))).max())
     except (KeyError, TypeError, ValueError, AttributeError):
         raise UserError(f"{expected_file} is not a metrics.json that eval.py wrote") from None
@@ -355,11 +355,11 @@ def verify(expected_file, found):
 # -------------------------------------------------------------------------------------------------- runs
 
 
-def evaluate(args, folder, device):
+def evaluate(args, folder, device, open_features):
     """One run: print, write and return what metrics.json holds."""
     dtype, autocast = arithmetic(args.precision, device)
     model, checkpoint = load_run(folder)
-    data = load_data(args, folder, checkpoint)
+    data = load_data(args, folder, checkpoint, open_features)
     model.to(device, dtype)
     ids, dataset = data.ids[args.split], data.datasets[args.split]
     clips = DataLoader(FrozenOutputs(dataset, model, autocast), 1, collate_fn=collate)
@@ -376,7 +376,7 @@ def evaluate(args, folder, device):
     spread = np.array([[float(data.annotations[song][n]) for n in (1, 3)] for song in ids])
     top = dict(zip(DIMENSIONS, ceiling(true, spread).tolist()))
     top["average"] = sum(top.values()) / 2
-    others, penalty = baselines(data, args.split, std)
+    others, penalty = baselines(data, args.split, tuple(std))
     others = {name: mapped(float, all_metrics(true, other, std)) for name, other in others.items()}
     found = {"run": folder.name, "corpus": data.corpus, "split": args.split,
              "labels": data.labels, "trained_on_labels": checkpoint["config"]["labels"],
@@ -406,12 +406,6 @@ def evaluate(args, folder, device):
     return found
 
 
-def write_csv(path, header, rows):
-    table = io.StringIO()
-    csv.writer(table, lineterminator="\n").writerows([header, *rows])
-    write_file(path, table.getvalue())
-
-
 def print_runs(all_found):
     """One row a run, then mean ± standard deviation (of the sample) over the runs."""
     keys = [(name, key) for name in DIMENSIONS for key in ("z_mse", "r2", "pearson", "ccc")]
@@ -433,11 +427,7 @@ def predict_audio(args, folder, device):
     settings, (dtype, autocast) = checkpoint["settings"], arithmetic(args.precision, device)
     set_determinism(args.threads, settings.get("precision", "float32"))
     feature_dtype, feature_autocast = arithmetic(settings.get("precision", "float32"), device)
-    backbone = Backbone(settings["bundle"], args.weights, "on" if settings.get("normalize_epsilon") else "off")
-    if backbone.digest != settings.get("weights_sha256", backbone.digest):
-        raise UserError(f"{folder}'s features were made by other weights ({settings['weights_sha256'][:16]}…) than "
-                        f"these ({backbone.digest[:16]}…): "
-                        "pass the file that extract.py was given with --weights")
+    backbone = backbone_of(settings, args.weights, folder)
     stored = getattr(torch, settings.get("store", "float32"))
     backbone.model.to(device, feature_dtype)
     model.to(device, dtype).eval()
@@ -483,7 +473,9 @@ def run(args):
         raise UserError("--weights and --csv go with --audio")
     if args.audio:
         return predict_audio(args, args.runs[0], device)
-    all_found = [evaluate(args, folder, device) for folder in args.runs]
+    open_features = functools.cache(lambda labels: DEAMFeatHandler(args.features, args.splits, labels=labels,
+                                                                   allow_missing=args.allow_missing))
+    all_found = [evaluate(args, folder, device, open_features) for folder in args.runs]
     if len(all_found) > 1:
         print_runs(all_found)
     return verify(args.verify, all_found[0]) if args.verify else 0

@@ -108,7 +108,7 @@ def audit_labels(annotations, dynamic):
 def print_audit(rows):
     print("static label against the song mean of the dynamic one: Pearson's r")
     print(f"{'ids':>12}{'songs':>7}{'val–val':>9}{'val–aro':>9}{'aro–aro':>9}{'aro–val':>9}   crosswise minus "
-          f"straight, 99.9 % interval")
+          "straight, 99.9 % interval")
     for row in rows:
         (vv, va), (av, aa) = row["r"]
         print(f"{row['low']:>6}–{row['high']:<5}{row['songs']:>7}{vv:9.3f}{va:9.3f}{aa:9.3f}{av:9.3f}   "
@@ -129,8 +129,7 @@ def choose_songs(args, deam, splits):
     missing = [song for song in ids if song not in deam.audio]
     if missing and not args.allow_missing or len(missing) == len(ids):
         raise UserError(f"{len(missing)} of {len(ids)} songs have no audio: {shortened(missing)}; complete DEAM's "
-                        f"folder, "
-                        "or add --allow-missing to work on the songs that are there")
+                        "folder, or add --allow-missing to work on the songs that are there")
     return [song for song in ids if song in deam.audio]
 
 
@@ -210,7 +209,7 @@ def run(args):
     if args.audit_labels:
         if not audit:
             raise UserError(f"no dynamic annotations in {root} to compare with: unpack the whole of DEAM_Annotations "
-                            f"there")
+                            "there")
         print_audit(audit)
         return 0
     swapped = [[row["low"], row["high"]] for row in audit if row["swapped"]] if audit is not None else None

@@ -5,7 +5,6 @@
   python train.py --finetune last1 --resume          # go on after an interruption
 """
 
-import csv
 import io
 import math
 from pathlib import Path
@@ -16,10 +15,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 
-from common import (Backbone, DEAMFeatHandler, EmotionModel, FrozenOutputs, Parser, Progress, UserError, arithmetic,
-                    differences, emotion_loss, environment, number, pick_device, quadrant_weights, read_tensors,
-                    run_script, set_determinism, state_digest, tensor_digest, where_to_keep, write_file, write_json,
-                    write_tensors)
+from common import (DEAMFeatHandler, EmotionModel, FrozenOutputs, Parser, Progress, UserError, arithmetic,
+                    backbone_of, differences, emotion_loss, environment, number, pick_device, quadrant_weights,
+                    read_tensors, run_script, set_determinism, state_digest, tensor_digest, where_to_keep, write_csv,
+                    write_file, write_json, write_tensors)
 
 HISTORY = ["epoch", "lr", "train_loss", "train_mse", "train_mae", "val_loss", "val_mse", "val_mae"]
 
@@ -93,18 +92,6 @@ def configuration(args, device, data):
             "songs": {name: len(ids) for name, ids in data.ids.items()}}
 
 
-def load_backbone(args, data):
-    """The backbone that made the features: the top layers start from its weights."""
-    backbone = Backbone(data.settings["bundle"], args.weights)
-    wanted = data.settings.get("weights_sha256", backbone.digest)
-    if backbone.digest != wanted:
-        file = (data.manifest.get("weights_file") or {}).get("name")
-        raise UserError(f"{args.features} was made by other weights ({wanted[:16]}…) than these "
-                        f"({backbone.digest[:16]}…): "
-                        + (f"pass {file} with --weights" if file else "leave out --weights"))
-    return backbone
-
-
 def draw_history(history, path, caption):
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), constrained_layout=True)
     epochs = [row["epoch"] for row in history]
@@ -135,28 +122,30 @@ def run(args):
         print(note)
     if len(data.ids["train"]) < args.batch_size or not data.ids["val"]:
         raise UserError(f"{data.summary}: that is no full batch of {args.batch_size} to train on, or nothing to "
-                        f"validate on; lower --batch-size")
+                        "validate on; lower --batch-size")
     config, last = configuration(args, device, data), None
     if (args.run / "last.pt").exists():
         if not args.resume:
             raise UserError(f"{args.run} holds a run already: add --resume to go on with it, choose another --run, or "
-                            f"delete it")
+                            "delete it")
         last = read_tensors(args.run / "last.pt", "a training state")
         if not isinstance(last, dict) or "config" not in last:
             raise UserError(f"{args.run / 'last.pt'} is not a training state: delete {args.run} and train again")
         if differing := differences(last["config"], config):
             raise UserError(f"{args.run} was started otherwise ({differing}): resume with its own settings, or choose "
-                            f"another --run")
+                            "another --run")
 
     model = EmotionModel(data.settings["bundle"], data.settings["layer"], args.finetune)
-    model.start_from(load_backbone(args, data), args.seed)
+    weights_file = (data.manifest or {}).get("weights_file")
+    backbone = backbone_of(data.settings, args.weights, args.features, (weights_file or {}).get("name"))
+    model.start_from(backbone, args.seed)
     model.to(device, dtype)
     digests = {"initial_model": state_digest(model.state_dict())}
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=args.lr, weight_decay=args.weight_decay)
     print(f"{args.run}: {args.finetune} on {data.summary}; {sum(p.numel() for p in trainable):,} trainable of "
           f"{sum(p.numel() for p in model.parameters()):,} parameters; {args.precision} on {device}, {args.threads} "
-          f"threads")
+          "threads")
     print(f"features {str(data.digest)[:16]}; initial model {digests['initial_model'][:16]}", flush=True)
 
     torch.manual_seed(args.seed + 2)  # dropout
@@ -170,7 +159,7 @@ def run(args):
             torch.cuda.set_rng_state(last["cuda_rng"], device)
         history, best = last["history"], last["best"]
         print(f"going on after epoch {len(history)} of {args.epochs}")
-    record = {**config, "weights_file": (data.manifest or {}).get("weights_file"), "label_mean": data.mean.tolist(),
+    record = {**config, "weights_file": weights_file, "label_mean": data.mean.tolist(),
               "label_std": data.std.tolist(), "digests": digests, "environment": environment(device)}
     write_json(args.run / "config.json", record)
 
@@ -181,6 +170,9 @@ def run(args):
 
     def loss_of(pred, true):
         return emotion_loss(pred.to(dtype), true, args.lambda_corr, args.lambda_var, args.corr_target, weights)
+
+    def save_history():
+        write_csv(args.run / "history.csv", HISTORY, [row.values() for row in history])
 
     frames = max((entry["frames"] for entry in data.manifest["songs"].values()), default=0) if data.manifest else 2250
     keep = where_to_keep(len(data.ids["train"] + data.ids["val"]), frames, model, device)
@@ -207,7 +199,7 @@ def run(args):
                 sums += torch.stack([loss.detach().double(), difference.square().mean(), difference.abs().mean()]).cpu()
                 if not sums.isfinite().all():
                     raise UserError(f"the loss is not finite in epoch {epoch}: lower --max-lr, or try --precision "
-                                    f"float32")
+                                    "float32")
                 bar.update()
             val_pred = model.predict(val, autocast, args.micro_batch)
             difference = val_pred - val_true.double().cpu()
@@ -225,9 +217,9 @@ def run(args):
                 "history": history, "best": best,
                 "shuffle": data.shuffle.get_state(), "rng": torch.get_rng_state(),
                 "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None})
-            write_history(args.run, history)
+            save_history()
 
-    write_history(args.run, history)
+    save_history()
     caption = f"{args.run.name} · {args.finetune} on {data.corpus}, {data.labels} labels · {data.summary}"
     draw_history(history, args.run / "history.png", caption)
     if best[1]:
@@ -244,14 +236,6 @@ def run(args):
     for name, value in digests.items():
         print(f"{name.replace('_', ' ')}: {value}")
     return 0
-
-
-def write_history(folder, history):
-    table = io.StringIO()
-    writer = csv.DictWriter(table, HISTORY, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(history)
-    write_file(folder / "history.csv", table.getvalue())
 
 
 def main():
