@@ -17,6 +17,7 @@ PINS = {
     "MKL_CBWR": "AVX2,STRICT",
 }
 os.environ.update(PINS)
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # no bits, but time: large tensors on large pages of memory
 
 import argparse
 import contextlib
@@ -29,11 +30,14 @@ import math
 import platform
 import re
 import sys
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import soundfile
 import torch
+import torch.nn.functional as F
 import torchaudio
 from torch import nn
 from torch.nn.utils import parametrize
@@ -136,7 +140,24 @@ def run_script(run, parser, go_on):
 def pick_device(name):
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no NVIDIA GPU here; use --device cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))  # torchrun's number of a process on its machine
+
+
+def ahead(function, items, threads=8):
+    """Yield function(item) for each of items, in their order, computed a few items ahead by `threads` threads, which
+    use one CPU thread each inside torch."""
+    pool, waiting = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)), deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > 2 * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 class Progress(tqdm):
@@ -232,11 +253,11 @@ def read_json(path, what):
 def read_tensors(path, what):
     """torch.load that can only make tensors and plain values, never run code. Raises UserError."""
     try:
-        data = Path(path).read_bytes()
+        open(path, "rb").close()
     except OSError as error:
         raise UserError(f"cannot read {what} {path}: {error.strerror}") from None
     try:
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # the unpickler raises nearly anything on a file that is not its own
         raise UserError(f"{path} is not {what}: damaged, or it holds more than tensors and plain values") from None
 
@@ -255,6 +276,7 @@ DEMO = {
 # oneDNN's float32 convolutions add up in an order that follows the thread count and the batch: they always get this
 # many threads, however many --threads asks for elsewhere, and one clip at a time, so that features are the same bits.
 CONVOLUTION_THREADS = 8
+CHUNK = 64  # frames that a thread takes through the float64 convolutions: what fits its cache
 POSITION = "encoder.transformer.pos_conv_embed.conv."
 
 
@@ -300,7 +322,8 @@ class Backbone:
                                 "torchaudio state dict")
             if not any(name.startswith("encoder.transformer.") for name in state):
                 state, z_scored, epsilon = from_hugging_face(state), True, 1e-7
-            self.file = {"name": Path(weights).name, "sha256": sha256(Path(weights).read_bytes())}
+            with open(weights, "rb") as file:
+                self.file = {"name": Path(weights).name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
         elif bundle == "DEMO":
             state = demo_weights()
         else:
@@ -329,16 +352,66 @@ class Backbone:
             rows = [row / np.sqrt((row * row).mean() + self.epsilon) for row in rows]
             waveforms = torch.from_numpy(np.stack(rows)).to(waveforms.dtype)
         transformer, threads = self.model.encoder.transformer, torch.get_num_threads()
+        device = transformer.layer_norm.weight.device
+        if device.type == "cuda":
+            waveforms = waveforms.pin_memory().to(device, non_blocking=True)
+        extractor, states = self.model.feature_extractor, []
         torch.set_num_threads(CONVOLUTION_THREADS)
-        states = []
-        for waveform in waveforms.to(transformer.layer_norm.weight.device).split(1):
-            features, _ = self.model.feature_extractor(waveform, None)
+        for waveform in waveforms.split(1):
+            if waveform.dtype == torch.float64 and device.type == "cpu":
+                features = convolve_in_chunks(extractor.conv_layers, waveform, threads)
+            else:
+                features, _ = extractor(waveform, None)
             states.append(transformer._preprocess(self.model.encoder.feature_projection(features)))
-        states = torch.cat(states)
         torch.set_num_threads(threads)
+        states = torch.cat(states)
         for encoder_layer in transformer.layers[:layer]:  # one by one: forward() may skip layers at random
             states, _ = encoder_layer(states)
         return states
+
+
+def convolve_in_chunks(blocks, waveform, threads):
+    """A feature extractor's blocks on float64[1, samples], on a CPU → [1, T, channels]: what its forward gives, up to
+    float64's rounding, in half the time and with little memory.
+
+    oneDNN has no float64 convolutions; torch's own write out whole layers and wait for memory. Here each thread takes
+    CHUNK frames at a time through all layers. Only the first layer's group norm looks beyond them: its mean and variance
+    over time are put together beforehand (Chan, Golub & LeVeque 1983, The American Statistician 37).
+    """
+    hop, field = 1, 1  # samples from frame to frame, and those that one frame sees
+    for block in blocks:
+        field, hop = field + (block.kernel_size - 1) * hop, hop * block.stride
+    first, norm, source = blocks[0], blocks[0].layer_norm, waveform[None]
+    whole_clip = isinstance(norm, nn.GroupNorm)
+
+    @torch.inference_mode()
+    def moments(start):
+        """Count, means and sums of squared deviations of outputs `start`, … of the first convolution."""
+        stop = (start + step - 1) * first.stride + first.kernel_size
+        outputs = first.conv(source[:, :, start * first.stride:stop])
+        mean = outputs.mean(2, keepdim=True)
+        return outputs.shape[2], mean, outputs.sub_(mean).square_().sum(2, keepdim=True)
+
+    if whole_clip:
+        step, count, mean, squares = CHUNK * hop // first.stride, 0, 0, 0
+        for n, part, deviations in ahead(moments, range(0, (source.shape[2] - first.kernel_size) // first.stride + 1,
+                                                        step), threads):
+            squares = squares + deviations + (part - mean) ** 2 * (count * n / (count + n))
+            mean, count = mean + (part - mean) * (n / (count + n)), count + n
+        scale = norm.weight[:, None] / (squares / count + norm.eps).sqrt()
+        shift = norm.bias[:, None] - mean * scale
+
+    @torch.inference_mode()
+    def features(start):
+        x = source[:, :, start * hop:(start + CHUNK - 1) * hop + field]
+        if whole_clip:
+            x = F.gelu(first.conv(x).mul_(scale).add_(shift))
+        for block in blocks[1 if whole_clip else 0:]:
+            x, _ = block(x, None)
+        return x
+
+    frames = (source.shape[2] - field) // hop + 1
+    return torch.cat(list(ahead(features, range(0, frames, CHUNK), threads)), 2).transpose(1, 2)
 
 
 def backbone_of(settings, weights, whose, file=None):
@@ -659,10 +732,15 @@ class FeatDataset(Dataset):
             self.verified.add(song)
         return features, self.labels[index]
 
+    def __getitems__(self, indices):
+        """Many at once, in order, the next files read meanwhile."""
+        return ahead(self.__getitem__, indices)
+
 
 def collate(batch):
     """Clips stay apart, ([features[T, D], …], labels[B, 2]): padding them would change what the encoder sees."""
-    return [features for features, _ in batch], torch.stack([label for _, label in batch])
+    clips, labels = zip(*batch)
+    return list(clips), torch.stack(labels)
 
 
 class DEAMFeatHandler:
@@ -749,8 +827,9 @@ class DEAMFeatHandler:
         damaged one."""
         dataset = self.datasets[split]
         unread = [index for index, song in enumerate(dataset.ids) if song not in dataset.verified]
-        for index in Progress(unread, desc=f"check {split}", unit="song", disable=not self.manifest or not unread):
-            dataset[index]
+        for _ in Progress(dataset.__getitems__(unread), total=len(unread), desc=f"check {split}", unit="song",
+                          disable=not self.manifest or not unread):
+            pass
 
 
 def differences(then, now):
@@ -791,9 +870,10 @@ class EmotionModel(nn.Module):
 
     `finetune` names what trains: `frozen` the heads alone; `last<n>` the top n layers, the norm and the heads. The
     layers below stay in eval mode. Initial weights of layers and norm: `start_from`; of the heads: `seed`.
+    attention_dropout: of the layers that train; None leaves the bundle's.
     """
 
-    def __init__(self, bundle, layer, finetune):
+    def __init__(self, bundle, layer, finetune, attention_dropout=None):
         super().__init__()
         params = architecture(bundle)[0]
         top = params["encoder_num_layers"] - layer
@@ -806,6 +886,9 @@ class EmotionModel(nn.Module):
         self.layers, self.norm = transformer.layers[layer:], transformer.layer_norm
         self.valence, self.arousal = Head(params["encoder_embed_dim"]), Head(params["encoder_embed_dim"])
         self.first_trained, self.trains_layers = top - trained, trained > 0
+        if attention_dropout is not None:
+            for encoder_layer in self.layers:
+                encoder_layer.attention.dropout = attention_dropout
         for module in self.frozen_modules():
             module.requires_grad_(False)
 
@@ -833,10 +916,13 @@ class EmotionModel(nn.Module):
 
     @torch.no_grad()
     def frozen(self, features):
-        """One clip's features[T, D] through the layers that do not train → states[T, D] on the model's device; where
-        no layer trains, on through norm and mean: pooled[1, D]. Clip by clip, so that it can be kept or computed
-        again, whichever memory allows, without changing a bit."""
-        states = features.to(self.valence[0].weight)[None]
+        """One clip's features[T, D] through the layers that do not train → states[T, D] on the model's device, the
+        features as they are if all train; where none trains, on through norm and mean: pooled[1, D]. Clip by clip, so
+        that it can be kept or computed again, whichever memory allows, without changing a bit."""
+        weight = self.valence[0].weight
+        if self.trains_layers and not self.first_trained:
+            return features.to(weight.device)
+        states = features.to(weight)[None]
         for layer in self.layers[:self.first_trained]:
             states, _ = layer(states)
         return (states if self.trains_layers else self.norm(states).mean(1, keepdim=True))[0]
@@ -865,7 +951,8 @@ class EmotionModel(nn.Module):
         for same in places.values():
             for start in range(0, len(same), micro_batch):
                 group = same[start:start + micro_batch]
-                states = torch.stack([clips[place] for place in group]).to(self.valence[0].weight)
+                weight = self.valence[0].weight
+                states = torch.stack([clips[place].to(weight.device, non_blocking=True) for place in group]).to(weight)
                 recompute = self.training and micro_batch < len(clips)
                 rows = checkpoint(self.pool, states, use_reentrant=False) if recompute else self.pool(states)
                 for place, row in zip(group, rows):
@@ -877,7 +964,7 @@ class EmotionModel(nn.Module):
         """z-scored predictions float64[N, 2] on the CPU for all clips of a loader, in its order, in eval mode."""
         self.eval()
         with autocast():
-            return torch.cat([self(clips, micro_batch).double().cpu() for clips, _ in loader])
+            return torch.cat([self(clips, micro_batch).double() for clips, _ in loader]).cpu()
 
 
 class FrozenOutputs(Dataset):
@@ -890,22 +977,31 @@ class FrozenOutputs(Dataset):
     def __len__(self):
         return len(self.dataset)
 
-    def __getitem__(self, index):
-        if index not in self.kept:
-            features, _ = self.dataset[index]
+    def __getitems__(self, indices):
+        new = [index for index in indices if index not in self.kept]
+        read = self.dataset.__getitems__(new)
+        for index in indices:
+            if index in self.kept:
+                yield self.kept[index], self.dataset.labels[index]
+                continue
+            features, label = next(read)
             with self.autocast():
                 states = self.model.frozen(features)
-            if self.keep is None:
-                return states, self.dataset.labels[index]
-            self.kept[index] = states.to(self.keep)
-        return self.kept[index], self.dataset.labels[index]
+            if self.keep:
+                states = states.to(self.keep)
+                if self.keep.type == "cpu" and torch.cuda.is_available():
+                    states = states.pin_memory()  # from where a GPU fetches it while it computes
+                self.kept[index] = states
+            yield states, label
 
 
-def where_to_keep(count, frames, model, device):
+def where_to_keep(count, frames, model, features_dtype, device):
     """The device with room for the frozen outputs of `count` clips of `frames` frames: the model's own, the host, or
     None. Half of what is free stays free."""
     parameter = model.valence[0].weight
-    needed = count * (frames if model.trains_layers else 1) * parameter.shape[1] * parameter.element_size()
+    all_train = model.trains_layers and not model.first_trained
+    size = features_dtype.itemsize if all_train else parameter.element_size()
+    needed = count * (frames if model.trains_layers else 1) * parameter.shape[1] * size
     if device.type == "cuda" and needed < torch.cuda.mem_get_info(device)[0] / 2:
         return device
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

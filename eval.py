@@ -21,7 +21,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from common import (BadClip, DEAMFeatHandler, EmotionModel, FrozenOutputs, Parser, Progress, UserError,
-                    arithmetic, backbone_of, collate, environment, json_digest, pick_device, read_json, read_tensors,
+                    ahead, arithmetic, backbone_of, collate, environment, json_digest, pick_device, read_json, read_tensors,
                     read_windows, run_script, set_determinism, state_digest, write_csv, write_file, write_json)
 
 DIMENSIONS = ("valence", "arousal")
@@ -185,13 +185,10 @@ def baselines(data, split, std):
     if not data.ids["train"] or not data.ids["val"]:
         return {}, None
     labels = {name: data.datasets[name].labels.numpy() for name in splits}
-    with Progress(total=sum(len(data.ids[name]) for name in splits), desc="baselines", unit="song") as bar:
-        for name in splits:
-            rows = []
-            for features, _ in data.datasets[name]:
-                rows.append(features.double().mean(0).numpy())
-                bar.update()
-            splits[name] = np.stack(rows)
+    for name in splits:
+        dataset = data.datasets[name]
+        pooled = ahead(lambda index: dataset[index][0].double().mean(0).numpy(), range(len(dataset)))
+        splits[name] = np.stack([*Progress(pooled, total=len(dataset), desc=f"baselines {name}", unit="song")])
     predict, penalty = ridge(splits["train"], labels["train"] / std, splits["val"], labels["val"] / std)
     mean = np.broadcast_to(labels["train"].mean(0), labels[split].shape)
     return {"training mean": mean, "ridge": predict(splits[split]) * std}, penalty

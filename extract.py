@@ -4,30 +4,35 @@
   python extract.py                                  # DEAM from Kaggle, WAV2VEC2_BASE, layer 10
   python extract.py --deam PATH --weights pytorch_model.bin
   python extract.py --precision float64 --store float16    # the canonical setting: the same bits on any machine
+  torchrun --nproc-per-node 4 extract.py             # four GPUs share the songs: one folder, the same features
   python extract.py --check DEAM_feats               # nothing but: are the files what the manifest says?
   python extract.py --deam PATH --audit-labels       # nothing but: are valence and arousal exchanged? (no audio needed)
 
 Run the same command again to go on after an interruption: songs that the manifest vouches for are skipped.
 """
 
-import csv
+import json
 import os
+import sys
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from common import (COLUMNS, Backbone, BadClip, DEAMHandler, Parser, Progress, UserError, architecture, arithmetic,
-                    differences, environment, make_demo, manifest_digest, number, pick_device, read_manifest,
-                    read_splits, read_tensors, run_script, set_determinism, sha256, shortened, tensor_digest,
-                    write_file, write_json, write_tensors)
+from common import (COLUMNS, Backbone, BadClip, DEAMHandler, Parser, Progress, UserError, ahead, architecture,
+                    arithmetic, differences, environment, make_demo, manifest_digest, number, pick_device,
+                    read_manifest, read_splits, read_tensors, run_script, set_determinism, sha256, shortened,
+                    tensor_digest, write_file, write_json, write_tensors)
+
+CORES = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # torchrun: for each process
 
 
 def parser():
-    p = Parser(__doc__, threads=os.cpu_count() or 1)
+    p = Parser(__doc__, threads=CORES)
     p.add_argument("--deam", default="kaggle", metavar="kaggle|demo|PATH",
                    help="kaggle downloads DEAM; demo makes 60 synthetic songs beside the features; PATH is a folder "
                         "with DEAM in it")
@@ -44,9 +49,9 @@ def parser():
     p.add_argument("--precision", choices=["float32", "float64", "tf32", "bfloat16"], default="float32",
                    help="arithmetic")
     p.add_argument("--store", choices=["float32", "float16"], default="float32", help="type of the stored states")
-    p.add_argument("--batch-size", type=number(int, 1), default=1, metavar="N",
-                   help="clips of equal length computed together")
-    p.add_argument("--workers", type=number(int, 1), default=min(os.cpu_count() or 1, 16), metavar="N",
+    p.add_argument("--batch-size", type=number(int, 1), metavar="N",
+                   help="clips of equal length computed together (default: 1 on a CPU, 8 on a GPU)")
+    p.add_argument("--workers", type=number(int, 1), default=min(CORES, 16), metavar="N",
                    help="threads that decode ahead, and as many that write")
     p.add_argument("--limit", type=number(int, 1), metavar="N",
                    help="only the N songs with the lowest ids (default: all)")
@@ -66,11 +71,11 @@ AUDITED = ((1, 1000), (1001, 2000))
 def dynamic_means(path):
     """{song id: mean over time} of a dynamic annotations file; empty cells and NaN are skipped."""
     means = {}
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        for row in list(csv.reader(file))[1:]:
-            values = [float(cell) for cell in row[1:] if cell.strip() and cell.strip().lower() != "nan"]
-            if values:
-                means[int(float(row[0]))] = sum(values) / len(values)
+    for row in Path(path).read_text(encoding="utf-8-sig").splitlines()[1:]:
+        song, *cells = row.rstrip(" ,").split(",")  # the columns are those of the longest song
+        values = [value for value in map(float, filter(str.strip, cells)) if value == value]
+        if values:
+            means[int(float(song))] = sum(values) / len(values)
     return means
 
 
@@ -88,20 +93,25 @@ def audit_labels(annotations, dynamic):
             continue
         values = np.array([[float(annotations[song][0]), float(annotations[song][2]),
                             dynamic["valence"][song], dynamic["arousal"][song]] for song in ids])
+        values -= values.mean(0)
+        products = (values[:, :, None] * values[:, None, :]).reshape(len(ids), 16)
 
-        def correlations(sample):
-            sample = (sample - sample.mean(-2, keepdims=True)) / np.maximum(sample.std(-2, keepdims=True), 1e-12)
-            return sample[..., :2].swapaxes(-1, -2) @ sample[..., 2:] / sample.shape[-2]
+        def correlations(counts):
+            """How often each song was drawn [..., N] → r [..., 2, 2] over the songs drawn."""
+            mean, square = counts @ values / len(ids), (counts @ products / len(ids)).reshape(*counts.shape[:-1], 4, 4)
+            covariance = square - mean[..., :, None] * mean[..., None, :]
+            deviation = np.sqrt(np.maximum(np.diagonal(covariance, axis1=-2, axis2=-1), 1e-24))
+            return covariance[..., :2, 2:] / (deviation[..., :2, None] * deviation[..., None, 2:])
 
         def evidence(r):
             return (r[..., 0, 1] + r[..., 1, 0] - r[..., 0, 0] - r[..., 1, 1]) / 2
 
-        resampled = evidence(correlations(values[generator.integers(0, len(ids), (4000, len(ids)))]))
-        interval = np.quantile(resampled, [0.0005, 0.9995])
+        drawn = generator.integers(0, len(ids), (4000, len(ids)))
+        resampled = evidence(correlations(np.stack([np.bincount(songs, minlength=len(ids)) for songs in drawn])))
+        interval, r = np.quantile(resampled, [0.0005, 0.9995]), correlations(np.ones(len(ids)))
         swapped = True if interval[0] > 0 else False if interval[1] < 0 else None
-        rows.append({"low": low, "high": high, "songs": len(ids), "r": correlations(values),
-                     "evidence": float(evidence(correlations(values))), "interval": interval.tolist(),
-                     "swapped": swapped})
+        rows.append({"low": low, "high": high, "songs": len(ids), "r": r, "evidence": float(evidence(r)),
+                     "interval": interval.tolist(), "swapped": swapped})
     return rows
 
 
@@ -173,32 +183,24 @@ def check(root):
     return 1 if bad or not labels else 0
 
 
-def decoded(deam, ids, sample_rate, dtype, workers):
-    """Yield (song, waveform, digest) or (song, None, reason), in the order of ids, decoding a few songs ahead."""
-    # one thread each for resampling: many songs are under way at once
-    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
-    waiting, ahead = deque(), iter(ids)
-    try:
-        while True:
-            while len(waiting) < 2 * workers and (song := next(ahead, None)) is not None:
-                waiting.append((song, pool.submit(deam.get_waveform, song, sample_rate, dtype)))
-            if not waiting:
-                return
-            song, future = waiting.popleft()
-            try:
-                yield song, *future.result()
-            except BadClip as error:
-                yield song, None, f"{deam.audio[song]}: {error}"
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+def companions():
+    """(rank, N, a key-value store) of the N processes that torchrun started; (0, 1, None) without it."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return 0, 1, None
+    store, rank, count = next(torch.distributed.rendezvous("env://", timeout=timedelta(days=30)))
+    return rank, count, store
 
 
 def run(args):
     if args.check:
         return check(args.check)
+    rank, count, companion = companions()
+    if rank:  # the first process downloads, checks and decides; the others then take their share of the songs
+        companion.wait(["todo"])
     device = pick_device(args.device)
     set_determinism(args.threads, args.precision)
     dtype, autocast = arithmetic(args.precision, device)
+    batch_size = args.batch_size or (8 if device.type == "cuda" else 1)
     splits, root = read_splits(args.splits), args.deam
     if args.deam == "demo":
         root = args.features.parent / "DEAM_demo"
@@ -225,26 +227,49 @@ def run(args):
     table = "".join(",".join(row) + "\n" for row in table)
     manifest = open_manifest(args, settings, corpus="demo" if deam.demo else "DEAM",
                              annotations=sha256(table.encode()), swapped_labels=swapped)
-    print(f"{len(ids)} songs; {bundle} layer {args.layer} of {layers}; weights {backbone.digest[:16]}; "
-          f"{args.precision} on {device}", flush=True)
 
-    def save_manifest():
-        manifest["songs"] = {str(song): manifest["songs"][str(song)] for song in sorted(map(int, manifest["songs"]))}
+    def save_manifest(songs):
+        """Write the manifest of `songs` and of what the companions have done; in them: tell the first process."""
+        if rank:
+            return companion.set(f"songs {rank}", json.dumps(songs))
+        for other in range(1, count):
+            if companion.check([f"songs {other}"]):
+                songs |= json.loads(companion.get(f"songs {other}"))
+        manifest["songs"] = {str(song): songs[str(song)] for song in sorted(map(int, songs))}
         manifest.update(digest=manifest_digest(manifest), weights_file=backbone.file, environment=environment(device))
         write_json(args.features / "manifest.json", manifest)
 
-    done = vouched(args.features, manifest, ids)
-    todo = [song for song in ids if song not in done]
-    manifest["songs"] = {song: entry for song, entry in manifest["songs"].items() if int(song) not in todo}
-    write_file(args.features / "annotations.csv", table)
-    save_manifest()
+    if rank:
+        todo, songs = json.loads(companion.get("todo")), {}
+    else:
+        print(f"{len(ids)} songs; {bundle} layer {args.layer} of {layers}; weights {backbone.digest[:16]}; "
+              f"{args.precision} on {device.type}" + (f", {count} processes" if count > 1 else ""), flush=True)
+        done = vouched(args.features, manifest, ids)
+        todo = [song for song in ids if song not in done]
+        songs = {song: entry for song, entry in manifest["songs"].items() if int(song) not in todo}
+        write_file(args.features / "annotations.csv", table)
+        save_manifest(dict(songs))
+        if count > 1:
+            companion.set("todo", json.dumps(todo))
+    todo = todo[rank::count]
     backbone.model.to(device, dtype)
-    failed, saved, waiting, writing = [], time.monotonic(), {}, deque()
-    writers = ThreadPoolExecutor(args.workers)
+    failed, waiting, writing = [], {}, deque()
+    writers, saving, saved = ThreadPoolExecutor(args.workers, initializer=torch.set_num_threads, initargs=(1,)), None, 0
+    sys.setswitchinterval(5e-4)  # seconds: threads that read and write take turns quickly, so that a GPU need not wait
 
-    def store(song, pcm, features):
+    def decode(song):
+        """(song, waveform, digest of its PCM), or (song, None, what is wrong)."""
+        try:
+            return song, *deam.get_waveform(song, backbone.sample_rate, dtype)
+        except BadClip as error:
+            return song, None, f"{deam.audio[song]}: {error}"
+
+    def store(song, pcm, states, place, copied):
         """In the background: write one song's features; its entry in the manifest, None where they overflow."""
-        if not features.isfinite().all():
+        if copied:
+            copied.synchronize()
+        features = states[place].clone()  # a view would be saved with the whole batch
+        if not np.isfinite(features.numpy()).all():
             return None
         write_tensors(args.features / "songs" / f"{song}.pt", features)
         return {"pcm": pcm, "features": tensor_digest(features), "frames": len(features)}
@@ -254,7 +279,7 @@ def run(args):
         while len(writing) > most or writing and writing[0][1].done():
             song, future = writing.popleft()
             if entry := future.result():
-                manifest["songs"][str(song)] = entry
+                songs[str(song)] = entry
             else:
                 failed.append(f"{deam.audio[song]}: its features overflow {args.store}")
             bar.update()
@@ -263,31 +288,43 @@ def run(args):
         """clips: [(song, waveform, digest of its PCM)] of equal length."""
         with autocast():
             states = backbone.hidden_states(torch.stack([waveform for _, waveform, _ in clips]), args.layer)
-        for (song, _, pcm), features in zip(clips, states.to(getattr(torch, args.store)).cpu()):
-            writing.append((song, writers.submit(store, song, pcm, features.clone() if len(clips) > 1 else features)))
-        settle(2 * args.workers)
+        states, copied = states.to(getattr(torch, args.store)).to("cpu", non_blocking=True), None
+        if device.type == "cuda":
+            copied = torch.cuda.Event()
+            copied.record()
+        for place, (song, _, pcm) in enumerate(clips):
+            writing.append((song, writers.submit(store, song, pcm, states, place, copied)))
+        settle(2 * max(args.workers, batch_size))
 
-    with Progress(total=len(ids), initial=len(done), desc="extract", unit="song") as bar:
+    with Progress(total=len(todo), desc="extract", unit="song", disable=rank > 0) as bar:
         try:
-            for song, waveform, note in decoded(deam, todo, backbone.sample_rate, dtype, args.workers):
+            for song, waveform, note in ahead(decode, todo, args.workers):
                 if waveform is None:
                     failed.append(note)
                     continue
                 same = waiting.setdefault(len(waveform), [])
                 same.append((song, waveform, note))
-                if len(same) == args.batch_size:
+                if len(same) == batch_size:
                     compute(waiting.pop(len(waveform)))
-                elif sum(map(len, waiting.values())) > 4 * args.batch_size:  # many lengths: bound the memory
+                elif sum(map(len, waiting.values())) > 4 * batch_size:  # many lengths: bound the memory
                     compute(waiting.pop(next(iter(waiting))))
-                if time.monotonic() - saved > 1:  # as much as a kill can cost
-                    save_manifest()
-                    saved = time.monotonic()
+                if time.monotonic() - saved > 1 and (saving is None or saving.done()):  # as much as a kill can cost
+                    if saving:
+                        saving.result()
+                    saving, saved = writers.submit(save_manifest, dict(songs)), time.monotonic()
             for same in waiting.values():
                 compute(same)
             settle(0)
         finally:
-            writers.shutdown(wait=False, cancel_futures=True)
-            save_manifest()
+            writers.shutdown(cancel_futures=True)
+            save_manifest(dict(songs))
+    if rank:
+        companion.set(f"failed {rank}", json.dumps(failed))
+        return 0
+    for other in range(1, count):
+        failed += json.loads(companion.get(f"failed {other}"))  # waits until it is there
+    if count > 1:
+        save_manifest(dict(songs))
     frames = sum(entry["frames"] for entry in manifest["songs"].values())
     print(f"{args.features}: {len(manifest['songs'])} songs, {frames} frames; root digest {manifest['digest']}")
     if deam.demo:
