@@ -55,6 +55,7 @@ def set_determinism(threads, precision="float32"):
     torch.set_deterministic_debug_mode("error")  # as use_deterministic_algorithms, without importing a compiler
     torch.utils.deterministic.fill_uninitialized_memory = False  # a fifth of the time, and nothing here reads any
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    torch.backends.cudnn.enabled = precision in ("float32", "tf32")  # its other convolutions take twice the time
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
 
 
@@ -197,7 +198,9 @@ def tensor_digest(tensor):
 
 def state_digest(state):
     """sha256 over the sorted names and the digests of a state dict's tensors, buffers included."""
-    return sha256("".join(f"{name} {tensor_digest(state[name])}\n" for name in sorted(state)).encode())
+    names = sorted(state)
+    digests = ahead(tensor_digest, [state[name] for name in names])
+    return sha256("".join(f"{name} {digest}\n" for name, digest in zip(names, digests)).encode())
 
 
 def json_digest(value):
@@ -296,8 +299,9 @@ def architecture(bundle):
 
 
 def empty_backbone(bundle):
-    """The bundle's network with weights yet to be loaded, its positional weight norm removed."""
-    model = torchaudio.models.wav2vec2_model(**architecture(bundle)[0])
+    """The bundle's network without weights (on torch's meta device), its positional weight norm removed."""
+    with torch.device("meta"):
+        model = torchaudio.models.wav2vec2_model(**architecture(bundle)[0])
     parametrize.remove_parametrizations(model.encoder.transformer.pos_conv_embed.conv, "weight")
     return model.eval()
 
@@ -332,7 +336,7 @@ class Backbone:
         state = {name: tensor.float() for name, tensor in fold_weight_norm(state).items()}
         extra = [name for name in state if name.startswith("aux.")]  # a speech recogniser's output layer
         try:
-            self.model.load_state_dict({name: value for name, value in state.items() if name not in extra})
+            self.model.load_state_dict({name: value for name, value in state.items() if name not in extra}, assign=True)
         except RuntimeError:
             raise UserError(f"{weights or bundle}: these weights do not fit the architecture of {bundle}; "
                             "name theirs with --bundle") from None
@@ -469,7 +473,7 @@ def demo_weights():
     generator, state = np.random.default_rng(1744), {}
     for name, value in empty_backbone("DEMO").state_dict().items():
         if "norm" in name:
-            state[name] = torch.ones_like(value) if name.endswith("weight") else torch.zeros_like(value)
+            state[name] = torch.ones(value.shape) if name.endswith("weight") else torch.zeros(value.shape)
             continue
         gain = 3 if "conv_layers" in name else 1 if "projection" in name else 0.5
         bound = gain * math.sqrt(3 / value[0].numel()) if value.ndim > 1 else 0.05

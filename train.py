@@ -5,8 +5,10 @@
   python train.py --finetune last1 --resume          # go on after an interruption
 """
 
+import copy
 import io
 import math
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import matplotlib
@@ -177,8 +179,10 @@ def run(args):
     def loss_of(pred, true):
         return emotion_loss(pred.to(dtype), true, args.lambda_corr, args.lambda_var, args.corr_target, weights)
 
-    def save_history():
-        write_csv(args.run / "history.csv", HISTORY, [row.values() for row in history])
+    def save(state):
+        """In the background: what --resume goes on from, and the history up to there."""
+        write_tensors(args.run / "last.pt", state)
+        write_csv(args.run / "history.csv", HISTORY, [row.values() for row in state["history"]])
 
     frames = max((entry["frames"] for entry in data.manifest["songs"].values()), default=0) if data.manifest else 2250
     keep = where_to_keep(len(data.ids["train"] + data.ids["val"]), frames, model,
@@ -186,7 +190,8 @@ def run(args):
     train, val = (data.loader(name, FrozenOutputs(data.datasets[name], model, autocast, keep))
                   for name in ("train", "val"))
     val_true, steps, val_pred = z_scored(data.datasets["val"].labels), len(train) * args.epochs, None
-    with Progress(total=steps, initial=len(train) * len(history), desc="train", unit="step") as bar:
+    saver, saving = ThreadPoolExecutor(1), None
+    with saver, Progress(total=steps, initial=len(train) * len(history), desc="train", unit="step") as bar:
         for epoch in range(len(history) + 1, args.epochs + 1):
             model.train()
             sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, MSE, MAE
@@ -220,14 +225,17 @@ def run(args):
                     "val loss {val_loss:.4f} MSE {val_mse:.4f} MAE {val_mae:.4f}".format(**history[-1]))
             if args.select == "best" and val_loss < best[0]:
                 best = (val_loss, {name: value.cpu().clone() for name, value in model.state_dict().items()})
-            write_tensors(args.run / "last.pt", {
+            if saving:
+                saving.result()
+            saving = saver.submit(save, copy.deepcopy({
                 "config": config, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                 "history": history, "best": best,
                 "shuffle": data.shuffle.get_state(), "rng": torch.get_rng_state(),
-                "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None})
-            save_history()
+                "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}))
+        if saving:
+            saving.result()
 
-    save_history()
+    write_csv(args.run / "history.csv", HISTORY, [row.values() for row in history])
     caption = f"{args.run.name} · {args.finetune} on {data.corpus}, {data.labels} labels · {data.summary}"
     draw_history(history, args.run / "history.png", caption)
     if best[1]:
