@@ -895,6 +895,7 @@ class EmotionModel(nn.Module):
                 encoder_layer.attention.dropout = attention_dropout
         for module in self.frozen_modules():
             module.requires_grad_(False)
+        self.train()
 
     def frozen_modules(self):
         return [*self.layers[:self.first_trained], *([] if self.trains_layers else [self.norm])]

@@ -1,13 +1,16 @@
 """Hidden states: weights from every kind of file, folding, refusals, and what may not change a bit."""
 
 import shutil
+import subprocess
+import sys
+import time
 from urllib.error import URLError
 
 import numpy as np
 import pytest
 import torch
 import torchaudio
-from conftest import call
+from conftest import ROOT, call
 
 import common
 import extract
@@ -120,6 +123,58 @@ def test_threads_batches_and_workers_change_no_bit(demo, tmp_path, compared, sto
         results.append((songs_of(out), read_json(out / "manifest.json", "")["digest"]))
     assert results[0] == results[1] == results[2] and len(results[0][0]) == 7
     compared(7, "songs, three ways")
+
+
+@pytest.mark.parametrize("mode, bias", [("group_norm", False), ("layer_norm", True)])
+def test_float64_convolutions_in_chunks_equal_the_librarys(compared, mode, bias):
+    """Both kinds of extractor, clips of less than a chunk and of several, with an offset that a careless variance would
+    not survive; the same bits at any number of threads."""
+    torch.manual_seed(0)
+    params = {**common.DEMO, "extractor_mode": mode, "extractor_conv_bias": bias}
+    extractor = torchaudio.models.wav2vec2_model(**params).feature_extractor.double()
+    lengths = (400, 719, 720, 64 * 320 + 79, 64 * 320 + 80, 50_001)
+    for length in lengths:
+        waveform = 100 + 0.01 * torch.randn(1, length, dtype=torch.float64)
+        with torch.inference_mode():
+            expected, _ = extractor(waveform, None)
+            found, again = (common.convolve_in_chunks(extractor.conv_layers, waveform, threads) for threads in (1, 3))
+        assert found.shape == expected.shape and (found - expected).norm() < 1e-9 * expected.norm(), length
+        assert torch.equal(found, again)
+    compared(len(lengths), "clips")
+
+
+def test_several_processes_share_the_songs(demo, tmp_path, compared):
+    """As `torchrun --nproc-per-node N` on N GPUs, here on the CPU: one manifest with the digests of one process; and the
+    songs that failed anywhere are named once."""
+    corpus = shutil.copytree(demo / "DEAM_demo", tmp_path / "corpus")
+    songs = sorted(common.DEAMHandler(corpus).audio)[:8]
+    (corpus / f"DEAM_audio/MEMD_audio/{songs[1]}.wav").write_bytes(b"")  # the second process's
+    command = ["--deam", corpus, "--bundle", "DEMO", "--songs", *songs, "--device", "cpu", "--threads", 1]
+    assert call(extract, *command, "--features", tmp_path / "one") == 1
+    both = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", ROOT / "extract.py",
+                           *map(str, command), "--features", tmp_path / "two"], capture_output=True, text=True)
+    one, two = (read_json(tmp_path / name / "manifest.json", "") for name in ("one", "two"))
+    assert one["digest"] == two["digest"] and len(two["songs"]) == 7 and both.returncode == 1, both.stderr
+    assert both.stdout.count("failed:") == 1 == both.stdout.count(one["digest"]) and f"{songs[1]}.wav: empty file" in both.stdout
+    compared(len(two["songs"]), "songs")
+
+
+def test_ahead_keeps_the_order_and_a_bound(compared):
+    begun = []
+
+    def square(n):
+        begun.append(n)
+        time.sleep(0.002 * (n % 3))
+        assert torch.get_num_threads() == 1
+        return n * n
+
+    threads = torch.get_num_threads()
+    for n, result in enumerate(common.ahead(square, range(40), threads=3)):
+        assert result == n * n and len(begun) <= n + 8  # two for each thread beyond the one asked for
+    assert torch.get_num_threads() == threads
+    with pytest.raises(ZeroDivisionError):
+        list(common.ahead(lambda n: 1 / n, [1, 0, 1]))
+    compared(len(begun), "results")
 
 
 def test_settings_are_not_mixed_in_one_folder(demo, tmp_path, fails):

@@ -11,13 +11,14 @@ import time
 import numpy as np
 import pytest
 import torch
+import torchaudio
 from conftest import CANONICAL, QUICK, ROOT, call
 
 import common
 import extract
 import train
-from common import (Backbone, DEAMFeatHandler, EmotionModel, emotion_loss, quadrant_weights, read_json, read_tensors,
-                    state_digest)
+from common import (Backbone, DEAMFeatHandler, EmotionModel, FrozenOutputs, emotion_loss, quadrant_weights, read_json,
+                    read_tensors, state_digest, where_to_keep)
 
 
 def count(model):
@@ -121,6 +122,46 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(compared):
     for other in gradients[1:]:
         assert (other - gradients[0]).norm() < 1e-10 * gradients[0].norm()
     compared(len(gradients[0]), "partial derivatives, three ways")
+
+
+@pytest.mark.parametrize("finetune", ["last1", "last2", "frozen"])
+def test_where_frozen_outputs_are_kept_changes_no_bit(demo, compared, finetune):
+    """Kept or computed at each use, one by one or a batch at a time; layers that all train see the stored features."""
+    data = DEAMFeatHandler(demo / "DEAM_feats", ROOT / "splits.json")
+    model, autocast = EmotionModel("DEMO", 10, finetune), common.arithmetic("float32", torch.device("cpu"))[1]
+    ways = [FrozenOutputs(data.datasets["val"], model, autocast, keep) for keep in (torch.device("cpu"), None)]
+    first = [states for states, _ in ways[0].__getitems__([3, 1, 4])]
+    for way in ways:
+        again = [*way.__getitems__([1]), *way.__getitems__([4, 3])]
+        assert all(torch.equal(states, first[place]) for (states, _), place in zip(again, (1, 2, 0)))
+        assert [label.tolist() for _, label in again] == data.datasets["val"].labels[[1, 4, 3]].tolist()
+    assert len(ways[0].kept) == 3 and not ways[1].kept
+    assert first[0].dtype == (torch.float16 if finetune == "last2" else torch.float32)
+    compared(3, "clips, two ways")
+
+
+def test_where_there_is_room(monkeypatch, compared):
+    """1569 clips of 2250 frames: 10.8 GB in float32; half of them if they stay the float16 features."""
+    cpu, model, gigabytes = torch.device("cpu"), EmotionModel("WAV2VEC2_BASE", 10, "last1"), 0
+    monkeypatch.setattr(os, "sysconf", lambda name: 4096 if name == "SC_PAGE_SIZE" else gigabytes * 10**9 // 4096)
+    for trains, gigabytes, expected in (("last1", 24, cpu), ("last1", 20, None), ("last2", 12, cpu), ("last2", 10, None), ("frozen", 1, cpu)):
+        model = EmotionModel("WAV2VEC2_BASE", 10, trains)
+        assert where_to_keep(1569, 2250, model, torch.float16, cpu) == expected, (trains, gigabytes)
+    compared(5, "machines")
+
+
+def test_attention_dropout(demo, tmp_path, fails, compared):
+    dropouts = [[layer.attention.dropout for layer in EmotionModel("WAV2VEC2_BASE", 10, "last1", p).layers] for p in (None, 0.0)]
+    assert dropouts == [[0.1, 0.1], [0.0, 0.0]]
+    base = ["--features", demo / "DEAM_feats", *QUICK]
+    digests = []
+    for name, flags in (("a", []), ("b", ["--attention-dropout", 0.1]), ("c", ["--attention-dropout", 0])):
+        assert call(train, *base, "--run", tmp_path / name, *flags) == 0
+        digests.append(read_json(tmp_path / name / "config.json", "")["digests"]["model"])
+    assert digests[0] == digests[1] != digests[2]
+    assert "attention_dropout 0.1 there, None now" in fails(train, *base, "--run", tmp_path / "b", "--resume")
+    assert "must be below 1" in fails(train, *base, "--run", tmp_path / "d", "--attention-dropout", 1)
+    compared(3, "runs")
 
 
 # ------------------------------------------------------------------------------------- loss and schedule
@@ -294,7 +335,7 @@ def test_a_notebooks_folder_without_manifest_trains(demo, tmp_path, capsys, comp
                                                 + "".join(f"{song},{3 + song % 5},1,{4 + song % 3},1\n" for song in everything))
     for song in ids:
         torch.save(torch.randn(9, 768), tmp_path / "f/songs" / f"{song}.pt")
-    torch.save(common.empty_backbone("WAV2VEC2_BASE").state_dict(), tmp_path / "w.pt")
+    torch.save(torchaudio.models.wav2vec2_base().state_dict(), tmp_path / "w.pt")
     assert call(train, "--features", tmp_path / "f", "--weights", tmp_path / "w.pt", "--run", tmp_path / "r", "--allow-missing", "--batch-size", 2,
                 "--epochs", 1, "--device", "cpu") == 0
     output = capsys.readouterr().out
