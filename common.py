@@ -23,6 +23,7 @@ import argparse
 import contextlib
 import csv
 import errno
+import functools
 import hashlib
 import io
 import json
@@ -143,22 +144,34 @@ def pick_device(name):
         raise UserError("--device cuda: torch sees no NVIDIA GPU here; use --device cpu")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))  # torchrun's number of a process on its machine
+    place = int(os.environ.get("LOCAL_RANK", 0))  # torchrun's number of a process on its machine
+    if place >= torch.cuda.device_count():
+        raise UserError(f"process {place + 1} has no GPU: torch sees {torch.cuda.device_count()} here; lower "
+                        "torchrun's --nproc-per-node")
+    torch.cuda.set_device(place)
+    return torch.device("cuda", place)
+
+
+@functools.cache
+def pool(threads):
+    """`threads` threads for the whole process, each with one CPU thread inside torch."""
+    return ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
 
 
 def ahead(function, items, threads=8):
     """Yield function(item) for each of items, in their order, computed a few items ahead by `threads` threads, which
-    use one CPU thread each inside torch."""
-    pool, waiting = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)), deque()
+    use one CPU thread each inside torch. The function must not use ahead itself."""
+    waiting = deque()
     try:
         for item in items:
-            waiting.append(pool.submit(function, item))
+            waiting.append(pool(threads).submit(function, item))
             if len(waiting) > 2 * threads:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        for future in waiting:
+            future.cancel()
 
 
 class Progress(tqdm):
@@ -299,9 +312,8 @@ def architecture(bundle):
 
 
 def empty_backbone(bundle):
-    """The bundle's network without weights (on torch's meta device), its positional weight norm removed."""
-    with torch.device("meta"):
-        model = torchaudio.models.wav2vec2_model(**architecture(bundle)[0])
+    """The bundle's network with weights yet to be loaded, its positional weight norm removed."""
+    model = torchaudio.models.wav2vec2_model(**architecture(bundle)[0])
     parametrize.remove_parametrizations(model.encoder.transformer.pos_conv_embed.conv, "weight")
     return model.eval()
 
@@ -336,7 +348,7 @@ class Backbone:
         state = {name: tensor.float() for name, tensor in fold_weight_norm(state).items()}
         extra = [name for name in state if name.startswith("aux.")]  # a speech recogniser's output layer
         try:
-            self.model.load_state_dict({name: value for name, value in state.items() if name not in extra}, assign=True)
+            self.model.load_state_dict({name: value for name, value in state.items() if name not in extra})
         except RuntimeError:
             raise UserError(f"{weights or bundle}: these weights do not fit the architecture of {bundle}; "
                             "name theirs with --bundle") from None
@@ -379,8 +391,8 @@ def convolve_in_chunks(blocks, waveform, threads):
     float64's rounding, in half the time and with little memory.
 
     oneDNN has no float64 convolutions; torch's own write out whole layers and wait for memory. Here each thread takes
-    CHUNK frames at a time through all layers. Only the first layer's group norm looks beyond them: its mean and variance
-    over time are put together beforehand (Chan, Golub & LeVeque 1983, The American Statistician 37).
+    CHUNK frames at a time through all layers. Only the first layer's group norm looks beyond them: its mean and
+    variance over time are put together beforehand (Chan, Golub & LeVeque 1983, The American Statistician 37).
     """
     hop, field = 1, 1  # samples from frame to frame, and those that one frame sees
     for block in blocks:
@@ -993,16 +1005,14 @@ class FrozenOutputs(Dataset):
             with self.autocast():
                 states = self.model.frozen(features)
             if self.keep:
-                states = states.to(self.keep)
-                if self.keep.type == "cpu" and torch.cuda.is_available():
-                    states = states.pin_memory()  # from where a GPU fetches it while it computes
-                self.kept[index] = states
+                # from a GPU to pinned memory of the host, without waiting: only the GPU reads it again
+                states = self.kept[index] = states.to(self.keep, non_blocking=True)
             yield states, label
 
 
 def where_to_keep(count, frames, model, features_dtype, device):
     """The device with room for the frozen outputs of `count` clips of `frames` frames: the model's own, the host, or
-    None. Half of what is free stays free."""
+    None. Half of what is free stays free. features_dtype: what is kept where no layer is frozen."""
     parameter = model.valence[0].weight
     all_train = model.trains_layers and not model.first_trained
     size = features_dtype.itemsize if all_train else parameter.element_size()

@@ -20,8 +20,8 @@ import soundfile
 import torch
 from torch.utils.data import DataLoader
 
-from common import (BadClip, DEAMFeatHandler, EmotionModel, FrozenOutputs, Parser, Progress, UserError,
-                    ahead, arithmetic, backbone_of, collate, environment, json_digest, pick_device, read_json, read_tensors,
+from common import (BadClip, DEAMFeatHandler, EmotionModel, FrozenOutputs, Parser, Progress, UserError, ahead,
+                    arithmetic, backbone_of, collate, environment, json_digest, pick_device, read_json, read_tensors,
                     read_windows, run_script, set_determinism, state_digest, write_csv, write_file, write_json)
 
 DIMENSIONS = ("valence", "arousal")

@@ -13,7 +13,6 @@ Run the same command again to go on after an interruption: songs that the manife
 
 import json
 import os
-import sys
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -47,7 +46,7 @@ def parser():
     p.add_argument("--layer", type=number(int, 0), default=10, metavar="N",
                    help="encoder layer whose states are kept; 0 is the encoder's input")
     p.add_argument("--precision", choices=["float32", "float64", "tf32", "bfloat16"], default="float32",
-                   help="arithmetic")
+                   help="arithmetic; tf32 and bfloat16 are for a GPU")
     p.add_argument("--store", choices=["float32", "float16"], default="float32", help="type of the stored states")
     p.add_argument("--batch-size", type=number(int, 1), metavar="N",
                    help="clips of equal length computed together (default: 1 on a CPU, 8 on a GPU)")
@@ -255,7 +254,6 @@ def run(args):
     backbone.model.to(device, dtype)
     failed, waiting, writing = [], {}, deque()
     writers, saving, saved = ThreadPoolExecutor(args.workers, initializer=torch.set_num_threads, initargs=(1,)), None, 0
-    sys.setswitchinterval(5e-4)  # seconds: threads that read and write take turns quickly, so that a GPU need not wait
 
     def decode(song):
         """(song, waveform, digest of its PCM), or (song, None, what is wrong)."""

@@ -71,7 +71,7 @@ def parser():
                    help="corrected exchanges valence and arousal where the audit of extract.py says that DEAM has "
                         "them exchanged")
     p.add_argument("--precision", choices=["float32", "float64", "tf32", "bfloat16"], default="float32",
-                   help="arithmetic")
+                   help="arithmetic; tf32 and bfloat16 are for a GPU")
     p.add_argument("--allow-missing", action="store_true", help="train on the songs whose features are there")
     p.add_argument("--resume", action="store_true", help="go on with the run in --run, or start it if there is none")
     return p

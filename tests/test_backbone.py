@@ -159,6 +159,21 @@ def test_several_processes_share_the_songs(demo, tmp_path, compared):
     compared(len(two["songs"]), "songs")
 
 
+def test_each_process_has_its_gpu(monkeypatch, compared):
+    chosen = []
+    for name, value in (("is_available", True), ("device_count", 2)):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for place in (0, 1):
+        monkeypatch.setenv("LOCAL_RANK", str(place))
+        assert common.pick_device("auto") == torch.device("cuda", place)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(common.UserError, match="process 3 has no GPU: torch sees 2"):
+        common.pick_device("cuda")
+    assert chosen == [0, 1] and common.pick_device("cpu") == torch.device("cpu")
+    compared(4, "processes")
+
+
 def test_ahead_keeps_the_order_and_a_bound(compared):
     begun = []
 

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT
 
 import common
@@ -100,3 +101,16 @@ def test_the_pins_hold_before_torch_is_loaded(compared):
     for name, value in common.PINS.items():
         assert os.environ[name] == value
     compared(len(common.PINS), "environment variables")
+
+
+def test_the_benchmark_counts_the_work(compared):
+    """0.718 TFLOP for 45 s up to layer 10, as torch counts them on a network without data."""
+    import bench
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = common.empty_backbone("WAV2VEC2_BASE").to("meta")
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        model.extract_features(torch.zeros(1, 45 * 16000, device="meta"), num_layers=10)
+    assert counter.get_total_flops() == pytest.approx(bench.work(10), rel=1e-3)  # an odd frame of the padding
+    compared(1, "sum")
