@@ -1,16 +1,18 @@
-"""How fast is the kit on this machine, beside the plain way? Prints the tables of the README and of bench.md.
+"""How fast is the kit on this machine, beside the plain way? Prints tables in Markdown.
 
-  python tests/bench.py                  # on a GPU where there is one: 3 minutes; on two CPU cores: 20 minutes
+  python tests/bench.py                  # on a GPU where there is one, else on the CPU: some minutes
   python tests/bench.py --device cpu
 
 WAV2VEC2_BASE with random weights, synthetic 45 s stereo MP3s. Every row is measured in a process of its own.
-- plain extraction: torch's defaults, the whole model, one song after the other, each decoded when its turn comes.
-- plain training: layers 11 and 12 and dropout in every step, all clips of the batch at once; layer 12 is trained.
-- extract is timed end to end, from files to files, without the start: the time of a first call less that of a second
-  one, which finds all songs done. A step is forward, loss, backward, clipping and AdamW on states already read.
+- extract: from files to files, without the start (the time of one call less that of the next, which finds all songs
+  done); bfloat16 and float64 are stored as float16. Plain: torch's defaults, the whole model, one song after the other,
+  each decoded when its turn comes.
+- train: a step is forward, loss, backward, clipping and AdamW on states already read. Plain: layers 11 and 12 and
+  dropout in every step, all clips of the batch at once; layer 12 is trained.
 - share: useful floating point operations a second, as a part of what a large matrix product reaches here in the same
-  precision. Useful is what the rows have to compute at least: 10 layers; 3 times the forward pass of the trained ones.
-- memory: the peak of the process on a CPU, what torch has allocated at most on a GPU; GiB.
+  precision under the kit's settings. Useful is what must be computed: 10 layers; 3 times the forward pass of the
+  trained ones.
+- GiB: the peak of the process on a CPU; what torch has allocated at most on a GPU.
 """
 
 import argparse
@@ -43,16 +45,6 @@ def work(layers):
     return total + 2 * FRAMES * (512 * WIDTH + WIDTH * WIDTH // 16 * 128) + layers * layer
 
 
-def settings(device, precision, threads=None):
-    """As the scripts set them: (device, dtype, function that makes an autocast context)."""
-    sys.path.insert(0, str(ROOT))
-    import common
-
-    device = torch.device(device)
-    common.set_determinism(threads or os.cpu_count(), precision)
-    return device, *common.arithmetic(precision, device)
-
-
 def timed(function, device, repeat, warm_up):
     """Median seconds of a call."""
     times = []
@@ -71,26 +63,24 @@ def memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-# -------------------------------------------------------------------------- rows: each in its own process
+# --------------------------------------------------- rows: each in a process of its own, the plain ones without the kit
 
 
-def matmul(device, precision):
-    """Operations a second of a large matrix product."""
-    device, dtype, autocast = settings(device, precision)
-    size = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
-    if precision == "bfloat16":
-        a, b = a.bfloat16(), b.bfloat16()
-    return {"rate": 2 * size**3 / timed(lambda: a @ b, device, 9, 3)}
+def machine(device):
+    import common
+
+    here = common.environment(torch.device(device))
+    cpu = f"{os.cpu_count()} cores of {here['cpu']}"
+    return {"name": ", ".join(([] if device == "cpu" else [here["device"]])
+                              + [cpu, f"Python {here['python']}", f"torch {here['torch']}"])}
 
 
 def make_songs(folder, count):
     """`count` songs of DEAM's ids, labels for them, and weights."""
+    import common
     import soundfile
 
-    sys.path.insert(0, str(ROOT))
-    import common
-
+    folder = Path(folder)
     generator = np.random.default_rng(0)
     ids = sorted(common.read_splits(ROOT / "splits.json")["train"])[:count]
     noise = generator.normal(0, 0.1, (SECONDS * 44100, 2)).cumsum(0)
@@ -104,20 +94,24 @@ def make_songs(folder, count):
 
 
 def extract_kit(device, precision, folder, songs):
-    sys.path.insert(0, str(ROOT))
     import extract
 
-    device, features = torch.device(device), Path(folder) / f"features-{precision}"
-    store = "float16" if precision == "float64" else "float32"
-    args = extract.parser().parse_args(["--deam", folder, "--weights", f"{folder}/weights.pt", "--normalize", "off",
-                                        "--features", str(features), "--precision", precision, "--store", store,
-                                        "--device", device.type, "--songs", *map(str, songs)])
+    device, folder = torch.device(device), Path(folder)
+    store = "float16" if precision in ("bfloat16", "float64") else "float32"
     seconds = []
-    for _ in range(2):
+    warm_up = songs[:8 if device.type == "cuda" else 1]
+    for some, features in ((warm_up, "warm-up"), (songs, "features"), (songs, "features")):
         start = time.perf_counter()
-        assert extract.run(args) == 0
+        assert extract.run(extract.parser().parse_args(
+            ["--deam", str(folder), "--weights", str(folder / "weights.pt"), "--normalize", "off", "--features",
+             str(folder / precision / features), "--precision", precision, "--store", store, "--device", device.type,
+             "--songs", *map(str, some)])) == 0
         seconds.append(time.perf_counter() - start)
-    return {"seconds": (seconds[0] - seconds[1]) / len(songs), "memory": memory(device)}
+    peak = memory(device)
+    size, dtype = (8192 if device.type == "cuda" else 2048), getattr(torch, precision.replace("tf32", "float32"))
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return {"seconds": (seconds[1] - seconds[2]) / len(songs), "memory": peak,
+            "rate": 2 * size**3 / timed(lambda: a @ b, device, 9, 3)}
 
 
 def extract_plain(device, precision, folder, songs):
@@ -141,9 +135,11 @@ def extract_plain(device, precision, folder, songs):
 
 
 def step_kit(device, precision, finetune, batch, micro_batch, attention_dropout=None, repeat=3, warm_up=1):
-    device, dtype, autocast = settings(device, precision, 8 if device == "cuda" else None)
     import common
 
+    device = torch.device(device)
+    common.set_determinism(8, precision)
+    dtype, autocast = common.arithmetic(precision, device)
     model = common.EmotionModel("WAV2VEC2_BASE", 10, finetune, attention_dropout).to(device, dtype)
     generator = torch.Generator().manual_seed(0)
     true = torch.randn(batch, 2, generator=generator).to(device, dtype)
@@ -195,13 +191,9 @@ def step_plain(device, precision, batch, repeat=3, warm_up=1):
 
 
 def row(function, **arguments):
-    """What `function` measures, in a process of its own; None where there is too little memory."""
+    """What `function` measures, in a new process."""
     command = [sys.executable, __file__, "--row", json.dumps([function.__name__, arguments])]
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode:
-        print(f"{function.__name__} {arguments}: {result.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
-        return None
-    return json.loads(result.stdout.splitlines()[-1])
+    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])
 
 
 def line(*cells):
@@ -210,62 +202,54 @@ def line(*cells):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cuda = torch.cuda.is_available()
-    p.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if cuda else "cpu")
-    p.add_argument("--songs", type=int, default=256 if cuda else 4, help="to extract for each row")
+    p.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--songs", type=int, metavar="N", help="to extract for a row (default: 4 on a CPU, 256 on a GPU)")
     p.add_argument("--row", help=argparse.SUPPRESS)
     args = p.parse_args()
     if args.row:
+        sys.path.insert(0, str(ROOT))
         name, arguments = json.loads(args.row)
         print(json.dumps(globals()[name](**arguments)))
         return
-    device, on_cpu = args.device, args.device == "cpu"
-    sys.path.insert(0, str(ROOT))
-    import common
+    device, on_cpu, rates = args.device, args.device == "cpu", {}
+    print(row(machine, device=device)["name"] + "\n")
 
-    here = common.environment(torch.device(device))
-    print(f"{here['device'] + ', ' if not on_cpu else ''}{os.cpu_count()} cores of {here['cpu']}, Python "
-          f"{here['python']}, torch {here['torch']}\n")
-    precisions = ["float32", "float64", "bfloat16"] if on_cpu else ["float32", "tf32", "bfloat16", "float64"]
-    rates = {precision: row(matmul, device=device, precision=precision)["rate"] for precision in precisions}
-    print("matrix product: " + ", ".join(f"{name} {rate / 1e12:.3g} TFLOP/s" for name, rate in rates.items()) + "\n")
-
-    line("extract.py --precision", "songs/s", "ms a song", "share", "GiB", "plain: songs/s", "GiB", "times faster")
-    line(*["---"] * 8)
+    line("extract.py --precision", "songs/s", "ms a song", "matrix product, TFLOP/s", "share", "GiB", "plain: songs/s",
+         "GiB", "times faster")
+    line(*["---"] * 9)
     with tempfile.TemporaryDirectory() as folder:
-        songs = make_songs(Path(folder), args.songs)["songs"]
-        for precision in precisions:
-            here = {"device": device, "precision": precision, "folder": folder, "songs": songs}
-            kit, plain = row(extract_kit, **here), row(extract_plain, **here)
-            line(precision, f"{1 / kit['seconds']:.3g}", f"{kit['seconds'] * 1e3:.4g}",
-                 f"{work(10) / kit['seconds'] / rates[precision]:.0%}", f"{kit['memory']:.1f}",
+        songs = row(make_songs, folder=folder, count=args.songs or (4 if on_cpu else 256))["songs"]
+        for precision in ["float32", "float64"] if on_cpu else ["float32", "tf32", "bfloat16", "float64"]:
+            kit, plain = (row(way, device=device, precision=precision, folder=folder, songs=songs)
+                          for way in (extract_kit, extract_plain))
+            rates[precision] = kit["rate"]
+            line(precision, f"{1 / kit['seconds']:.3g}", f"{kit['seconds'] * 1e3:.4g}", f"{kit['rate'] / 1e12:.3g}",
+                 f"{work(10) / kit['seconds'] / kit['rate']:.0%}", f"{kit['memory']:.1f}",
                  f"{1 / plain['seconds']:.3g}", f"{plain['memory']:.1f}", f"{plain['seconds'] / kit['seconds']:.2f}")
     print()
 
-    line("train.py", "precision", "batch", "ms a step", "share", "GiB", "times faster than plain")
+    line("train.py, clips of 45 s", "precision", "batch", "ms a step", "share", "GiB", "times faster than plain")
     line(*["---"] * 7)
     batch = 2 if on_cpu else 32
-    for precision in ["float32"] if on_cpu else ["float32", "tf32", "bfloat16"]:
+    for precision in ["float32"] if on_cpu else ["float32", "bfloat16"]:
         plain = row(step_plain, device=device, precision=precision, batch=batch)
-        useful = 3 * work(None) / rates[precision]
-
-        def show(name, found, trained, batch, reference=plain):
-            if found:
-                line(name, precision, batch, f"{found['seconds'] * 1e3:.4g}",
-                     f"{trained * batch * useful / found['seconds']:.0%}" if trained else "–", f"{found['memory']:.1f}",
-                     f"{reference['seconds'] / found['seconds']:.2f}" if reference else "–")
-
-        show("plain: layers 11 and 12 every step", plain, 1, batch)
+        rows = [("plain: layers 11 and 12 every step", plain, batch, 1)]
         for finetune, micro_batch, dropout, trained in (
                 ("last1", 1, None, 1), ("last1", 1, 0.0, 1), ("last1", batch, None, 1), ("last1", batch, 0.0, 1),
-                ("last2", batch, None, 2), ("frozen", batch, None, 0)):
+                ("frozen", batch, None, 0)):
             flags = f"--finetune {finetune} --micro-batch {micro_batch}"
-            show(flags + (" --attention-dropout 0" if dropout is not None else ""),
-                 row(step_kit, device=device, precision=precision, finetune=finetune, batch=batch,
-                     micro_batch=micro_batch, attention_dropout=dropout), trained, batch)
-        if on_cpu:  # one step, for its memory
-            show("--finetune last1 --micro-batch 1", row(step_kit, device=device, precision=precision, finetune="last1",
-                                                         batch=32, micro_batch=1, repeat=1, warm_up=0), 1, 32, None)
+            flags += "" if dropout is None else f" --attention-dropout {dropout}"
+            rows.append((flags, row(step_kit, device=device, precision=precision, finetune=finetune, batch=batch,
+                                    micro_batch=micro_batch, attention_dropout=dropout), batch, trained))
+        if on_cpu:  # the published batch: one step, for its memory
+            rows.append(("--finetune last1 --micro-batch 1",
+                         row(step_kit, device=device, precision=precision, finetune="last1", batch=32, micro_batch=1,
+                             repeat=1, warm_up=0), 32, 1))
+        for flags, found, songs, trained in rows:
+            share = 3 * work(None) * trained * songs / found["seconds"] / rates[precision]
+            line(flags, precision, songs, f"{found['seconds'] * 1e3:.4g}", f"{share:.0%}" if trained else "–",
+                 f"{found['memory']:.1f}",
+                 f"{plain['seconds'] / found['seconds']:.2f}" if songs == batch else "–")
 
 
 if __name__ == "__main__":
