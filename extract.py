@@ -193,7 +193,7 @@ def companions():
 def run(args):
     if args.check:
         return check(args.check)
-    rank, count, companion = companions()
+    rank, count, companion = companions() if not args.audit_labels else (0, 1, None)
     if rank:  # the first process downloads, checks and decides; the others then take their share of the songs
         companion.wait(["todo"])
     device = pick_device(args.device)
