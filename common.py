@@ -56,7 +56,7 @@ def set_determinism(threads, precision="float32"):
     torch.set_deterministic_debug_mode("error")  # as use_deterministic_algorithms, without importing a compiler
     torch.utils.deterministic.fill_uninitialized_memory = False  # a fifth of the time, and nothing here reads any
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
-    torch.backends.cudnn.enabled = precision in ("float32", "tf32")  # its other convolutions take twice the time
+    torch.backends.cudnn.enabled = precision in ("float32", "tf32")  # its other convolutions are slower
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
 
 
@@ -269,7 +269,7 @@ def read_json(path, what):
 def read_tensors(path, what):
     """torch.load that can only make tensors and plain values, never run code. Raises UserError."""
     try:
-        open(path, "rb").close()
+        open(path, "rb").close()  # apart: torch.load raises OSError for damaged files too
     except OSError as error:
         raise UserError(f"cannot read {what} {path}: {error.strerror}") from None
     try:
@@ -485,7 +485,7 @@ def demo_weights():
     generator, state = np.random.default_rng(1744), {}
     for name, value in empty_backbone("DEMO").state_dict().items():
         if "norm" in name:
-            state[name] = torch.ones(value.shape) if name.endswith("weight") else torch.zeros(value.shape)
+            state[name] = torch.ones_like(value) if name.endswith("weight") else torch.zeros_like(value)
             continue
         gain = 3 if "conv_layers" in name else 1 if "projection" in name else 0.5
         bound = gain * math.sqrt(3 / value[0].numel()) if value.ndim > 1 else 0.05
@@ -901,7 +901,7 @@ class EmotionModel(nn.Module):
         transformer = torchaudio.models.wav2vec2_model(**params).encoder.transformer
         self.layers, self.norm = transformer.layers[layer:], transformer.layer_norm
         self.valence, self.arousal = Head(params["encoder_embed_dim"]), Head(params["encoder_embed_dim"])
-        self.first_trained, self.trains_layers = top - trained, trained > 0
+        self.first_trained, self.trains_layers, self.all_train = top - trained, trained > 0, 0 < trained == top
         if attention_dropout is not None:
             for encoder_layer in self.layers:
                 encoder_layer.attention.dropout = attention_dropout
@@ -937,7 +937,7 @@ class EmotionModel(nn.Module):
         features as they are if all train; where none trains, on through norm and mean: pooled[1, D]. Clip by clip, so
         that it can be kept or computed again, whichever memory allows, without changing a bit."""
         weight = self.valence[0].weight
-        if self.trains_layers and not self.first_trained:
+        if self.all_train:
             return features.to(weight.device)
         states = features.to(weight)[None]
         for layer in self.layers[:self.first_trained]:
@@ -962,13 +962,12 @@ class EmotionModel(nn.Module):
         less than the batch, a group's activations are dropped and recomputed in the backward pass: memory holds one
         group, and the gradient is still that of the whole batch.
         """
-        places, pooled = {}, [None] * len(clips)
+        places, pooled, weight = {}, [None] * len(clips), self.valence[0].weight
         for place, clip in enumerate(clips):
             places.setdefault(len(clip), []).append(place)
         for same in places.values():
             for start in range(0, len(same), micro_batch):
                 group = same[start:start + micro_batch]
-                weight = self.valence[0].weight
                 states = torch.stack([clips[place].to(weight.device, non_blocking=True) for place in group]).to(weight)
                 recompute = self.training and micro_batch < len(clips)
                 rows = checkpoint(self.pool, states, use_reentrant=False) if recompute else self.pool(states)
@@ -998,24 +997,22 @@ class FrozenOutputs(Dataset):
         new = [index for index in indices if index not in self.kept]
         read = self.dataset.__getitems__(new)
         for index in indices:
-            if index in self.kept:
-                yield self.kept[index], self.dataset.labels[index]
-                continue
-            features, label = next(read)
-            with self.autocast():
-                states = self.model.frozen(features)
-            if self.keep:
-                # from a GPU to pinned memory of the host, without waiting: only the GPU reads it again
-                states = self.kept[index] = states.to(self.keep, non_blocking=True)
-            yield states, label
+            states = self.kept.get(index)
+            if states is None:
+                features, _ = next(read)
+                with self.autocast():
+                    states = self.model.frozen(features)
+                if self.keep:
+                    # from a GPU to pinned memory of the host, without waiting: only the GPU reads it again
+                    states = self.kept[index] = states.to(self.keep, non_blocking=True)
+            yield states, self.dataset.labels[index]
 
 
 def where_to_keep(count, frames, model, features_dtype, device):
     """The device with room for the frozen outputs of `count` clips of `frames` frames: the model's own, the host, or
     None. Half of what is free stays free. features_dtype: what is kept where no layer is frozen."""
     parameter = model.valence[0].weight
-    all_train = model.trains_layers and not model.first_trained
-    size = features_dtype.itemsize if all_train else parameter.element_size()
+    size = features_dtype.itemsize if model.all_train else parameter.element_size()
     needed = count * (frames if model.trains_layers else 1) * parameter.shape[1] * size
     if device.type == "cuda" and needed < torch.cuda.mem_get_info(device)[0] / 2:
         return device

@@ -155,15 +155,17 @@ def open_manifest(args, settings, **labels):
 
 def vouched(root, manifest, ids):
     """The ids whose feature files are there and are what the manifest says."""
-    known, done = [song for song in ids if str(song) in manifest["songs"]], set()
-    for song in Progress(known, desc="check", unit="song", disable=not known):
+    known = [song for song in ids if str(song) in manifest["songs"]]
+
+    def intact(song):
         try:
             features = read_tensors(root / "songs" / f"{song}.pt", "a feature file")
-            if tensor_digest(features) == manifest["songs"][str(song)]["features"]:
-                done.add(song)
+            return tensor_digest(features) == manifest["songs"][str(song)]["features"]
         except (UserError, AttributeError):
-            pass
-    return done
+            return False
+
+    results = Progress(ahead(intact, known), total=len(known), desc="check", unit="song", disable=not known)
+    return {song for song, result in zip(known, results) if result}
 
 
 def check(root):
@@ -226,6 +228,7 @@ def run(args):
     table = "".join(",".join(row) + "\n" for row in table)
     manifest = open_manifest(args, settings, corpus="demo" if deam.demo else "DEAM",
                              annotations=sha256(table.encode()), swapped_labels=swapped)
+    here = environment(device)  # now: the thread that saves has a thread count of its own
 
     def save_manifest(songs):
         """Write the manifest of `songs` and of what the companions have done; in them: tell the first process."""
@@ -235,7 +238,7 @@ def run(args):
             if companion.check([f"songs {other}"]):
                 songs |= json.loads(companion.get(f"songs {other}"))
         manifest["songs"] = {str(song): songs[str(song)] for song in sorted(map(int, songs))}
-        manifest.update(digest=manifest_digest(manifest), weights_file=backbone.file, environment=environment(device))
+        manifest.update(digest=manifest_digest(manifest), weights_file=backbone.file, environment=here)
         write_json(args.features / "manifest.json", manifest)
 
     if rank:

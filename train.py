@@ -179,10 +179,13 @@ def run(args):
     def loss_of(pred, true):
         return emotion_loss(pred.to(dtype), true, args.lambda_corr, args.lambda_var, args.corr_target, weights)
 
+    def save_history(history):
+        write_csv(args.run / "history.csv", HISTORY, [row.values() for row in history])
+
     def save(state):
         """In the background: what --resume goes on from, and the history up to there."""
         write_tensors(args.run / "last.pt", state)
-        write_csv(args.run / "history.csv", HISTORY, [row.values() for row in state["history"]])
+        save_history(state["history"])
 
     frames = max((entry["frames"] for entry in data.manifest["songs"].values()), default=0) if data.manifest else 2250
     keep = where_to_keep(len(data.ids["train"] + data.ids["val"]), frames, model,
@@ -235,7 +238,7 @@ def run(args):
         if saving:
             saving.result()
 
-    write_csv(args.run / "history.csv", HISTORY, [row.values() for row in history])
+    save_history(history)
     caption = f"{args.run.name} · {args.finetune} on {data.corpus}, {data.labels} labels · {data.summary}"
     draw_history(history, args.run / "history.png", caption)
     if best[1]:

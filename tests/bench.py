@@ -33,11 +33,9 @@ SECONDS, FRAMES, WIDTH, INNER = 45, 2249, 768, 3072
 
 
 def work(layers):
-    """Floating point operations of the wav2vec2-base encoder on one clip: convolutions and `layers` layers, or one
-    layer alone for None. A multiplication with its addition counts as two."""
+    """Floating point operations of the wav2vec2-base encoder on one clip: convolutions and `layers` layers. A
+    multiplication with its addition counts as two."""
     layer = 2 * FRAMES * (4 * WIDTH**2 + 2 * WIDTH * INNER) + 4 * FRAMES**2 * WIDTH
-    if layers is None:
-        return layer
     total, channels, length = 0, 1, SECONDS * 16000
     for kernel, stride in [(10, 5)] + [(3, 2)] * 4 + [(2, 2)] * 2:
         length = (length - kernel) // stride + 1
@@ -79,6 +77,7 @@ def make_songs(folder, count):
     """`count` songs of DEAM's ids, labels for them, and weights."""
     import common
     import soundfile
+    import torchaudio
 
     folder = Path(folder)
     generator = np.random.default_rng(0)
@@ -89,7 +88,7 @@ def make_songs(folder, count):
         os.symlink(folder / "song.mp3", folder / f"{song}.mp3")
     common.write_csv(folder / common.STATIC, common.COLUMNS, [[song, 5, 1, 5, 1] for song in ids])
     torch.manual_seed(0)
-    torch.save(common.torchaudio.models.wav2vec2_base().state_dict(), folder / "weights.pt")
+    torch.save(torchaudio.models.wav2vec2_base().state_dict(), folder / "weights.pt")
     return {"songs": ids}
 
 
@@ -246,7 +245,7 @@ def main():
                          row(step_kit, device=device, precision=precision, finetune="last1", batch=32, micro_batch=1,
                              repeat=1, warm_up=0), 32, 1))
         for flags, found, songs, trained in rows:
-            share = 3 * work(None) * trained * songs / found["seconds"] / rates[precision]
+            share = 3 * (work(1) - work(0)) * trained * songs / found["seconds"] / rates[precision]
             line(flags, precision, songs, f"{found['seconds'] * 1e3:.4g}", f"{share:.0%}" if trained else "–",
                  f"{found['memory']:.1f}",
                  f"{plain['seconds'] / found['seconds']:.2f}" if songs == batch else "–")
