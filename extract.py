@@ -165,7 +165,7 @@ def vouched(root, manifest, ids):
             return False
 
     results = Progress(ahead(intact, known), total=len(known), desc="check", unit="song", disable=not known)
-    return {song for song, result in zip(known, results) if result}
+    return {song for result, song in zip(results, known) if result}  # results first: so that the bar ends
 
 
 def check(root):
