@@ -199,7 +199,8 @@ def run(args):
     if rank:  # the first process downloads, checks and decides; the others then take their share of the songs
         companion.wait(["todo"])
     device = pick_device(args.device)
-    set_determinism(args.threads, args.precision)
+    # beside a GPU one thread: torch's others would only spin, on the cores that decode
+    set_determinism(args.threads if device.type == "cpu" else 1, args.precision)
     dtype, autocast = arithmetic(args.precision, device)
     batch_size = args.batch_size or (8 if device.type == "cuda" else 1)
     splits, root = read_splits(args.splits), args.deam
