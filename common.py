@@ -101,7 +101,8 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--splits", type=Path, default=Path(__file__).parent / "splits.json", metavar="FILE",
                           help="JSON with the song ids of train, val and test")
         self.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
-        self.add_argument("--threads", type=number(int, 1), default=threads, metavar="N", help="CPU threads")
+        self.add_argument("--threads", type=number(int, 1), default=threads, metavar="N",
+                          help="CPU threads (extract.py beside a GPU: one)")
 
     def error(self, message):
         self.exit(2, f"error: {message} ({self.prog} --help lists the options)\n")
