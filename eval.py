@@ -1,96 +1,103 @@
-"""Evaluate runs on cached features: numbers with their uncertainty, figures, a verdict; or predict one's own music.
+"""Evaluate runs on cached features: numbers with their uncertainty, figures, a verdict.
 
-  python eval.py runs/last1                            # no network, no backbone, no GPU needed
-  python eval.py runs/seed0 runs/seed1 runs/seed2      # and a table of the runs, mean ± standard deviation
-  python eval.py runs/last1 --verify metrics.json      # REPRODUCED (exit 0), CLOSE (3) or NOT REPRODUCED (1)
-  python eval.py runs/last1 --audio song.mp3 folder    # valence and arousal of any audio file
+  python eval.py runs/last1                                # no backbone, no audio, no network
+  python eval.py runs/seed0 runs/seed1 runs/seed2          # and a table, mean ± standard deviation
+  python eval.py runs/last1 --verify metrics.json          # does this run give the published numbers?
+  python eval.py --verify metrics.json --deam PATH         # do they follow from its predictions?
+  python eval.py runs/last1-fold* --against runs/frozen-fold*    # all songs, each in one fold's test
+
+A verdict is REPRODUCED (exit code 0), CLOSE (3) or NOT REPRODUCED (1).
 """
 
-import functools
-import io
-import os
-from pathlib import Path
-
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-import numpy as np
-import soundfile
-import torch
-from torch.utils.data import DataLoader
-
-from common import (BadClip, DEAMFeatHandler, EmotionModel, FrozenOutputs, Parser, Progress, UserError, ahead,
-                    arithmetic, backbone_of, collate, environment, json_digest, pick_device, read_json, read_tensors,
-                    read_windows, run_script, set_determinism, state_digest, write_csv, write_file, write_json)
-
-DIMENSIONS = ("valence", "arousal")
-QUADRANTS = ("HV/HA", "LV/HA", "LV/LA", "HV/LA")  # high or low valence / arousal, from 5 on
-MOODS = ("excited, happy", "tense, angry", "sad, tired", "calm, content")  # after Russell 1980
-PUBLISHED = {"mse": 0.4945, "quadrants": 107,  # on the first 160 of the test songs whose ids have this digest
-             "test_songs": "6d451f0f9be00953438aba123b3d71423c7f45a0cc1f13a078e2217a1ead6e03"}
-TOLERANCE = 0.01  # on the 1–9 scale: --verify calls larger differences of a prediction NOT REPRODUCED
-ANNOTATORS = 10  # a DEAM song, at least; the label is their mean
-WINDOW = 45  # seconds of --audio: the length of a DEAM song
-COLOURS = {"valence": "#0072b2", "arousal": "#d55e00"}  # Okabe & Ito: distinct for the colour-blind and in grey
+from cli import Parser, execute, path, start
 
 
 def parser():
-    p = Parser(__doc__, threads=os.cpu_count() or 1)
-    p.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder that train.py wrote")
-    p.add_argument("--features", type=Path, default=Path("DEAM_feats"), metavar="FOLDER", help="what extract.py wrote")
+    p = Parser(__doc__)
+    p.add_argument("runs", type=path, nargs="*", metavar="RUN", help="folder that train.py wrote")
+    p.share("--features", help="the folder that extract.py wrote")
     p.add_argument("--split", choices=["train", "val", "test"], default="test", help="which songs")
-    p.add_argument("--labels", choices=["shipped", "corrected"],
-                   help="compare with these labels (default: those that the run was trained on)")
-    p.add_argument("--precision", choices=["float32", "float64", "tf32", "bfloat16"], default="float64",
-                   help="arithmetic of the model")
-    p.add_argument("--verify", type=Path, metavar="FILE", help="metrics.json of an earlier evaluation to compare with")
-    p.add_argument("--pdf", action="store_true", help="write the figures as PDF too")
-    p.add_argument("--allow-missing", action="store_true", help="evaluate on the songs whose features are there")
-    p.add_argument("--audio", type=Path, nargs="+", metavar="FILE",
-                   help="predict these audio files, or all in these folders, instead")
-    p.add_argument("--weights", type=Path, metavar="FILE",
-                   help="with --audio: the backbone's weights, if extract.py was given a file")
-    p.add_argument("--csv", type=Path, metavar="FILE", help="with --audio: write the table there")
+    p.share("--labels", default=None, help="compare with these labels (default: those that the run "
+            "was trained on)")
+    p.add_argument("--against", type=path, nargs="+", metavar="RUN",
+                   help="runs to compare with, song by song: the difference and its interval")
+    p.add_argument("--verify", type=path, metavar="FILE",
+                   help="compare with this metrics.json; without a run, check it against DEAM's labels")
+    p.share("--deam", help="with --verify and no run: a folder with DEAM's annotations in it")
+    p.share("--device")
     return p
 
 
-def load_run(folder):
-    """(model, checkpoint) of a run. Raises UserError for anything else."""
-    checkpoint = read_tensors(folder / "model.pt", "a trained model")
+if __name__ == "__main__":
+    ARGS = start(parser(), "rerun the same command")  # before torch is imported
+
+import functools
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+import figures
+from cli import Progress, UserError
+from common import (HERE, PARAMS, QUADRANTS, Arithmetic, DEAMFeatHandler, DEAMHandler,
+                    EmotionModel, FrozenOutputs, collate, corrected, environment, label_statistics,
+                    quadrant, read_splits, songs_of, splits_digest)
+from files import (DIGEST, Verdict, ahead, differences, json_digest, load_tensors, read_json,
+                   read_tensors, state_digest, write_csv, write_json)
+from train import CONFIG
+
+DIMENSIONS = ("valence", "arousal")
+PUBLISHED = {"mse": 0.4945, "quadrants": 107,  # on the first 160 test songs of these splits
+             "splits": "c127846430ead7c2249ece577899cf276362b559daa45eaf37d0b810082fa957"}
+SIX_DECIMALS = 5e-7
+TOLERANCE = 0.01  # on the 1–9 scale: predictions of --precision float32 that differ less are close
+ANNOTATORS = 10  # a DEAM song, at least; the label is their mean
+MODEL = {"config": CONFIG, "settings": {"layer": int}, "params": PARAMS, "layer": int,
+         "mean": torch.Tensor, "std": torch.Tensor, "state": {str: torch.Tensor},
+         "initial_model": DIGEST, "splits_source": str, "source": {"name": str}}
+METRICS = {"finetune": str, "precision": str, "source": str, "split": ("train", "val", "test"),
+           "labels": ("shipped", "corrected"), "trained_on_labels": ("shipped", "corrected"),
+           "songs": int, "features": (None, DIGEST), "splits": DIGEST, "label_values": DIGEST,
+           "swapped_labels": (None, [[int]]), "initial_model": DIGEST, "model": DIGEST,
+           "numbers": dict, "ridge_penalty": (None, float), "predictions": {int: [float]},
+           "ridge_predictions": (None, {int: [float]}), "digest": DIGEST}
+
+
+def read_model(file):
+    """(EmotionModel in eval mode, what else model.pt holds). Raises UserError for anything else."""
+    content = read_tensors(file, "a trained model", MODEL)
     try:
-        settings = checkpoint["settings"]
-        model = EmotionModel(settings["bundle"], settings["layer"], checkpoint["config"]["finetune"])
-        model.load_state_dict(checkpoint["state"])
-        model.mean, model.std = checkpoint["mean"], checkpoint["std"]
-        return model, checkpoint
-    except (TypeError, KeyError, RuntimeError, AttributeError):
-        raise UserError(f"{folder / 'model.pt'} is not a model that train.py wrote") from None
+        model = EmotionModel(content["params"], content["layer"], content["config"]["finetune"])
+        model.load_state_dict(content["state"], assign=True)
+    except (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError):
+        raise UserError(f"{file} is not a model that train.py wrote") from None
+    if content["mean"].shape != (2,) or content["std"].shape != (2,):
+        raise UserError(f"{file} is not a model that train.py wrote: mean and std of two labels")
+    return model.eval(), content
 
 
-def load_data(args, folder, checkpoint, open_features):
-    """The features that the run was trained on, the split's files checked. Raises UserError where they are others.
-    open_features(labels): their DEAMFeatHandler, the same one for all runs of a call."""
-    config = checkpoint["config"]
-    data = open_features(args.labels or config["labels"])
-    runs, here = ((settings["bundle"], settings["layer"]) for settings in (checkpoint["settings"], data.settings))
-    if runs != here:
-        raise UserError(f"{folder} was trained on {runs[0]} layer {runs[1]}, {data.root} holds {here[0]} layer "
-                        f"{here[1]}: name its own features with --features")
-    if config["features_digest"] != data.digest:
-        raise UserError(f"{folder} was trained on features {str(config['features_digest'])[:16]}…, {data.root} holds "
-                        f"{str(data.digest)[:16]}…: name its own with --features, or extract them again with its "
-                        "settings")
-    if config["splits_digest"] != data.splits_digest:
-        raise UserError(f"{folder} was trained on other splits: name them with --splits")
-    if len(data.ids[args.split]) < 2:
-        raise UserError(f"{data.summary}: too few {args.split} songs to evaluate on")
-    data.check(args.split)
-    return data
+def read_run(folder):
+    """(model, what else model.pt holds, the run's splits). Raises UserError where the run's files
+    are not of one run."""
+    if not (folder / "model.pt").exists() and (folder / "last.pt").exists():
+        raise UserError(f"{folder} is not finished: train.py with --resume resumes it")
+    model, content = read_model(folder / "model.pt")
+    splits = read_splits(folder / "splits.json")
+    record = read_json(folder / "config.json", "a run's configuration",
+                       {"config": CONFIG, "digests": {"model": DIGEST, "initial_model": DIGEST}})
+    content["digest"] = state_digest(content["state"])
+    there = {"model": content["digest"], "initial_model": content["initial_model"],
+             **content["config"]}
+    if differing := differences({**record["config"], **{key: record["digests"][key] for key in (
+            "model", "initial_model")}}, there):
+        raise UserError(f"{folder}: config.json and model.pt are not of one run ({differing})")
+    if content["config"]["splits"] != splits_digest(splits):
+        raise UserError(f"{folder}: splits.json is not the one that the run was trained on")
+    return model, content, splits
 
 
 # ------------------------------------------------------------------------------------------------ metrics
-# All of them work on [..., N] or [..., N, 2] arrays over the songs, so that 10,000 resamples take one call.
+# All of them work on [..., N] or [..., N, 2] arrays over the songs, so that 1000 resamples take one call.
 
 
 def divide(a, b):
@@ -105,39 +112,39 @@ def correlation(a, b):
 
 
 def regression(true, pred, scale):
-    """Metrics of one dimension, [..., N] on the 1–9 scale; z-scored ones divide by `scale`, train+val's σ.
-    R² is against the mean of these songs; concordance (ccc): Lin 1989, Biometrics 45."""
+    """Metrics of one dimension, [..., N] on the 1–9 scale; z-scored ones divide by `scale`, σ of
+    train+val. R² is against the mean of these songs; concordance (ccc): Lin 1989, Biometrics 45."""
     mse, mae, variance = ((pred - true) ** 2).mean(-1), abs(pred - true).mean(-1), true.var(-1)
     covariance = (true * pred).mean(-1) - true.mean(-1) * pred.mean(-1)
+    apart = (true.mean(-1) - pred.mean(-1)) ** 2
     return {"mse": mse, "rmse": np.sqrt(mse), "mae": mae,
             "z_mse": mse / scale**2, "z_rmse": np.sqrt(mse) / scale, "z_mae": mae / scale,
-            "r2": np.where(variance > 0, 1 - divide(mse, variance), 0.0), "pearson": correlation(true, pred),
-            "ccc": divide(2 * covariance, variance + pred.var(-1) + (true.mean(-1) - pred.mean(-1)) ** 2)}
-
-
-def quadrant(values, threshold=5.0):
-    """Index into QUADRANTS for values[..., 2]."""
-    high_valence, high_arousal = np.moveaxis(values >= threshold, -1, 0)
-    return np.where(high_arousal, np.where(high_valence, 0, 1), np.where(high_valence, 3, 2))
+            "r2": np.where(variance > 0, 1 - divide(mse, variance), 0.0),
+            "pearson": correlation(true, pred),
+            "ccc": divide(2 * covariance, variance + pred.var(-1) + apart)}
 
 
 def all_metrics(true, pred, std):
-    """Everything that eval reports of true and pred [..., N, 2] on the 1–9 scale; std[2] of train+val."""
-    metrics = {name: regression(true[..., n], pred[..., n], std[n]) for n, name in enumerate(DIMENSIONS)}
-    metrics["average"] = {key: (metrics["valence"][key] + metrics["arousal"][key]) / 2 for key in metrics["valence"]}
-    t, p = quadrant(true), quadrant(pred)
+    """Everything that eval reports of true and pred [..., N, 2] on the 1–9 scale; std[2]."""
+    metrics = {name: regression(true[..., n], pred[..., n], std[n])
+               for n, name in enumerate(DIMENSIONS)}
+    metrics["average"] = {key: (metrics["valence"][key] + metrics["arousal"][key]) / 2
+                          for key in metrics["valence"]}
+    t, p = quadrant(true, 5), quadrant(pred, 5)
     f1 = {name: divide(2 * ((t == n) & (p == n)).sum(-1), (t == n).sum(-1) + (p == n).sum(-1))
           for n, name in enumerate(QUADRANTS)}
-    metrics["quadrant"] = {"accuracy": (t == p).mean(-1), "f1": f1, "macro_f1": sum(f1.values()) / 4}
-    metrics["valence_arousal_correlation"] = {"true": correlation(true[..., 0], true[..., 1]),
-                                              "predicted": correlation(pred[..., 0], pred[..., 1])}
+    metrics["quadrant"] = {"accuracy": (t == p).mean(-1), "f1": f1,
+                           "macro_f1": sum(f1.values()) / 4}
+    metrics["valence_arousal_correlation"] = {
+        "true": correlation(true[..., 0], true[..., 1]),
+        "predicted": correlation(pred[..., 0], pred[..., 1])}
     return metrics
 
 
 def confusion(true, pred):
     """4×4 counts: rows true, columns predicted quadrant."""
     counts = np.zeros((4, 4), int)
-    np.add.at(counts, (quadrant(true), quadrant(pred)), 1)
+    np.add.at(counts, (quadrant(true, 5), quadrant(pred, 5)), 1)
     return counts
 
 
@@ -148,24 +155,34 @@ def mapped(function, *trees):
     return {key: mapped(function, *(tree[key] for tree in trees)) for key in trees[0]}
 
 
-def bootstrap(true, pred, std, resamples=10_000):
-    """95 % percentile intervals over songs (Efron & Tibshirani 1993), [low, high] for every metric; fixed seed."""
-    generator, chunks = np.random.default_rng(0), []
-    for start in range(0, resamples, 1000):
-        songs = generator.integers(0, len(true), (min(1000, resamples - start), len(true)))
-        chunks.append(all_metrics(true[songs], pred[songs], std))
-    return mapped(lambda *parts: np.quantile(np.concatenate(parts), [0.025, 0.975]).tolist(), *chunks)
+def bootstrap(measure, true, *preds, resamples=10_000, groups=None):
+    """95 % percentile intervals (Efron & Tibshirani 1993) of measure(true, *preds), [low, high] for
+    every metric; fixed seed. Songs are resampled; with `groups` [N] whole groups of songs are."""
+    generator, parts = np.random.default_rng(0), []
+    if groups is None:
+        for _ in range(0, resamples, 1000):
+            songs = generator.integers(0, len(true), (1000, len(true)))
+            parts.append(measure(true[songs], *(pred[songs] for pred in preds)))
+    else:
+        members = [np.flatnonzero(groups == group) for group in np.unique(groups)]
+        for _ in range(resamples // 5):
+            drawn = generator.integers(0, len(members), len(members))
+            songs = np.concatenate([members[group] for group in drawn])
+            found = measure(true[songs], *(pred[songs] for pred in preds))
+            parts.append(mapped(lambda value: np.asarray(value)[None], found))
+    return mapped(lambda *values: np.quantile(np.concatenate(values), [0.025, 0.975]).tolist(), *parts)
 
 
 def ceiling(true, spread):
-    """The R² of a perfect model, [2]: what is left of the labels' variance without the noise of a mean over ANNOTATORS,
-    whose standard deviation a song is spread[N, 2]."""
-    return 1 - (spread**2).mean(0) / ANNOTATORS / true.var(0)
+    """The R² of a perfect model: what is left of the labels' variance without the noise of a mean
+    over ANNOTATORS, whose standard deviation a song is spread[N, 2]."""
+    top = dict(zip(DIMENSIONS, (1 - (spread**2).mean(0) / ANNOTATORS / true.var(0)).tolist()))
+    return {**top, "average": sum(top.values()) / 2}
 
 
 def ridge(x, y, x_val, y_val, penalties=10.0 ** np.arange(-2, 7.5, 0.5)):
-    """Ridge regression in closed form. x[N, D] is standardised; the penalty with the lowest MSE on val is chosen.
-    Returns (function from x to y, penalty)."""
+    """Ridge regression in closed form. x[N, D] is standardised; the penalty with the lowest MSE on
+    val is chosen. Returns (function from x to y, penalty)."""
     centre, scale = x.mean(0), np.where(x.std(0) > 0, x.std(0), 1)
     u, s, vt = np.linalg.svd((x - centre) / scale, full_matrices=False)
 
@@ -177,310 +194,422 @@ def ridge(x, y, x_val, y_val, penalties=10.0 ** np.arange(-2, 7.5, 0.5)):
     return predictor(best), float(best)
 
 
+def measure(annotations, ids, known, pred, ridge_pred, train=None, groups=None):
+    """Every number of a report, from DEAM's annotations and predictions {song id: [valence,
+    arousal]} of the songs `ids`; z-scored by the labels of the `known` songs. So a published file's
+    numbers can be computed again from its own predictions."""
+    labels = np.array([annotations[song] for song in ids])
+    true, pred = labels[:, ::2], np.array([pred[str(song)] for song in ids])
+    mean, std = (value.numpy() for value in label_statistics(annotations, known))
+    metric, others = functools.partial(all_metrics, std=std), {}
+    if train:
+        mean_label = np.array([annotations[song][::2] for song in train]).mean(0)
+        others["training mean"] = np.broadcast_to(mean_label, true.shape)
+    if ridge_pred:
+        others["ridge"] = np.array([ridge_pred[str(song)] for song in ids])
+    return {"label_mean": mean.tolist(), "label_std": std.tolist(),
+            "metrics": mapped(float, metric(true, pred)),
+            "intervals": bootstrap(metric, true, pred, groups=groups),
+            "confusion": confusion(true, pred).tolist(), "ceiling_r2": ceiling(true, labels[:, 1::2]),
+            "baselines": {name: mapped(float, metric(true, other)) for name, other in others.items()}}
+
+
+def measure_split(annotations, splits, split, pred, ridge_pred):
+    """`measure` for a split; for the published test split also what can be said of it alone."""
+    ids, known = splits[split], splits["train"] + splits["val"]
+    numbers = measure(annotations, ids, known, pred, ridge_pred, splits["train"])
+    if split == "test" and splits_digest(splits) == PUBLISHED["splits"]:
+        true, found = (np.array([each(song) for song in ids]) for each in (
+            lambda song: annotations[song][::2], lambda song: pred[str(song)]))
+        right = quadrant(true, 5) == quadrant(found, 5)
+        errors = ((found - true) / numbers["label_std"])[:160]  # full batches held 160
+        artists = read_artists()
+        heard = {artists[song] for song in known}
+        new = [song for song in ids if artists[song] not in heard]
+        numbers["published_protocol"] = {"z_mse": float((errors**2).mean()),
+                                         "quadrants_right": int(right[:160].sum())}
+        numbers["new_artists"] = {"songs": len(new), **{
+            key: value for key, value in measure(annotations, new, known, pred, None).items()
+            if key in ("metrics", "intervals")}}
+    return numbers
+
+
 @functools.cache
-def baselines(data, split, std):
-    """Predictions [N, 2] that need no network: the mean of the training labels, and ridge on mean-pooled features.
-    Returns (predictions by name, ridge's penalty). std: a tuple, train+val's σ of both dimensions."""
-    splits = dict.fromkeys(["train", "val", split])
+def read_artists():
+    """{song id: number of its artist}, facts about DEAM."""
+    content = read_json(HERE / "artists.json", "a file of artists", {"artist": {int: int}})
+    return {int(song): artist for song, artist in content["artist"].items()}
+
+
+# -------------------------------------------------------------------------------------------- evaluation
+
+
+@functools.cache
+def pooled_features(root, song):
+    """float64[D]: the mean over time of a song's features, which are verified already."""
+    features = load_tensors(root / "songs" / f"{song}.pt", "a feature file")
+    return features.double().mean(0).numpy()
+
+
+def ridge_predictions(data, split):
+    """({song id: [valence, arousal]} by ridge on mean-pooled features, its penalty)."""
     if not data.ids["train"] or not data.ids["val"]:
-        return {}, None
-    labels = {name: data.datasets[name].labels.numpy() for name in splits}
-    for name in splits:
-        dataset = data.datasets[name]
-        pooled = ahead(lambda index: dataset[index][0].double().mean(0).numpy(), range(len(dataset)))
-        splits[name] = np.stack([*Progress(pooled, total=len(dataset), desc=f"baselines {name}", unit="song")])
-    predict, penalty = ridge(splits["train"], labels["train"] / std, splits["val"], labels["val"] / std)
-    mean = np.broadcast_to(labels["train"].mean(0), labels[split].shape)
-    return {"training mean": mean, "ridge": predict(splits[split]) * std}, penalty
+        return None, None
+    labels = {name: data.datasets[name].labels.numpy() for name in data.ids}
+    x, std = {}, data.std.numpy()
+    for name in dict.fromkeys(["train", "val", split]):
+        data.check(name)
+        ids = data.ids[name]
+        pooled = ahead(functools.partial(pooled_features, data.root), ids)
+        x[name] = np.stack([*Progress(pooled, total=len(ids), desc=f"ridge {name}", unit="song",
+                                      leave=False)])
+    predict, penalty = ridge(x["train"], labels["train"] / std, x["val"], labels["val"] / std)
+    pred = (predict(x[split]) * std).round(6) + 0.0
+    return dict(zip(map(str, data.ids[split]), pred.tolist())), penalty
 
 
-def print_report(metrics, intervals, counts, top, others):
+def evaluate(args, folder, arithmetic, open_features):
+    """One run: what its metrics.json is to hold, and the annotations behind it."""
+    model, content, splits = read_run(folder)
+    config = content["config"]
+    labels = args.labels or config["labels"]
+    data = open_features(labels, splits)
+    if config["features"] != data.digest:
+        raise UserError(f"{folder} was trained on features {str(config['features'])[:16]}…, "
+                        f"{data.root} holds {str(data.digest)[:16]}…: name its own with --features, "
+                        "or extract them again with its settings")
+    ids = data.ids[args.split]
+    if len(ids) < 2:
+        raise UserError(f"{data.summary}: too few {args.split} songs to evaluate on")
+    data.check(args.split)
+    model.to(arithmetic.device, arithmetic.dtype)
+    clips = DataLoader(FrozenOutputs(data.datasets[args.split], model, arithmetic), 1,
+                       collate_fn=collate)
+    progress = Progress(clips, desc=f"eval {folder.name}", unit="song")
+    pred = model.predict(progress, arithmetic) * content["std"] + content["mean"]
+    pred = pred.numpy().round(6) + 0.0
+    if not np.isfinite(pred).all():
+        raise UserError(f"{folder}: a prediction is NaN or infinite")
+    pred, (other, penalty) = dict(zip(map(str, ids), pred.tolist())), data.ridge(args.split)
+    found = {"run": folder.name, "finetune": config["finetune"], "precision": config["precision"],
+             "source": splits["source"], "split": args.split, "labels": labels,
+             "trained_on_labels": config["labels"], "songs": len(ids), "features": data.digest,
+             "splits": splits_digest(splits), "label_values": label_digest(data.annotations, splits),
+             "swapped_labels": data.manifest["swapped_labels"],
+             "initial_model": content["initial_model"], "model": content["digest"],
+             "numbers": measure_split(data.annotations, splits, args.split, pred, other),
+             "ridge_penalty": penalty, "predictions": pred, "ridge_predictions": other}
+    return found, config, data
+
+
+def label_digest(annotations, splits):
+    """sha256 over the labels of the splits' songs and their standard deviations."""
+    return json_digest({str(song): annotations[song] for song in songs_of(splits)})
+
+
+def caption_of(found):
+    kind = "original" if found["labels"] == "shipped" else "corrected"
+    return (f"{found['finetune']} · {kind} labels · {found['split']}, n = {found['songs']}\n"
+            f"{found['source']}")
+
+
+def write_report(found, folder, annotations, here):
+    """metrics.json, predictions.csv and the figures; in a folder of their own where the labels are
+    not those that the run was trained on."""
+    other = "" if found["labels"] == found["trained_on_labels"] else f"-{found['labels']}"
+    out = folder / f"eval-{found['split'].replace(' ', '-')}{other}"
+    content = {**found, "environment": here}
+    write_json(out / "metrics.json", {**content, "digest": json_digest(content)})
+    ids, numbers = list(found["predictions"]), found["numbers"]
+    true = np.array([annotations[int(song)][::2] for song in ids])
+    pred = np.array(list(found["predictions"].values()))
+    write_csv(out / "predictions.csv",
+              ["song_id", "valence_true", "arousal_true", "valence_pred", "arousal_pred"],
+              [[song, *t, *(f"{value:.6f}" for value in p)] for song, t, p in zip(ids, true, pred)])
+    figures.draw_report(true, pred, numbers["metrics"], numbers["intervals"], numbers["confusion"],
+                        out, caption_of(found))
+    return out
+
+
+def print_report(found):
+    numbers = found["numbers"]
+    metrics, intervals, counts = (numbers[key] for key in ("metrics", "intervals", "confusion"))
     heads = "MSE", "RMSE", "MAE", "z MSE", "z RMSE", "z MAE", "R²", "r", "CCC"
     print(f"\n{'':18}" + "".join(f"{head:>8}" for head in heads))
     for name in (*DIMENSIONS, "average"):
-        rows = {name: metrics[name].values(), "  95 % from": [interval[0] for interval in intervals[name].values()],
+        rows = {name: metrics[name].values(),
+                "  95 % from": [interval[0] for interval in intervals[name].values()],
                 "  to": [interval[1] for interval in intervals[name].values()],
-                **{f"  {other}": others[other][name].values() for other in others}}
+                **{f"  {other}": values[name].values()
+                   for other, values in numbers["baselines"].items()}}
         for label, row in rows.items():
             print(f"{label:18}" + "".join(f"{round(value, 4) + 0.0:8.4f}" for value in row))
-        print(f"{'  perfect model':66}{top[name]:8.4f}")
+        print(f"{'  ceiling':66}{numbers['ceiling_r2'][name]:8.4f}")
+        if new := numbers.get("new_artists"):
+            shown = "  ".join(f"{label} {new['metrics'][name][key]:.2f} "
+                              f"[{new['intervals'][name][key][0]:.2f}, "
+                              f"{new['intervals'][name][key][1]:.2f}]"
+                              for label, key in (("R²", "r2"), ("r", "pearson"), ("CCC", "ccc")))
+            print(f"  {new['songs']} songs by artists not in train or val: {shown}")
     q, edges = metrics["quadrant"], intervals["quadrant"]["accuracy"]
-    print(f"\nquadrants right: {q['accuracy']:.1%} [{edges[0]:.1%}, {edges[1]:.1%}] of {counts.sum()}; macro F1 "
-          f"{q['macro_f1']:.4f}  (threshold 5; rows true, columns predicted)")
-    print(" " * 8 + "".join(f"{name:>8}" for name in QUADRANTS) + f"{'F1':>8}")
+    print(f"\nquadrants right: {q['accuracy']:.1%} [{edges[0]:.1%}, {edges[1]:.1%}] of "
+          f"{found['songs']}; macro F1 {q['macro_f1']:.4f}  (threshold 5; rows true, columns "
+          "predicted)\n" + " " * 8 + "".join(f"{name:>8}" for name in QUADRANTS) + f"{'F1':>8}")
     for name, row in zip(QUADRANTS, counts):
         print(f"{name:8}" + "".join(f"{count:8d}" for count in row) + f"{q['f1'][name]:8.4f}")
-    r, edges = metrics["valence_arousal_correlation"], intervals["valence_arousal_correlation"]["predicted"]
-    collapsed = abs(r["predicted"]) >= 0.9 and abs(r["predicted"]) - abs(r["true"]) >= 0.2
-    print(f"\ncorrelation of valence with arousal: predicted {r['predicted']:.4f} [{edges[0]:.4f}, {edges[1]:.4f}], "
-          f"true {r['true']:.4f}"
-          + (": a collapse, the two heads predict one thing" if collapsed else ""))
-    if p := metrics.get("published_protocol"):
+    print_correlation(metrics, intervals, numbers["baselines"])
+    if p := numbers.get("published_protocol"):
         print(f"published protocol (first 160 test songs): z-scored MSE {p['z_mse']:.4f} (published "
-              f"{PUBLISHED['mse']}), "
-              f"quadrants right {p['quadrants_right']} (published {PUBLISHED['quadrants']})")
+              f"{PUBLISHED['mse']}), quadrants right {p['quadrants_right']} (published "
+              f"{PUBLISHED['quadrants']})")
 
 
-# ------------------------------------------------------------------------------------------------ figures
+def print_correlation(metrics, intervals, baselines):
+    key = "valence_arousal_correlation"
+    r, edges = metrics[key], intervals[key]["predicted"]
+    collapsed = abs(r["predicted"]) >= 0.9 and abs(r["predicted"]) - abs(r["true"]) >= 0.2
+    linear = baselines.get("ridge")
+    print(f"\ncorrelation of valence with arousal: predicted {r['predicted']:.4f} "
+          f"[{edges[0]:.4f}, {edges[1]:.4f}], true {r['true']:.4f}"
+          + (f", ridge's {linear[key]['predicted']:.4f}" if linear else "")
+          + (": a collapse, the two heads predict one thing" if collapsed else ""))
+    better = [f"{name} (R² {linear[name]['r2']:.2f}, the network {metrics[name]['r2']:.2f})"
+              for name in DIMENSIONS if linear and linear[name]["r2"] > metrics[name]["r2"]]
+    if better:
+        print(f"ridge on the same features does better than the network for {', '.join(better)}")
 
 
-def draw(folder, caption, true, pred, metrics, intervals, counts, pdf):
-    """Write the four figures of the published report; captions say run, split, labels and n."""
-    kinds = ["png", "pdf"] if pdf else ["png"]
-    scale = {"xlim": (1, 9), "ylim": (1, 9), "xticks": range(1, 10), "yticks": range(1, 10), "aspect": "equal"}
+TABLE = [(name, key) for name in DIMENSIONS for key in ("z_mse", "r2", "pearson", "ccc")]
 
-    def save(figure, name, note=" · [95 % bootstrap intervals]"):
-        figure.suptitle(caption + note, fontsize=9)
-        for kind in kinds:
-            image = io.BytesIO()
-            figure.savefig(image, format=kind, dpi=150, metadata={"CreationDate": None} if kind == "pdf" else None)
-            write_file(folder / f"{name}.{kind}", image.getvalue())
-        plt.close(figure)
 
-    def between(edges):
-        return f"[{edges[0]:.2f}, {edges[1]:.2f}]"
+def table_row(metrics):
+    return [metrics[name][key] for name, key in TABLE] + [
+        metrics["quadrant"]["accuracy"], metrics["valence_arousal_correlation"]["predicted"]]
 
-    figure, axes = plt.subplots(1, 2, figsize=(9.5, 5.5), layout="constrained")
-    for n, (axis, name) in enumerate(zip(axes, DIMENSIONS)):
-        m, edges = metrics[name], intervals[name]
-        axis.plot([1, 9], [1, 9], "k--", linewidth=1, label="y = x")
-        axis.scatter(true[:, n], pred[:, n], s=18, alpha=0.6, color=COLOURS[name], marker="os"[n], label="songs")
-        axis.set(xlabel=f"true {name} (1–9)", ylabel=f"predicted {name} (1–9)", **scale)
-        axis.set_title(f"R² {m['r2']:.2f} {between(edges['r2'])}   r {m['pearson']:.2f} {between(edges['pearson'])}\n"
-                       f"CCC {m['ccc']:.2f} {between(edges['ccc'])}", fontsize=9)
-        axis.legend(loc="upper left")
-        axis.grid(alpha=0.3)
-    save(figure, "true_vs_predicted")
 
-    r, edges = metrics["valence_arousal_correlation"], intervals["valence_arousal_correlation"]
-    figure, axis = plt.subplots(figsize=(6.5, 7), layout="constrained")
-    axis.axhline(5, color="k", linewidth=1)
-    axis.axvline(5, color="k", linewidth=1)
-    axis.scatter(*true.T, s=24, facecolors="none", edgecolors="#555555",
-                 label=f"true, r {r['true']:.2f} {between(edges['true'])}")
-    axis.scatter(*pred.T, s=22, alpha=0.7, marker="^", color="#cc79a7",
-                 label=f"predicted, r {r['predicted']:.2f} {between(edges['predicted'])}")
-    for name, mood, x, y in zip(QUADRANTS, MOODS, (8.9, 1.1, 1.1, 8.9), (8.65, 8.65, 1.15, 1.15)):
-        axis.text(x, y, f"{name}: {mood}", ha="right" if x > 5 else "left", fontsize=9, weight="bold", color="#555555")
-    axis.set(xlabel="valence (1–9)", ylabel="arousal (1–9)", **scale)
-    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, fontsize=8)
-    axis.grid(alpha=0.3)
-    save(figure, "plane")
-
-    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    figure, axis = plt.subplots(figsize=(6, 5.6), layout="constrained")
-    image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    for row in range(4):
-        for column in range(4):
-            axis.text(column, row, f"{counts[row, column]}\n{shares[row, column]:.0%}", ha="center", va="center",
-                      color="white" if shares[row, column] > 0.5 else "black")
-    axis.set_xticks(np.arange(0.5, 3), minor=True)
-    axis.set_yticks(np.arange(0.5, 3), minor=True)
-    axis.grid(which="minor", color="white", linewidth=2)
-    axis.tick_params(which="minor", length=0)
-    edges = intervals["quadrant"]["accuracy"]
-    axis.set(xlabel="predicted quadrant", xticks=range(4), xticklabels=QUADRANTS,
-             ylabel="true quadrant", yticks=range(4), yticklabels=QUADRANTS)
-    axis.set_title(f"quadrants right: {metrics['quadrant']['accuracy']:.1%} [{edges[0]:.1%}, {edges[1]:.1%}]")
-    figure.colorbar(image, label="share of the row", shrink=0.8)
-    save(figure, "confusion")
-
-    figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.8), sharey=True, layout="constrained")
-    for n, (axis, name) in enumerate(zip(axes, DIMENSIONS)):
-        axis.hist(pred[:, n], bins=np.arange(1, 9.1, 0.5), alpha=0.6, color=COLOURS[name], label="predicted")
-        axis.hist(true[:, n], bins=np.arange(1, 9.1, 0.5), histtype="step", color="k", linewidth=1.5, label="true")
-        axis.set(xlabel=f"{name} (1–9)", ylabel="songs" if n == 0 else None, xlim=(1, 9), xticks=range(1, 10))
-        axis.legend()
-    save(figure, "histograms", note="")
+def print_runs(evaluated):
+    """One row a run; mean ± standard deviation (of the sample) over runs that differ in the seed
+    alone; ridge and the ceiling of the first."""
+    found = [each for each, _, _ in evaluated]
+    heads = [f"{name[:3]} {key}" for name, key in TABLE] + ["quadrants", "pred. r"]
+    print(f"\n{'run':20}" + "".join(f"{head:>17}" for head in heads))
+    rows = np.array([table_row(each["numbers"]["metrics"]) for each in found])
+    for each, row in zip(found, rows):
+        print(f"{each['run'][:19]:20}" + "".join(f"{value:17.4f}" for value in row))
+    settings = [{**config, "seed": None, "labels evaluated": each["labels"],
+                 "songs": list(each["predictions"])[:3]} for each, config, _ in evaluated]
+    differing = {key for each in settings for key in each if each[key] != settings[0][key]}
+    if differing:
+        print(f"the runs differ in {', '.join(sorted(differing))}: no mean over them")
+    else:
+        pairs = zip(rows.mean(0), rows.std(0, ddof=1))
+        print(f"{'mean ± std':20}" + "".join(f"{f'{mean:.4f} ± {std:.4f}':>17}"
+                                             for mean, std in pairs))
+    numbers = found[0]["numbers"]
+    if "ridge" in numbers["baselines"]:
+        print(f"{'ridge':20}" + "".join(f"{value:17.4f}"
+                                        for value in table_row(numbers["baselines"]["ridge"])))
+    tops = [numbers["ceiling_r2"][name] if key == "r2" else None for name, key in TABLE]
+    print(f"{'ceiling':20}" + "".join(f"{value:17.4f}" if value else " " * 17 for value in tops))
 
 
 # ----------------------------------------------------------------------------------------------- verdict
 
 
-def flat(metrics, prefix=""):
-    """{"valence.mse": array(1.2), …}: the numbers, and lists of numbers, of nested dicts under dotted names."""
-    numbers = {}
-    for key, value in metrics.items():
-        if isinstance(value, dict):
-            numbers |= flat(value, f"{prefix}{key}.")
-        else:
-            numbers[f"{prefix}{key}"] = np.array(value, float)
-    return numbers
+def read_metrics(file):
+    """An earlier metrics.json. Raises UserError where it is none or was edited."""
+    content = read_json(file, "a metrics.json", METRICS)
+    digest = content.pop("digest")
+    if digest != json_digest(content):
+        raise UserError(f"{file} does not match its own digest: it was edited or damaged")
+    songs = [content["predictions"], content["ridge_predictions"] or content["predictions"]]
+    if any(len(values) != 2 for each in songs for values in each.values()) or (
+            set(songs[0]) != set(songs[1]) or content["songs"] != len(songs[0])):
+        raise UserError(f"{file} is not a metrics.json: two predictions for each of its songs")
+    return content
 
 
-def verify(expected_file, found):
-    """Compare `found` (a metrics.json's content) with an earlier one, line by line; returns the exit code.
-    Raises UserError for a file that is no metrics.json, or of other songs."""
-    expected = read_json(expected_file, "an earlier metrics.json")
-    try:
-        songs, numbers = expected["predictions"], flat(expected["metrics"])
-        other = [key for key in ("splits", "split", "labels") if expected[key] != found[key]]
-        if other or list(songs) != list(found["predictions"]):
-            raise UserError(f"{expected_file} is about other songs or labels ({expected['split']}, {len(songs)} songs "
-                            f"of splits {expected['splits'][:16]}…, {expected['labels']} labels): "
-                            "verify with the same --split, --splits and --labels")
-        difference = float(np.abs(np.array(list(songs.values())) - np.array(list(found["predictions"].values()))).max())
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise UserError(f"{expected_file} is not a metrics.json that eval.py wrote") from None
-
-    def line(name, delta, then, now):
-        verdict = "identical" if delta == 0 else f"close (max |Δ| = {delta:.1e})" if delta < TOLERANCE else "DIFFERENT"
-        print(f"{name:38} {verdict:28} expected {then}, found {now}")
-
-    print(f"\ncompared with {expected_file}:")
-    for key in ("features", "splits", "initial_model", "model"):
-        then, now = str(expected.get(key)), str(found[key])
-        line(key.replace("_", " "), 0 if then == now else np.inf, then[:16], now[:16])
-    then, now = json_digest(songs), json_digest(found["predictions"])
-    line(f"predictions of {len(songs)} songs", difference, then[:16], now[:16])
-    now = flat(found["metrics"])
-    for name, value in numbers.items():
-        delta = abs(value - now[name]).max() if name in now and now[name].shape == value.shape else np.inf
-        both = value, now.get(name, np.array(np.nan))
-        shown = [f"{v:.6g}" if v.ndim == 0 else v.astype(int).tolist() for v in both]
-        line(name, 0 if delta < 5e-7 else delta, *shown)
-    if difference == 0:
-        print("REPRODUCED: every prediction is the same to six decimals")
-        return 0
-    if difference < TOLERANCE:
-        print(f"CLOSE: predictions differ by at most {difference:.1e}, below {TOLERANCE} on the 1–9 scale")
-        return 3
-    print(f"NOT REPRODUCED: a prediction differs by {difference:.2g}, the limit is {TOLERANCE} on the 1–9 scale")
-    return 1
+def flat(value, name=""):
+    """{"metrics.valence.mse": 1.2, …} of nested dicts and lists."""
+    if not isinstance(value, (dict, list)):
+        return {name: value}
+    pairs = value.items() if isinstance(value, dict) else enumerate(value)
+    return {key: leaf for place, inner in pairs
+            for key, leaf in flat(inner, f"{name}.{place}".lstrip(".")).items()}
 
 
-# -------------------------------------------------------------------------------------------------- runs
+def compare_numbers(verdict, expected, annotations, splits):
+    """Every number of an earlier metrics.json against what follows from its own predictions."""
+    ids = [str(song) for song in splits[expected["split"]]]
+    verdict.compare("songs", list(expected["predictions"]), ids)
+    verdict.compare("splits", expected["splits"], splits_digest(splits))
+    verdict.compare("labels", expected["label_values"], label_digest(annotations, splits))
+    if set(ids) != set(expected["predictions"]):
+        return
+    follows = flat(measure_split(annotations, splits, expected["split"], expected["predictions"],
+                                 expected["ridge_predictions"]))
+    numbers = flat(expected["numbers"])
+    for name in {**numbers, **follows}:
+        verdict.compare(name, numbers.get(name), follows.get(name), same=SIX_DECIMALS)
 
 
-def evaluate(args, folder, device, open_features):
-    """One run: print, write and return what metrics.json holds."""
-    dtype, autocast = arithmetic(args.precision, device)
-    model, checkpoint = load_run(folder)
-    data = load_data(args, folder, checkpoint, open_features)
-    model.to(device, dtype)
-    ids, dataset = data.ids[args.split], data.datasets[args.split]
-    clips = DataLoader(FrozenOutputs(dataset, model, autocast), 1, collate_fn=collate)
-    pred = model.predict(Progress(clips, desc=f"eval {folder.name}", unit="song"), autocast)
-    pred = (pred * model.std + model.mean).numpy().round(6)
-    true, std = dataset.labels.numpy(), model.std.numpy()
-    metrics, intervals = mapped(float, all_metrics(true, pred, std)), bootstrap(true, pred, std)
-    counts = confusion(true, pred)
-    metrics["quadrant"]["confusion"] = counts.tolist()
-    if data.corpus == "DEAM" and json_digest(ids) == PUBLISHED["test_songs"]:
-        # the published loader dropped the last partial batch
-        metrics["published_protocol"] = {"z_mse": float((((pred - true) / std)[:160] ** 2).mean()),
-                                         "quadrants_right": int((quadrant(true) == quadrant(pred))[:160].sum())}
-    spread = np.array([[float(data.annotations[song][n]) for n in (1, 3)] for song in ids])
-    top = dict(zip(DIMENSIONS, ceiling(true, spread).tolist()))
-    top["average"] = sum(top.values()) / 2
-    others, penalty = baselines(data, args.split, tuple(std))
-    others = {name: mapped(float, all_metrics(true, other, std)) for name, other in others.items()}
-    found = {"run": folder.name, "corpus": data.corpus, "split": args.split,
-             "labels": data.labels, "trained_on_labels": checkpoint["config"]["labels"],
-             "precision": args.precision, "songs": len(ids), "features": data.digest, "splits": data.splits_digest,
-             "initial_model": checkpoint["initial_model"], "model": state_digest(checkpoint["state"]),
-             "metrics": metrics, "intervals": intervals, "ceiling_r2": top,
-             "baselines": others, "ridge_penalty": penalty,
-             "predictions": dict(zip(map(str, ids), pred.tolist())), "environment": environment(device)}
-    print(f"{folder}: {checkpoint['config']['finetune']} on {data.corpus}, {args.split} split, {len(ids)} songs, "
-          f"{data.labels} labels, {args.precision} on {device}")
+def verify_run(expected, file, found, data):
+    """An evaluation just made against an earlier metrics.json; the exit code."""
+    verdict = Verdict(file)
+    for key in ("finetune", "precision", "source", "split", "labels", "trained_on_labels", "songs",
+                "features", "splits", "label_values", "swapped_labels", "initial_model"):
+        verdict.compare(key.replace("_", " "), expected[key], found[key])
+    exact = expected["precision"] == "exact"
+    verdict.compare("model", expected["model"], found["model"], like=not exact)
+    compare_numbers(verdict, expected, data.annotations, data.splits)
+    for kind, same, limit in (("predictions", 0, 0 if exact else TOLERANCE),
+                              ("ridge_predictions", 2e-6, 0)):
+        then, now = flat(expected[kind] or {}), flat(found[kind] or {})
+        for name in {**then, **now}:
+            verdict.compare(f"{kind.replace('_', ' ')} {name}", then.get(name), now.get(name),
+                            limit, same)
+    verdict.compare("ridge penalty", expected["ridge_penalty"], found["ridge_penalty"], same=1e-3)
+    return verdict.finish(f"features, model, predictions and numbers of {file}, "
+                          f"{found['precision']}")
+
+
+def verify_file(expected, file, deam):
+    """Do the numbers of a metrics.json follow from its predictions and DEAM's labels? Beside a run's
+    other files, are its digests theirs? The exit code."""
+    annotations = DEAMHandler(deam).annotations
+    if expected["labels"] == "corrected":
+        annotations = corrected(annotations, expected["swapped_labels"] or [])
+    beside = file.resolve().parent.parent
+    own = beside / "splits.json"
+    splits = read_splits(own if own.exists() else HERE / "splits.json")
+    if unknown := [song for song in songs_of(splits) if song not in annotations]:
+        raise UserError(f"{deam} has no labels of {len(unknown)} songs of the splits: give the DEAM "
+                        "that the file is about")
+    verdict = Verdict(file)
+    compare_numbers(verdict, expected, annotations, splits)
+    if (beside / "config.json").exists():
+        _, content, _ = read_run(beside)
+        config = content["config"]
+        for key, there in (("model", content["digest"]), ("features", config["features"]),
+                           ("initial_model", content["initial_model"]), ("source", splits["source"]),
+                           ("finetune", config["finetune"]), ("precision", config["precision"]),
+                           ("trained_on_labels", config["labels"])):
+            verdict.compare(key.replace("_", " "), expected[key], there)
+    return verdict.finish(f"the numbers of {file} follow from its predictions and DEAM's labels")
+
+
+# ------------------------------------------------------------------------------------- folds, comparisons
+
+
+def disjoint(evaluated):
+    """Whether several runs were evaluated on songs that no two share: folds."""
+    songs = [song for found, _, _ in evaluated for song in found["predictions"]]
+    return len(evaluated) > 1 and len(set(songs)) == len(songs)
+
+
+def pool(evaluated):
+    """One report over runs with disjoint songs; intervals by resampling artists."""
+    found, _, data = evaluated[0]
+    merged = {key: {song: values for each, _, _ in evaluated for song, values in
+                    (each[key] or {}).items()} for key in ("predictions", "ridge_predictions")}
+    ids, annotations = list(map(int, merged["predictions"])), data.annotations
+    name = found["run"].rstrip("0123456789").removesuffix("-fold")
+    return {**found, **merged, "run": f"{name}-pooled", "songs": len(ids), "split": "pooled folds",
+            "numbers": measure(annotations, ids, ids, merged["predictions"],
+                               merged["ridge_predictions"], groups=artist_groups(ids))}
+
+
+def artist_groups(ids):
+    artists = read_artists()
+    return np.array([artists.get(song, -song) for song in ids])
+
+
+def print_difference(first, second, annotations):
+    """Metrics of one set of predictions less those of another on the same songs, with intervals of
+    the difference, by resampling artists: what a claim of improvement needs."""
+    if set(first["predictions"]) != set(second["predictions"]):
+        raise UserError(f"{first['run']} and {second['run']} predict different songs: nothing to "
+                        "compare song by song")
+    ids = list(map(int, first["predictions"]))
+    true = np.array([annotations[song][::2] for song in ids])
+    a, b = (np.array([each["predictions"][str(song)] for song in ids]) for each in (first, second))
+
+    def difference(true, a, b):
+        one, two = (all_metrics(true, each, np.ones(2)) for each in (a, b))
+        return {name: {key: one[name][key] - two[name][key] for key in ("mse", "r2", "pearson", "ccc")}
+                for name in DIMENSIONS}
+
+    intervals = bootstrap(difference, true, a, b, groups=artist_groups(ids))
+    print(f"\n{first['run']} less {second['run']}, the same {len(ids)} songs, 95 % over artists")
+    for name, values in difference(true, a, b).items():
+        print(f"  {name:10}" + "   ".join(
+            f"{key} {value:+.4f} [{intervals[name][key][0]:+.4f}, {intervals[name][key][1]:+.4f}]"
+            for key, value in values.items()))
+
+
+# ------------------------------------------------------------------------------------------------- run
+
+
+def feature_folders(args):
+    """open(labels, splits) → DEAMFeatHandler, the same one for all runs that ask for the same."""
+    opened = {}
+
+    def open_features(labels, splits):
+        key = labels, splits_digest(splits)
+        if key not in opened:
+            data = opened[key] = DEAMFeatHandler(args.features, splits, labels=labels)
+            data.ridge = functools.cache(functools.partial(ridge_predictions, data))
+        return opened[key]
+
+    return open_features
+
+
+def tell(found, data, folder, out):
+    print(f"{folder}: {found['finetune']}, {found['split']} split, {found['songs']} songs, "
+          f"{found['labels']} labels, trained in {found['precision']}")
     for note in data.notes():
         print(note)
-    if data.labels != checkpoint["config"]["labels"]:
-        print(f"for comparison: the run was trained on {checkpoint['config']['labels']} labels")
-    print(f"features {data.digest}\nmodel    {found['model']}")
-    print_report(metrics, intervals, counts, top, others)
-    if data.corpus == "demo":
-        print("These songs and labels are synthetic: the numbers say nothing about DEAM.")
-    out = folder / f"eval-{args.split}"
-    write_json(out / "metrics.json", found)
-    table = [[song, *t, *(f"{value:.6f}" for value in p)] for song, t, p in zip(ids, true.tolist(), pred.tolist())]
-    header = ["song_id", "valence_true", "arousal_true", "valence_pred", "arousal_pred"]
-    write_csv(out / "predictions.csv", header, table)
-    draw(out, f"{folder.name} · {data.corpus} {args.split} · {data.labels} labels · n = {len(ids)}",
-         true, pred, metrics, intervals, counts, args.pdf)
+    if found["labels"] != found["trained_on_labels"]:
+        print(f"for comparison: the run was trained on {found['trained_on_labels']} labels")
+    print(f"features {found['features']}\nmodel    {found['model']}")
+    print_report(found)
     print(f"written: {out}/metrics.json, predictions.csv and four figures")
-    return found
-
-
-def print_runs(all_found):
-    """One row a run, then mean ± standard deviation (of the sample) over the runs."""
-    keys = [(name, key) for name in DIMENSIONS for key in ("z_mse", "r2", "pearson", "ccc")]
-    rows = np.array([[m[name][key] for name, key in keys] + [m["quadrant"]["accuracy"]]
-                     for m in (found["metrics"] for found in all_found)])
-    print(f"\n{'run':20}" + "".join(f"{name[:3] + ' ' + key:>17}" for name, key in keys) + f"{'quadrants':>17}")
-    for found, row in zip(all_found, rows):
-        print(f"{found['run']:20}" + "".join(f"{value:17.4f}" for value in row))
-    pairs = zip(rows.mean(0), rows.std(0, ddof=1))
-    print(f"{'mean ± std':20}" + "".join(f"{f'{mean:.4f} ± {std:.4f}':>17}" for mean, std in pairs))
-
-
-# ------------------------------------------------------------------------------------- one's own music
-
-
-def predict_audio(args, folder, device):
-    """Print valence and arousal of audio files, the backbone set as for the run's features. Returns the exit code."""
-    model, checkpoint = load_run(folder)
-    settings, (dtype, autocast) = checkpoint["settings"], arithmetic(args.precision, device)
-    set_determinism(args.threads, settings.get("precision", "float32"))
-    feature_dtype, feature_autocast = arithmetic(settings.get("precision", "float32"), device)
-    backbone = backbone_of(settings, args.weights, folder)
-    stored = getattr(torch, settings.get("store", "float32"))
-    backbone.model.to(device, feature_dtype)
-    model.to(device, dtype).eval()
-    known = {f".{name.lower()}" for name in soundfile.available_formats()} | {".aif", ".oga", ".opus"}
-    files = []
-    for path in args.audio:
-        files += sorted(f for f in path.rglob("*") if f.suffix.lower() in known) if path.is_dir() else [path]
-    if not files:
-        raise UserError("no audio files in the folders given with --audio")
-    rows, failed = [], 0
-    print(f"{'valence':>8}{'arousal':>9}   {'quadrant':24}{'spread over windows':>20}   song")
-    for file in files:
-        windows = []
-        try:
-            for waveform, _ in read_windows(file, backbone.sample_rate, feature_dtype, WINDOW):
-                with feature_autocast():
-                    features = backbone.hidden_states(waveform[None], settings["layer"])[0].to(stored)
-                with torch.no_grad(), autocast():
-                    windows.append(model([model.frozen(features)]).double().cpu()[0] * model.std + model.mean)
-        except BadClip as error:
-            print(f"failed: {file}: {error}", flush=True)
-            failed += 1
-            continue
-        windows = torch.stack(windows).numpy()
-        (valence, arousal), (valence_spread, arousal_spread) = windows.mean(0), windows.std(0)
-        n = int(quadrant(windows.mean(0)))
-        over = f"±{valence_spread:.2f} ±{arousal_spread:.2f} of {len(windows)}" if len(windows) > 1 else "one window"
-        print(f"{valence:8.3f}{arousal:9.3f}   {QUADRANTS[n] + ' ' + MOODS[n]:24}{over:>20}   {file}", flush=True)
-        values = [f"{value:.6f}" for value in (valence, arousal, valence_spread, arousal_spread)]
-        rows.append([file, *values, len(windows), QUADRANTS[n], MOODS[n]])
-    if args.csv:
-        header = ["song", "valence", "arousal", "valence_spread", "arousal_spread", "windows", "quadrant", "mood"]
-        write_csv(args.csv, header, rows)
-    return 1 if failed else 0
 
 
 def run(args):
-    device = pick_device(args.device)
-    set_determinism(args.threads, args.precision)
-    if (args.verify or args.audio) and len(args.runs) > 1:
-        raise UserError("--verify and --audio are about one run: name only one")
-    if (args.weights or args.csv) and not args.audio:
-        raise UserError("--weights and --csv go with --audio")
-    if args.audio:
-        return predict_audio(args, args.runs[0], device)
-    open_features = functools.cache(lambda labels: DEAMFeatHandler(args.features, args.splits, labels=labels,
-                                                                   allow_missing=args.allow_missing))
-    all_found = [evaluate(args, folder, device, open_features) for folder in args.runs]
-    if len(all_found) > 1:
-        print_runs(all_found)
-    return verify(args.verify, all_found[0]) if args.verify else 0
-
-
-def main():
-    run_script(run, parser(), "the same command starts the evaluation again")
+    if args.verify and (len(args.runs) > 1 or args.against):
+        raise UserError("--verify is about one run: name only one")
+    if not args.runs and not (args.verify and args.deam):
+        raise UserError("name a run, or give --verify FILE and --deam PATH")
+    expected = read_metrics(args.verify) if args.verify else None  # before anything is written
+    if not args.runs:
+        return verify_file(expected, args.verify, args.deam)
+    arithmetic, open_features = Arithmetic("exact", args.device), feature_folders(args)
+    evaluated, here = [], environment(arithmetic.device)
+    for folder in args.runs:
+        evaluated.append(evaluate(args, folder, arithmetic, open_features))
+    folds = disjoint(evaluated)
+    for folder, (found, _, data) in zip(args.runs, evaluated):
+        if expected:
+            break  # nothing is written over what is being verified
+        out = write_report(found, folder, data.annotations, here)
+        if not folds:
+            tell(found, data, folder, out)
+    if folds:
+        pooled = pool(evaluated)
+        out = write_report(pooled, args.runs[0].parent / pooled["run"], evaluated[0][2].annotations,
+                           here)
+        tell(pooled, evaluated[0][2], f"{len(args.runs)} runs", out)
+    elif len(evaluated) > 1:
+        print_runs(evaluated)
+    if args.against:
+        others = [evaluate(args, folder, arithmetic, open_features) for folder in args.against]
+        first, second = (pool(each) if disjoint(each) else each[0][0] for each in (evaluated, others))
+        print_difference(first, second, evaluated[0][2].annotations)
+    if expected:
+        return verify_run(expected, args.verify, *evaluated[0][::2])
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    execute(run, ARGS)

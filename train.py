@@ -1,265 +1,494 @@
 """Fine-tune the top layers and two regression heads on extracted features: DEAM_feats/ → runs/NAME/.
 
-  python train.py --finetune last1                   # the published configuration
-  python train.py --finetune frozen --run runs/frozen
-  python train.py --finetune last1 --resume          # go on after an interruption
+  python train.py --finetune last1                      # the published configuration
+  python train.py --finetune frozen --labels corrected --run runs/frozen-corrected
+  python train.py --finetune last1 --resume             # after an interruption
+  python train.py --verify runs/last1 --steps 2         # do the first steps give the same digests?
+
+To try another head or loss, change `Head` or `emotion_loss` at the end of common.py.
 """
 
-import copy
-import io
-import math
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import matplotlib
+from cli import Parser, execute, number, path, start
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-import torch
-
-from common import (DEAMFeatHandler, EmotionModel, FrozenOutputs, Parser, Progress, UserError, arithmetic,
-                    backbone_of, differences, emotion_loss, environment, number, pick_device, quadrant_weights,
-                    read_tensors, run_script, set_determinism, state_digest, tensor_digest, where_to_keep, write_csv,
-                    write_file, write_json, write_tensors)
-
-HISTORY = ["epoch", "lr", "train_loss", "train_mse", "train_mae", "val_loss", "val_mse", "val_mae"]
+ADVICE = "rerun the same command with --resume to resume after the last finished epoch"
 
 
 def parser():
-    p = Parser(__doc__, threads=8)
-    p.add_argument("--features", type=Path, default=Path("DEAM_feats"), metavar="FOLDER", help="what extract.py wrote")
-    p.add_argument("--run", type=Path, metavar="FOLDER",
+    p = Parser(__doc__)
+    p.share("--features", help="the folder that extract.py wrote")
+    p.add_argument("--run", type=path, metavar="FOLDER",
                    help="where the run goes (default: runs/ and the name of --finetune)")
     p.add_argument("--finetune", default="last1", metavar="frozen|last1|last2|…|lastN|all",
-                   help="what trains: the heads alone; the top n layers with the norm and the heads; all layers above "
-                        "the features'")
-    p.add_argument("--weights", type=Path, metavar="FILE",
-                   help="the backbone's weights, if extract.py was given a file (default: the bundle's download)")
-    p.add_argument("--epochs", type=number(int, 1), default=20, metavar="N", help="passes over the training songs")
-    p.add_argument("--lr", type=number(float, 0, above=True), default=3e-5, metavar="RATE",
+                   help="what trains: the heads alone; the top n layers with the norm and the heads; "
+                        "all layers above the features'")
+    p.add_argument("--epochs", type=number(int, 1, 10**6), default=20, metavar="N",
+                   help="passes over the training songs")
+    p.add_argument("--lr", type=number(float, 0, 10, above=True), default=3e-5, metavar="RATE",
                    help="lowest learning rate; the rate of --schedule constant")
-    p.add_argument("--max-lr", type=number(float, 0, above=True), default=1e-3, metavar="RATE",
-                   help="highest learning rate of the other schedules")
-    p.add_argument("--schedule", choices=["triangular2", "triangular", "cosine", "constant"], default="triangular2",
-                   help="learning rate over steps: cyclic, its height halved each cycle or not; or one fall from "
-                        "--max-lr to --lr; or --lr")
-    p.add_argument("--step-size-up", type=number(int, 1), default=100, metavar="N",
-                   help="steps from the lowest rate to the highest")
-    p.add_argument("--batch-size", type=number(int, 2), default=32, metavar="N",
+    p.add_argument("--max-lr", type=number(float, 0, 10, above=True), metavar="RATE",
+                   help="highest learning rate of the other schedules (default: 0.001)")
+    p.add_argument("--schedule", choices=["triangular2", "cosine", "constant"],
+                   default="triangular2", help="learning rate over steps: cyclic, its height halved "
+                   "each cycle; or one fall from --max-lr to --lr; or --lr")
+    p.add_argument("--step-size-up", type=number(int, 1, 10**9), default=100, metavar="N",
+                   help="steps of triangular2 from the lowest rate to the highest")
+    p.add_argument("--batch-size", type=number(int, 2, 10**6), default=32, metavar="N",
                    help="songs a step; the last partial batch is dropped")
-    p.add_argument("--micro-batch", type=number(int, 1), metavar="N",
-                   help="songs whose activations are held at a time; the gradient stays the batch's (default: 1 on a "
-                        "CPU, 32 on a GPU)")
-    p.add_argument("--attention-dropout", type=number(float, 0), metavar="P",
-                   help="dropout of attention weights in the layers that train (default: the bundle's, 0.1 for "
-                        "WAV2VEC2_BASE); 0 is much faster on a CPU")
-    p.add_argument("--weight-decay", type=number(float, 0), default=1e-4, metavar="X", help="AdamW's")
-    p.add_argument("--lambda-corr", type=number(float, 0), default=0.05, metavar="X",
+    p.add_argument("--micro-batch", type=number(int, 1, 10**6), default=4, metavar="N",
+                   help="songs whose activations are computed together; part of the result's bits")
+    p.add_argument("--attention-dropout", type=number(float, 0, 0.99), metavar="P",
+                   help="dropout of attention weights in the layers that train (default: the "
+                        "backbone's, 0.1 for WAV2VEC2_BASE)")
+    p.add_argument("--weight-decay", type=number(float, 0, 10), default=1e-4, metavar="X",
+                   help="AdamW's")
+    p.add_argument("--lambda-corr", type=number(float, 0, 1e6), default=0.05, metavar="X",
                    help="weight of the correlation penalty")
-    p.add_argument("--lambda-var", type=number(float, 0), default=0.05, metavar="X",
-                   help="weight of the variance penalty")
+    p.add_argument("--lambda-var", type=number(float, 0, 1e6), metavar="X",
+                   help="weight of the variance penalty (default: 0.05; with --weight-loss none)")
     p.add_argument("--corr-target", choices=["true", "zero"], default="true",
                    help="what the predictions' correlation is pulled to")
     p.add_argument("--weight-loss", action="store_true",
-                   help="MSE weighted by inverse quadrant frequency, without the variance penalty")
-    p.add_argument("--grad-clip", type=number(float, 0, above=True), default=1.0, metavar="X",
+                   help="MSE weighted by inverse quadrant frequency, without variance penalty")
+    p.add_argument("--grad-clip", type=number(float, 0, 1e9, above=True), default=1.0, metavar="X",
                    help="largest norm of the gradient")
-    p.add_argument("--seed", type=number(int, 0), default=0, metavar="N", help="of heads, shuffling and dropout")
+    p.add_argument("--seed", type=number(int, 0, 2**62), default=0, metavar="N",
+                   help="of heads, shuffling and dropout")
     p.add_argument("--select", choices=["last", "best"], default="last",
-                   help="the result: the last epoch or the one of lowest val loss")
-    p.add_argument("--labels", choices=["shipped", "corrected"], default="shipped",
-                   help="corrected exchanges valence and arousal where the audit of extract.py says that DEAM has "
-                        "them exchanged")
-    p.add_argument("--precision", choices=["float32", "float64", "tf32", "bfloat16"], default="float32",
-                   help="arithmetic; tf32 and bfloat16 are for a GPU")
-    p.add_argument("--allow-missing", action="store_true", help="train on the songs whose features are there")
-    p.add_argument("--resume", action="store_true", help="go on with the run in --run, or start it if there is none")
+                   help="the result: the last epoch, or the one of lowest val loss")
+    p.share("--labels", "--precision", "--allow-missing")
+    p.add_argument("--threads", type=number(int, 1, 1024), default=8, metavar="N",
+                   help="CPU threads; decides bits of float32 only")
+    p.add_argument("--resume", action="store_true",
+                   help="resume the run in --run, or start it if there is none")
+    p.add_argument("--verify", type=path, metavar="RUN",
+                   help="only repeat that run, with its own settings, and compare the digests")
+    p.add_argument("--steps", type=number(int, 1), metavar="N",
+                   help="with --verify: only the first N steps")
+    p.share("--device")
     return p
 
 
-def learning_rate(step, steps, lr, max_lr, schedule, step_size_up):
-    """The rate of optimiser step `step` (from 0) of `steps`. The cyclic ones are torch's CyclicLR (Smith 2017,
-    arXiv 1506.01186), as a function of the step, so that nothing has to be saved to go on."""
-    if schedule == "constant":
+if __name__ == "__main__":
+    ARGS = start(parser(), ADVICE)  # before torch is imported
+
+import csv
+import io
+import math
+import os
+
+import torch
+from torch.utils.data import DataLoader
+
+import figures
+from cli import Progress, UserError
+from common import (Arithmetic, DEAMFeatHandler, EmotionModel, FrozenOutputs, emotion_loss, environment,
+                    quadrant_weights, read_manifest, read_splits, room_for_activations,
+                    splits_digest, where_to_keep)
+from files import (DIGEST, Verdict, differences, lock, read_json, read_tensors, read_text,
+                   state_digest, tensor_digest, write_csv, write_json, write_tensors)
+
+HISTORY = ["epoch", "lr", "train_loss", "train_mse", "train_mae", "val_loss", "val_mse", "val_mae"]
+DIGESTS = ["epoch", "step", "loss", "state"]  # after steps 1, 2, 4, … of epoch 1 and after each epoch
+CONFIG = {  # all that decides the result: a run may be resumed only where it is the same
+    "finetune": str, "epochs": int, "lr": float, "max_lr": (None, float),
+    "schedule": ("triangular2", "cosine", "constant"), "step_size_up": int, "batch_size": int,
+    "micro_batch": int, "attention_dropout": (None, float), "weight_decay": float,
+    "lambda_corr": float, "lambda_var": (None, float), "corr_target": ("true", "zero"),
+    "weight_loss": bool, "grad_clip": float, "seed": int, "select": ("last", "best"),
+    "labels": ("shipped", "corrected"), "precision": ("exact", "float32", "bfloat16"),
+    "threads": (None, int), "device": (None, str), "features": (None, DIGEST), "splits": DIGEST,
+    "songs": {"train": int, "val": int, "test": int}}
+STATE = {"config": CONFIG, "model": {str: torch.Tensor}, "optimizer": {"state": {int: dict}},
+         "history": [[float]], "digests": [[(float, str)]], "shuffle": torch.Tensor,
+         "rng": torch.Tensor, "best": (None, {"loss": float, "model": {str: torch.Tensor}})}
+
+
+def configuration(args, data):
+    """The CONFIG of a command line; what decides nothing is None. Raises UserError for options that
+    contradict each other."""
+    exact = args.precision == "exact"
+    if args.schedule == "constant" and args.max_lr is not None:
+        raise UserError("--schedule constant has one rate, --lr: leave out --max-lr")
+    if args.weight_loss and args.lambda_var is not None:
+        raise UserError("--weight-loss is without the variance penalty: leave out --lambda-var")
+    if args.finetune == "frozen" and args.attention_dropout is not None:
+        raise UserError("--finetune frozen trains no attention: leave out --attention-dropout")
+    max_lr = None if args.schedule == "constant" else args.max_lr or 1e-3
+    if max_lr is not None and max_lr < args.lr:
+        raise UserError(f"--max-lr {max_lr} is below --lr {args.lr}")
+    own = {"max_lr": max_lr, "lambda_var": None if args.weight_loss else
+           0.05 if args.lambda_var is None else args.lambda_var,
+           "threads": None if exact else args.threads,
+           "device": None if exact else data.arithmetic.device.type,
+           "features": data.digest, "splits": splits_digest(data.used),
+           "songs": {name: len(ids) for name, ids in data.ids.items()}}
+    return {name: own[name] if name in own else getattr(args, name) for name in CONFIG}
+
+
+def learning_rate(step, steps, config):
+    """The rate of optimiser step `step` (from 0) of `steps`. The cyclic one is torch's CyclicLR
+    (Smith 2017, arXiv 1506.01186), as a function of the step, so that nothing has to be saved."""
+    lr, max_lr = config["lr"], config["max_lr"]
+    if config["schedule"] == "constant":
         return lr
-    if schedule == "cosine":
+    if config["schedule"] == "cosine":
         return lr + (max_lr - lr) * 0.5 * (1 + math.cos(math.pi * step / max(steps - 1, 1)))
-    cycle = step // (2 * step_size_up)
-    height = 1 - abs(step / step_size_up - 2 * cycle - 1)
-    return lr + (max_lr - lr) * height / (2**cycle if schedule == "triangular2" else 1)
+    cycle = step // (2 * config["step_size_up"])
+    height = 1 - abs(step / config["step_size_up"] - 2 * cycle - 1)
+    return lr + (max_lr - lr) * height / 2**cycle
 
 
-def configuration(args, device, data):
-    """All that decides the result, as plain values; a run may go on only where it is the same."""
-    left_out = ("features", "run", "weights", "splits", "resume", "device", "allow_missing")
-    return {**{name: value for name, value in vars(args).items() if name not in left_out}, "device": device.type,
-            "features_digest": data.digest, "splits_digest": data.splits_digest, "corpus": data.corpus,
-            "songs": {name: len(ids) for name, ids in data.ids.items()}}
+class Training:
+    """Model, optimiser and loaders of a configuration, and its steps. Nothing of it is on disk."""
+
+    def __init__(self, config, data, arithmetic):
+        self.config, self.data, self.arithmetic = config, data, arithmetic
+        self.step, self.device, exact = 0, arithmetic.device, config["precision"] == "exact"
+        self.foreach = False if exact else None  # exact arithmetic has rules for one tensor at a time
+        top = data.top_layers
+        self.model = EmotionModel(top["params"], top["layer"], config["finetune"],
+                                  config["attention_dropout"])
+        self.model.start_from(top, config["seed"])
+        self.model.to(self.device, arithmetic.dtype)
+        self.trainable = [each for each in self.model.parameters() if each.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trainable, lr=config["lr"], foreach=self.foreach,
+                                           weight_decay=config["weight_decay"])
+        frames = max((entry["frames"] for entry in (data.manifest["songs"] or {}).values()),
+                     default=2250)
+        stored = getattr(torch, data.settings.get("store", "float32"))
+        keep = where_to_keep(len(data.ids["train"] + data.ids["val"]), frames, self.model, stored,
+                             self.device)
+        self.train, self.val = (data.loader(name, FrozenOutputs(data.datasets[name], self.model,
+                                                                arithmetic, keep))
+                                for name in ("train", "val"))
+        self.model.recompute = not room_for_activations(config["batch_size"], frames, self.model,
+                                                        self.device)
+        self.steps = len(self.train) * config["epochs"]
+        with arithmetic():
+            labels = self.z_scored(data.datasets["train"].labels)
+            self.weights = quadrant_weights(labels) if config["weight_loss"] else None
+        torch.manual_seed(config["seed"] + 2)  # dropout
+
+    def z_scored(self, labels):
+        values = ((labels - self.data.mean) / self.data.std).to(self.arithmetic.dtype)
+        return values.to(self.device)
+
+    def loss(self, pred, true):
+        config = self.config
+        return emotion_loss(pred.to(self.arithmetic.dtype), true, config["lambda_corr"],
+                            config["lambda_var"], config["corr_target"], self.weights)
+
+    def epoch(self):
+        """Train on all batches once, yielding the loss after each step."""
+        self.model.train()
+        self.sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, MSE, MAE
+        for clips, labels in self.train:
+            with self.arithmetic():
+                self.rate = learning_rate(self.step, self.steps, self.config)
+                for group in self.optimizer.param_groups:
+                    group["lr"] = self.rate
+                true = self.z_scored(labels)
+                pred = self.model(clips, self.config["micro_batch"])
+            with self.outside_autocast():
+                loss = self.loss(pred, true)
+                self.optimizer.zero_grad()
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(self.trainable, self.config["grad_clip"],
+                                               foreach=self.foreach)
+                self.optimizer.step()
+                off = pred.detach().double() - true
+                self.sums += torch.stack([loss.detach().double(), off.square().mean(),
+                                          off.abs().mean()])
+            self.step += 1
+            yield loss.detach()
+
+    def outside_autocast(self):
+        """Loss and optimiser compute in float32 where the model computes in bfloat16."""
+        bfloat16 = self.config["precision"] == "bfloat16"
+        return torch.autocast(self.device.type, enabled=False) if bfloat16 else self.arithmetic()
+
+    @torch.no_grad()
+    def validate(self):
+        """(loss, MSE, MAE) on val, and the predictions float64[N, 2], z-scored."""
+        pred = self.model.predict(self.val, self.arithmetic, self.config["micro_batch"])
+        with self.outside_autocast():
+            true = self.z_scored(self.data.datasets["val"].labels)
+            off = pred.to(self.device) - true
+            numbers = [self.loss(pred.to(self.device), true), off.square().mean(), off.abs().mean()]
+        return [number.item() for number in numbers], pred
+
+    def means(self):
+        """Mean (loss, MSE, MAE) over the epoch's steps. Raises UserError where training diverged."""
+        if not self.sums.isfinite().all():
+            raise UserError("the loss is not finite: lower --max-lr, or --lr with --schedule "
+                            "constant")
+        return [value / len(self.train) for value in self.sums.tolist()]
+
+    def digest(self):
+        return state_digest(self.model.state_dict())
+
+    def state(self):
+        """What a resumed run goes on from."""
+        state = {"config": self.config, "model": self.model.state_dict(),
+                 "optimizer": self.optimizer.state_dict(),
+                 "shuffle": self.data.shuffle.get_state(), "rng": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            state["cuda_rng"] = torch.cuda.get_rng_state(self.device)
+        return state
+
+    def restore(self, state):
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.data.shuffle.set_state(state["shuffle"])
+        torch.set_rng_state(state["rng"])
+        if "cuda_rng" in state and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+        self.step = len(state["history"]) * len(self.train)
 
 
-def draw_history(history, path, caption):
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), constrained_layout=True)
-    epochs = [row["epoch"] for row in history]
-    for axis, name, title in zip(axes, ("loss", "mse", "mae"), ("loss", "MSE (z-scored)", "MAE (z-scored)")):
-        for split, style in (("train", "-"), ("val", "--")):
-            axis.plot(epochs, [row[f"{split}_{name}"] for row in history], style, marker=".", label=split)
-        axis.set(title=title, xlabel="epoch", ylim=(0, None))
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.legend()
-        axis.grid(alpha=0.3)
-    figure.suptitle(caption, fontsize=10)
-    image = io.BytesIO()
-    figure.savefig(image, dpi=150)
-    plt.close(figure)
-    write_file(path, image.getvalue())
+def to_resume(args, config):
+    """The training state in --run to resume from, or None. Raises UserError where the folder holds
+    another run, or a finished one that would be lost."""
+    last, done = args.run / "last.pt", args.run / "model.pt"
+    if not last.exists():
+        if done.exists():
+            raise UserError(f"{args.run} holds a finished run (without {last.name}, to resume from): "
+                            "choose another --run, or delete it")
+        return None
+    if not args.resume:
+        raise UserError(f"{args.run} holds a run already: add --resume to resume it, choose another "
+                        "--run, or delete it")
+    state = read_tensors(last, "a training state", STATE)
+    epochs = len(state["history"])
+    then = dict(state["config"])
+    if config["epochs"] >= epochs and config["schedule"] != "cosine":
+        then["epochs"] = config["epochs"]  # cosine's rates depend on the end
+    if differing := differences(then, config):
+        raise UserError(f"{args.run} was started otherwise ({differing}): resume with its own "
+                        "settings, or choose another --run")
+    if not epochs or any(len(row) != len(HISTORY) for row in state["history"]):
+        raise UserError(f"{last} is not a training state: its history is not one; delete {args.run} "
+                        "and train again")
+    return state
+
+
+def open_data(args, arithmetic):
+    data = DEAMFeatHandler(args.features, None, args.batch_size, args.seed + 1, args.allow_missing,
+                           args.labels)
+    data.arithmetic = arithmetic
+    data.used = {"source": data.splits["source"], **data.ids}
+    if len(data.ids["train"]) < args.batch_size:
+        raise UserError(f"{data.summary}: no full batch of {args.batch_size} to train on; lower "
+                        "--batch-size")
+    if not data.ids["val"]:
+        raise UserError(f"{data.summary}: no song to validate on")
+    return data
+
+
+def save(training, folder, history, digests, best):
+    write_csv(folder / "history.csv", HISTORY, history)
+    write_csv(folder / "digests.csv", DIGESTS, digests)
+    write_tensors(folder / "last.pt", {**training.state(), "history": history, "digests": digests,
+                                       "best": best})
+
+
+def power_of_two(step):
+    return step & (step - 1) == 0
 
 
 def run(args):
-    device = pick_device(args.device)
-    set_determinism(args.threads, args.precision)
-    dtype, autocast = arithmetic(args.precision, device)
-    if (args.attention_dropout or 0) >= 1:
-        raise UserError(f"--attention-dropout {args.attention_dropout} must be below 1")
-    if args.max_lr < args.lr:
-        raise UserError(f"--max-lr {args.max_lr} is below --lr {args.lr}")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("training is for one process: run train.py without torchrun")
+    if args.verify:
+        return verify(args)
     args.run = args.run or Path("runs") / args.finetune
-    args.micro_batch = args.micro_batch or (32 if device.type == "cuda" else 1)
-    data = DEAMFeatHandler(args.features, args.splits, args.batch_size, args.seed + 1, args.allow_missing, args.labels)
+    arithmetic = Arithmetic(args.precision, args.device, args.threads)
+    data = open_data(args, arithmetic)
+    config = configuration(args, data)
     for note in data.notes():
         print(note)
-    if len(data.ids["train"]) < args.batch_size or not data.ids["val"]:
-        raise UserError(f"{data.summary}: that is no full batch of {args.batch_size} to train on, or nothing to "
-                        "validate on; lower --batch-size")
-    config, last = configuration(args, device, data), None
-    if (args.run / "last.pt").exists():
-        if not args.resume:
-            raise UserError(f"{args.run} holds a run already: add --resume to go on with it, choose another --run, or "
-                            "delete it")
-        last = read_tensors(args.run / "last.pt", "a training state")
-        if not isinstance(last, dict) or "config" not in last:
-            raise UserError(f"{args.run / 'last.pt'} is not a training state: delete {args.run} and train again")
-        if differing := differences(last["config"], config):
-            raise UserError(f"{args.run} was started otherwise ({differing}): resume with its own settings, or choose "
-                            "another --run")
-
-    model = EmotionModel(data.settings["bundle"], data.settings["layer"], args.finetune, args.attention_dropout)
-    weights_file = (data.manifest or {}).get("weights_file")
-    backbone = backbone_of(data.settings, args.weights, args.features, (weights_file or {}).get("name"))
-    model.start_from(backbone, args.seed)
-    model.to(device, dtype)
-    digests = {"initial_model": state_digest(model.state_dict())}
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=args.lr, weight_decay=args.weight_decay)
-    print(f"{args.run}: {args.finetune} on {data.summary}; {sum(p.numel() for p in trainable):,} trainable of "
-          f"{sum(p.numel() for p in model.parameters()):,} parameters; {args.precision} on {device}, {args.threads} "
-          "threads")
-    print(f"features {str(data.digest)[:16]}; initial model {digests['initial_model'][:16]}", flush=True)
-
-    torch.manual_seed(args.seed + 2)  # dropout
-    history, best = [], (math.inf, None)
-    if last:
-        model.load_state_dict(last["model"])
-        optimizer.load_state_dict(last["optimizer"])
-        data.shuffle.set_state(last["shuffle"])
-        torch.set_rng_state(last["rng"])
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(last["cuda_rng"], device)
-        history, best = last["history"], last["best"]
-        print(f"going on after epoch {len(history)} of {args.epochs}")
-    record = {**config, "weights_file": weights_file, "label_mean": data.mean.tolist(),
-              "label_std": data.std.tolist(), "digests": digests, "environment": environment(device)}
+    held = lock(args.run, "train", "the run")  # until this process ends
+    state = to_resume(args, config)
+    training = Training(config, data, arithmetic)
+    model, initial = training.model, training.digest()
+    print(f"{args.run}: {args.finetune} on {data.summary}; "
+          f"{sum(each.numel() for each in training.trainable):,} trainable of "
+          f"{sum(each.numel() for each in model.parameters()):,} parameters; {args.precision} on "
+          f"{arithmetic.device}\nfeatures {str(data.digest)[:16]}; initial model {initial[:16]}",
+          flush=True)
+    history, digests, best = [], [], None
+    if state:
+        history, digests, best = state["history"], state["digests"], state["best"]
+        try:
+            training.restore(state)
+        except (KeyError, ValueError, RuntimeError, TypeError, AttributeError, IndexError):
+            raise UserError(f"{args.run / 'last.pt'} is not a training state of this run: delete "
+                            f"{args.run} and train again") from None
+        print(f"resumed after epoch {len(history)} of {args.epochs}")
+    record = {"config": config, "features_settings": data.settings, "source": data.splits["source"],
+              "label_mean": data.mean.tolist(), "label_std": data.std.tolist(),
+              "digests": {"initial_model": initial}, "environment": environment(arithmetic.device)}
     write_json(args.run / "config.json", record)
+    write_json(args.run / "splits.json", data.used)
+    if data.digest:
+        write_json(args.run / "manifest.json", data.manifest)
 
-    def z_scored(labels):
-        values = ((labels - data.mean) / data.std).to(dtype)
-        return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
-
-    weights = quadrant_weights((data.datasets["train"].labels - data.mean) / data.std) if args.weight_loss else None
-
-    def loss_of(pred, true):
-        return emotion_loss(pred.to(dtype), true, args.lambda_corr, args.lambda_var, args.corr_target, weights)
-
-    def save_history(history):
-        write_csv(args.run / "history.csv", HISTORY, [row.values() for row in history])
-
-    def save(state):
-        """In the background: what --resume goes on from, and the history up to there."""
-        write_tensors(args.run / "last.pt", state)
-        save_history(state["history"])
-
-    frames = max((entry["frames"] for entry in data.manifest["songs"].values()), default=0) if data.manifest else 2250
-    keep = where_to_keep(len(data.ids["train"] + data.ids["val"]), frames, model,
-                         getattr(torch, data.settings.get("store", "float32")), device)
-    train, val = (data.loader(name, FrozenOutputs(data.datasets[name], model, autocast, keep))
-                  for name in ("train", "val"))
-    val_true, steps, val_pred = z_scored(data.datasets["val"].labels), len(train) * args.epochs, None
-    saver, saving = ThreadPoolExecutor(1), None
-    with saver, Progress(total=steps, initial=len(train) * len(history), desc="train", unit="step") as bar:
+    with Progress(total=training.steps, initial=training.step, desc="train", unit="step") as bar:
         for epoch in range(len(history) + 1, args.epochs + 1):
-            model.train()
-            sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, MSE, MAE
-            for clips, labels in train:
-                rate = learning_rate(bar.n, steps, args.lr, args.max_lr, args.schedule, args.step_size_up)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                true = z_scored(labels)
-                with autocast():
-                    pred = model(clips, args.micro_batch)
-                loss = loss_of(pred, true)
-                optimizer.zero_grad()
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(trainable, args.grad_clip)
-                optimizer.step()
-                difference = pred.detach().double() - true
-                sums += torch.stack([loss.detach().double(), difference.square().mean(), difference.abs().mean()])
+            for loss in training.epoch():
                 bar.update()
-                # asked once an epoch of a GPU, which then computes while the files of the next batch are read
-                if (device.type == "cpu" or bar.n % len(train) == 0) and not sums.isfinite().all():
-                    raise UserError(f"the loss is not finite in epoch {epoch}: lower --max-lr, or try --precision "
-                                    "float32")
-            val_pred = model.predict(val, autocast, args.micro_batch)
-            difference = val_pred - val_true.double().cpu()
-            val_loss = loss_of(val_pred.to(device), val_true).item()
-            val_mse, val_mae = difference.square().mean().item(), difference.abs().mean().item()
-            means = (sums / len(train)).tolist()
-            history.append(dict(zip(HISTORY, [epoch, rate, *means, val_loss, val_mse, val_mae])))
-            bar.say("epoch {epoch:3d}  lr {lr:.2e}  "
-                    "train loss {train_loss:.4f} MSE {train_mse:.4f} MAE {train_mae:.4f}  "
-                    "val loss {val_loss:.4f} MSE {val_mse:.4f} MAE {val_mae:.4f}".format(**history[-1]))
-            if args.select == "best" and val_loss < best[0]:
-                best = (val_loss, {name: value.cpu().clone() for name, value in model.state_dict().items()})
-            if saving:
-                saving.result()
-            saving = saver.submit(save, copy.deepcopy({
-                "config": config, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                "history": history, "best": best,
-                "shuffle": data.shuffle.get_state(), "rng": torch.get_rng_state(),
-                "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}))
-        if saving:
-            saving.result()
+                if epoch == 1 and power_of_two(training.step):
+                    digests.append([epoch, training.step, loss.item(), training.digest()])
+            means = training.means()
+            validation, pred = training.validate()
+            history.append([epoch, training.rate, *means, *validation])
+            digests.append([epoch, training.step, means[0], training.digest()])
+            bar.say("epoch {:3d}  lr {:.2e}  train loss {:.4f} MSE {:.4f} MAE {:.4f}  val loss {:.4f} "
+                    "MSE {:.4f} MAE {:.4f}".format(*history[-1]))
+            if args.select == "best" and (best is None or validation[0] < best["loss"]):
+                best = {"loss": validation[0], "model": {
+                    name: value.cpu().clone() for name, value in model.state_dict().items()}}
+            save(training, args.run, history, digests, best)
 
-    save_history(history)
-    caption = f"{args.run.name} · {args.finetune} on {data.corpus}, {data.labels} labels · {data.summary}"
-    draw_history(history, args.run / "history.png", caption)
-    if best[1]:
-        model.load_state_dict(best[1])
-    if best[1] or val_pred is None:
-        val_pred = model.predict(val, autocast, args.micro_batch)
-    six_decimals = (val_pred * 1e6).round() / 1e6 + 0.0  # without minus zeros
-    digests |= {"model": state_digest(model.state_dict()), "val_predictions": tensor_digest(six_decimals)}
-    write_tensors(args.run / "model.pt", {
-        "config": config, "settings": data.settings, "mean": data.mean, "std": data.std,
-        "initial_model": digests["initial_model"],
-        "state": {name: value.cpu() for name, value in model.state_dict().items()}})
-    write_json(args.run / "config.json", record)  # now with the digests of the result
-    for name, value in digests.items():
-        print(f"{name.replace('_', ' ')}: {value}")
+    if best:
+        model.load_state_dict(best["model"])
+    _, pred = training.validate()
+    finish(args, record, model, pred, data, history)
     return 0
 
 
-def main():
-    run_script(run, parser(), "the same command with --resume goes on after the last finished epoch")
+def finish(args, record, model, pred, data, history):
+    """Write the result of a run and say what it is."""
+    lowest = min(history, key=lambda row: row[5])
+    selected = lowest if args.select == "best" else history[-1]
+    kind = "original" if args.labels == "shipped" else "corrected"
+    caption = (f"{args.finetune} · {kind} labels · {len(data.ids['train'])} train, "
+               f"{len(data.ids['val'])} val songs\n{data.splits['source']}")
+    figures.draw_history([dict(zip(HISTORY, row)) for row in history], selected[0], lowest[0],
+                         predict_the_mean(data), args.run, caption)
+    six_decimals = (pred * 1e6).round() / 1e6 + 0.0  # without minus zeros
+    state = {name: value.cpu() for name, value in model.state_dict().items()}
+    record["digests"] |= {"model": state_digest(state), "val_predictions": tensor_digest(six_decimals)}
+    write_tensors(args.run / "model.pt", {
+        "config": record["config"], "settings": data.settings, "source": data.manifest["source"],
+        "params": data.top_layers["params"], "layer": data.top_layers["layer"], "mean": data.mean,
+        "std": data.std, "splits_source": data.splits["source"], "state": state,
+        "initial_model": record["digests"]["initial_model"]})
+    write_json(args.run / "config.json", record)  # now with the digests of the result
+    if args.select == "last" and lowest[0] <= 0.7 * len(history):
+        print(f"the lowest val loss, {lowest[5]:.4f}, was that of epoch {lowest[0]}; the result is "
+              f"epoch {len(history)}'s, {history[-1][5]:.4f} (--select best takes the lowest)")
+    for name, value in record["digests"].items():
+        print(f"{name.replace('_', ' ')}: {value}")
+
+
+def predict_the_mean(data):
+    """{loss name: its value on val where every prediction is the labels' mean}: the level to beat."""
+    true = (data.datasets["val"].labels - data.mean) / data.std
+    return {"mse": true.square().mean().item(), "mae": true.abs().mean().item()}
+
+
+# ------------------------------------------------------------------------------------------- verify
+
+RECORD = {"config": CONFIG, "digests": {"initial_model": DIGEST}, "source": str}
+
+
+def read_digests(path):
+    """[[epoch, step, loss, state digest], …] of digests.csv. Raises UserError."""
+    try:
+        header, *rows = csv.reader(io.StringIO(read_text(path, "the digests of a run")))
+        rows = [[int(epoch), int(step), float(loss), state] for epoch, step, loss, state in rows]
+        if header == DIGESTS and rows and all(DIGEST.fullmatch(row[3]) for row in rows):
+            return rows
+    except ValueError:
+        pass
+    raise UserError(f"{path} is not a file of digests that train.py wrote")
+
+
+def verify(args):
+    """Repeat a run with its own settings and compare line by line, writing nothing; the exit code of
+    a verdict."""
+    folder = args.verify
+    record = read_json(folder / "config.json", "a run's configuration", RECORD)
+    config, rows = record["config"], read_digests(folder / "digests.csv")
+    splits = read_splits(folder / "splits.json")
+    arithmetic = Arithmetic(config["precision"], args.device, config["threads"] or args.threads)
+    data = DEAMFeatHandler(args.features, splits, config["batch_size"], config["seed"] + 1, None,
+                           config["labels"])
+    verdict = Verdict(folder)
+    verdict.compare("splits", config["splits"], splits_digest(splits))
+    compare_features(verdict, data, folder, config)
+    training = Training(config, data, arithmetic)
+    steps = min(args.steps or training.steps, training.steps)
+    need_songs(training, data, steps)
+    verdict.compare("initial model", record["digests"]["initial_model"], training.digest())
+    expected = {(epoch, step, end): (loss, state) for epoch, step, loss, state, end in with_ends(rows)}
+    epoch = 0
+    with Progress(total=steps, desc="verify", unit="step") as bar:
+        while training.step < steps:
+            epoch += 1
+            for loss in training.epoch():
+                bar.update()
+                if epoch == 1 and power_of_two(training.step):
+                    compare_line(verdict, expected, (epoch, training.step, False), loss.item(),
+                                 training.digest())
+                if training.step == steps and steps % len(training.train):
+                    break
+            else:
+                compare_line(verdict, expected, (epoch, training.step, True), training.means()[0],
+                             training.digest())
+    if training.step == training.steps and config["select"] == "last":
+        verdict.compare("model", record["digests"].get("model"), training.digest())
+    return verdict.finish(f"{training.step} of {training.steps} steps of {folder}, "
+                          f"{config['precision']}")
+
+
+def with_ends(rows):
+    """The rows of digests.csv, each with whether it is the end of an epoch: the last of its epoch."""
+    for n, row in enumerate(rows):
+        yield *row, n + 1 == len(rows) or rows[n + 1][0] != row[0]
+
+
+def compare_line(verdict, expected, place, loss, state):
+    epoch, step, end = place
+    then = expected.get(place, (None, None))
+    name = f"epoch {epoch}" if end else f"step {step}"
+    verdict.compare(f"{name}: loss", then[0], loss)
+    verdict.compare(f"{name}: state", then[1], state)
+
+
+def compare_features(verdict, data, folder, config):
+    """The run's manifest against its configuration, the features here against that manifest; from
+    here on, a song's file has to be what the run's manifest says."""
+    if config["features"] is None:
+        return
+    manifest = read_manifest(folder / "manifest.json")
+    verdict.compare("features", config["features"], manifest["digest"])
+    for key in ("settings", "annotations", "top_layers", "swapped_labels"):
+        verdict.compare(key.replace("_", " "), manifest[key], data.manifest.get(key))
+    for dataset in data.datasets.values():
+        dataset.songs = manifest["songs"]
+
+
+def need_songs(training, data, steps):
+    """Raise UserError where features of the first `steps` batches' songs are not there, naming the
+    command that makes them."""
+    generator, ids, needed = torch.Generator(), data.ids["train"], []
+    generator.set_state(data.shuffle.get_state())
+    batches = DataLoader(ids, training.config["batch_size"], shuffle=True, drop_last=True,
+                         generator=generator)
+    while len(needed) < steps:
+        needed += [batch.tolist() for batch in batches]
+    needed = dict.fromkeys(sum(needed[:steps], []))
+    there = {song for song in ids if (data.root / "songs" / f"{song}.pt").exists()}
+    missing = [song for song in needed if song not in there]
+    if missing:
+        raise UserError(f"{len(missing)} of the songs of these steps have no features in {data.root}"
+                        f": extract.py --features {data.root} --songs "
+                        f"{' '.join(map(str, sorted(missing)))}")
 
 
 if __name__ == "__main__":
-    main()
+    execute(run, ARGS)

@@ -1,0 +1,124 @@
+"""Are DEAM's labels swapped? And whose songs are in which split? Annotations only: no audio.
+
+  python audit.py                     # DEAM from Kaggle
+  python audit.py PATH                # a folder with DEAM's annotations in it
+
+Compares the static labels with the means of the annotations over time, by range of ids. DEAM was
+collected a year at a time, and an exchange of columns happens to a whole batch.
+"""
+
+from cli import Parser, execute, start
+
+RANGES = ((1, 1000), (1001, 2000))  # the songs of 2013 and 2014
+
+
+def parser():
+    p = Parser(__doc__)
+    p.add_argument("deam", nargs="?", default="kaggle", metavar="kaggle|PATH",
+                   help="kaggle downloads DEAM; PATH is a folder with its annotations in it")
+    return p
+
+
+if __name__ == "__main__":
+    ARGS = start(parser(), "rerun the same command")
+
+import csv
+import io
+import math
+import re
+
+import numpy as np
+
+from cli import UserError
+from common import DEAMHandler
+from files import read_text
+
+
+def dynamic_means(path):
+    """{song id: mean over time} of a dynamic annotations file; empty cells and NaN are skipped.
+    Raises UserError for any other cell that is not a finite number."""
+    means = {}
+    for line, row in enumerate(csv.reader(io.StringIO(read_text(path, "annotations"))), 1):
+        song, *cells = [cell.strip() for cell in row] or [""]
+        if line == 1 or not any([song, *cells]):
+            continue
+        try:
+            values = [value for value in map(float, filter(None, cells)) if not math.isnan(value)]
+            if not re.fullmatch(r"[0-9]{1,9}(\.0*)?", song) or not all(map(math.isfinite, values)):
+                raise ValueError
+        except ValueError:
+            raise UserError(f"{path}, line {line}: not a song id and finite numbers; take the file "
+                            "from a fresh copy of DEAM") from None
+        if values:
+            means[int(float(song))] = math.fsum(values) / len(values)
+    return means
+
+
+def audit_labels(deam):
+    """Compare a DEAMHandler's static labels with the song means of its dynamic ones. One dict a
+    range: low, high, songs, r (2×2: static valence, arousal × dynamic valence, arousal), evidence:
+    mean correlation crosswise minus straight, its 99.9 % bootstrap interval over songs, and swapped:
+    True, False, or None where the interval holds 0. Raises UserError where there is nothing to
+    compare with."""
+    if len(deam.dynamic) < 2:
+        raise UserError(f"no dynamic annotations in {deam.root} to compare with: unpack the whole of "
+                        "DEAM_Annotations there")
+    valence, arousal = (dynamic_means(deam.dynamic[name]) for name in ("valence", "arousal"))
+    rows, generator = [], np.random.default_rng(0)
+    for low, high in RANGES:
+        values = np.array([[*labels[::2], valence[song], arousal[song]]
+                           for song, labels in deam.annotations.items()
+                           if low <= song <= high and song in valence and song in arousal])
+        if len(values) < 10:
+            continue
+        drawn = generator.integers(0, len(values), (4000, len(values)))
+        resampled = np.concatenate([evidence(correlations(values[some]))
+                                    for some in np.array_split(drawn, 20)])
+        interval = np.quantile(resampled, [0.0005, 0.9995])
+        swapped = True if interval[0] > 0 else False if interval[1] < 0 else None
+        r = correlations(values)
+        rows.append({"low": low, "high": high, "songs": len(values), "r": r,
+                     "evidence": float(evidence(r)), "interval": interval.tolist(),
+                     "swapped": swapped})
+    return rows
+
+
+def correlations(values):
+    """values[..., N, 4] (static valence, arousal, dynamic valence, arousal) → r[..., 2, 2]; 0 where
+    a column is constant."""
+    centred = values - values.mean(-2, keepdims=True)
+    deviation = np.sqrt((centred**2).sum(-2))
+    static, dynamic = deviation[..., :2, None], deviation[..., None, 2:]
+    covariance = np.swapaxes(centred[..., :2], -1, -2) @ centred[..., 2:]
+    return covariance / np.maximum(static * dynamic, 1e-24)
+
+
+def evidence(r):
+    """How much better the labels fit crosswise than straight, from r[..., 2, 2]."""
+    return (r[..., 0, 1] + r[..., 1, 0] - r[..., 0, 0] - r[..., 1, 1]) / 2
+
+
+def print_audit(rows):
+    print("static labels against the song means of the dynamic ones: Pearson's r")
+    print(f"{'ids':>12}{'songs':>7}{'val–val':>9}{'val–aro':>9}{'aro–aro':>9}{'aro–val':>9}"
+          "   crosswise minus straight, 99.9 % interval")
+    for row in rows:
+        (vv, va), (av, aa) = row["r"]
+        low, high = row["interval"]
+        print(f"{row['low']:>6}–{row['high']:<5}{row['songs']:>7}{vv:9.3f}{va:9.3f}{aa:9.3f}"
+              f"{av:9.3f}   {row['evidence']:+.3f} [{low:+.3f}, {high:+.3f}]")
+    said = {True: "valence and arousal are swapped", False: "the labels are right",
+            None: "the data do not tell"}
+    print("; ".join(f"ids {row['low']}–{row['high']}: {said[row['swapped']]}" for row in rows) + ".")
+
+
+def run(args):
+    rows = audit_labels(DEAMHandler(args.deam))
+    if not rows:
+        raise UserError(f"too few songs with dynamic annotations in {args.deam} to compare")
+    print_audit(rows)
+    return 0
+
+
+if __name__ == "__main__":
+    execute(run, ARGS)

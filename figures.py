@@ -1,0 +1,187 @@
+"""Every picture the kit draws, as PNG and PDF, legible at the width of one column (8.5 cm).
+
+Captions say what was run, on which songs; colours are Okabe and Ito's, distinct for the colour-blind
+and in grey.
+"""
+
+import io
+import textwrap
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from common import QUADRANTS
+from files import write_file
+
+DIMENSIONS = ("valence", "arousal")
+MOODS = ("excited, happy", "tense, angry", "sad, tired", "calm, content")  # after Russell 1980
+COLOURS = {"valence": "#0072b2", "arousal": "#d55e00", "train": "#009e73", "val": "#cc79a7",
+           "grey": "#666666"}
+COLUMN = 8.5 / 2.54  # inches
+SCALE = {"xlim": (1, 9), "ylim": (1, 9), "xticks": range(1, 10), "yticks": range(1, 10),
+         "aspect": "equal"}
+STYLE = {"font.size": 7, "axes.titlesize": 7, "axes.linewidth": 0.6, "legend.fontsize": 6,
+         "legend.frameon": False, "lines.linewidth": 1, "grid.linewidth": 0.4, "grid.alpha": 0.4,
+         "axes.grid": True, "axes.axisbelow": True, "figure.constrained_layout.use": True,
+         "svg.hashsalt": "", "pdf.fonttype": 42}
+
+
+def save(figure, folder, name, caption):
+    width = int(24 * figure.get_figwidth())  # characters of this size in a line
+    lines = [part for line in caption.split("\n") for part in textwrap.wrap(line, width)]
+    figure.suptitle("\n".join(lines), fontsize=5.5, color=COLOURS["grey"])
+    for kind, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None})):
+        image = io.BytesIO()
+        figure.savefig(image, format=kind, dpi=300, metadata=metadata)
+        write_file(folder / f"{name}.{kind}", image.getvalue())
+    plt.close(figure)
+
+
+def between(edges):
+    """An interval, with the one minus sign that all figures use."""
+    return "[" + ", ".join(f"{edge:.2f}" for edge in edges).replace("-", "−") + "]"
+
+
+def signed(value):
+    return f"{value:.2f}".replace("-", "−")
+
+
+@plt.rc_context(STYLE)
+def draw_history(history, selected, lowest, level, folder, caption):
+    """history.png: loss, MSE and MAE over epochs; the selected epoch and that of the lowest val loss
+    marked; `level` {"mse", "mae"}: where predicting the mean label stands on val."""
+    figure, axes = plt.subplots(3, 1, figsize=(COLUMN, 4.6), sharex=True)
+    epochs = [row["epoch"] for row in history]
+    for axis, name, title in zip(axes, ("loss", "mse", "mae"), ("loss", "MSE (z-scored)",
+                                                                 "MAE (z-scored)")):
+        for split, style in (("train", "-"), ("val", "--")):
+            axis.plot(epochs, [row[f"{split}_{name}"] for row in history], style, marker=".",
+                      markersize=2, color=COLOURS[split], label=split)
+        if name in level:
+            axis.axhline(level[name], color="k", linewidth=0.6, linestyle=":",
+                         label="val, predicting the mean")
+        axis.axvline(selected, color=COLOURS["grey"], linewidth=0.8, label="selected")
+        axis.axvline(lowest, color=COLOURS["grey"], linewidth=0.8, linestyle="-.",
+                     label="lowest val loss")
+        axis.set(ylabel=title, ylim=(0, None))
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    axes[-1].set_xlabel("epoch")
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=3,
+                  columnspacing=1)
+    save(figure, folder, "history", caption)
+
+
+@plt.rc_context(STYLE)
+def draw_true_vs_predicted(true, pred, metrics, intervals, folder, caption, name="true_vs_predicted"):
+    figure, axes = plt.subplots(1, 2, figsize=(2 * COLUMN, 3.75))
+    for n, (axis, dimension) in enumerate(zip(axes, DIMENSIONS)):
+        m, edges = metrics[dimension], intervals[dimension]
+        axis.plot([1, 9], [1, 9], "k--", linewidth=0.7)
+        axis.text(8.8, 8.9, "y = x", ha="right", va="top", rotation=45, rotation_mode="anchor",
+                  fontsize=6)
+        axis.scatter(true[:, n], pred[:, n], s=point_size(len(true)), alpha=0.6, linewidth=0,
+                     color=COLOURS[dimension], marker="os"[n])
+        axis.set(xlabel=f"true {dimension} (1–9)", ylabel=f"predicted {dimension} (1–9)", **SCALE)
+        axis.set_title(f"R² {signed(m['r2'])} {between(edges['r2'])}   "
+                       f"r {signed(m['pearson'])} {between(edges['pearson'])}   "
+                       f"CCC {signed(m['ccc'])} {between(edges['ccc'])}", fontsize=5.5)
+    save(figure, folder, name, caption + " · [95 % bootstrap intervals]")
+
+
+def point_size(count):
+    return 16 if count < 50 else 9 if count < 500 else 4
+
+
+def quadrant_names(axis):
+    axis.axhline(5, color="k", linewidth=0.6)
+    axis.axvline(5, color="k", linewidth=0.6)
+    for name, mood, x, y in zip(QUADRANTS, MOODS, (8.9, 1.1, 1.1, 8.9), (8.65, 8.65, 1.15, 1.15)):
+        axis.text(x, y, f"{name}: {mood}", ha="right" if x > 5 else "left", fontsize=5.5,
+                  weight="bold", color=COLOURS["grey"])
+
+
+@plt.rc_context(STYLE)
+def draw_plane(true, pred, metrics, intervals, folder, caption):
+    r, edges = (each["valence_arousal_correlation"] for each in (metrics, intervals))
+    figure, axis = plt.subplots(figsize=(COLUMN, 3.9))
+    quadrant_names(axis)
+    size = point_size(len(true))
+    axis.scatter(*true.T, s=size, facecolors="none", edgecolors="#555555", linewidth=0.6,
+                 label=f"true, r {signed(r['true'])} {between(edges['true'])}")
+    axis.scatter(*pred.T, s=size, alpha=0.7, marker="^", color=COLOURS["val"], linewidth=0,
+                 label=f"predicted, r {signed(r['predicted'])} {between(edges['predicted'])}")
+    axis.set(xlabel="valence (1–9)", ylabel="arousal (1–9)", **SCALE)
+    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, columnspacing=1)
+    save(figure, folder, "plane", caption + " · [95 %]")
+
+
+@plt.rc_context(STYLE)
+def draw_confusion(counts, metrics, intervals, folder, caption):
+    counts = np.array(counts)
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    figure, axis = plt.subplots(figsize=(COLUMN, 3.3))
+    axis.grid(False)
+    image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for row in range(4):
+        for column in range(4):
+            axis.text(column, row, f"{counts[row, column]}\n{shares[row, column]:.0%}", ha="center",
+                      va="center", color="white" if shares[row, column] > 0.5 else "black")
+    axis.set(xlabel="predicted quadrant", xticks=range(4), xticklabels=QUADRANTS,
+             ylabel="true quadrant", yticks=range(4), yticklabels=QUADRANTS)
+    low, high = intervals["quadrant"]["accuracy"]
+    axis.set_title(f"quadrants right: {metrics['quadrant']['accuracy']:.0%} "
+                   f"[{low:.0%}, {high:.0%}]")
+    figure.colorbar(image, label="share of the row", shrink=0.8)
+    save(figure, folder, "confusion", caption)
+
+
+@plt.rc_context(STYLE)
+def draw_histograms(true, pred, folder, caption):
+    figure, axes = plt.subplots(2, 1, figsize=(COLUMN, 3.3), sharex=True)
+    bins = np.arange(1, 9.1, 0.5)
+    for n, (axis, name) in enumerate(zip(axes, DIMENSIONS)):
+        axis.hist(pred[:, n], bins=bins, alpha=0.6, color=COLOURS[name], label=f"predicted {name}")
+        axis.hist(true[:, n], bins=bins, histtype="step", color="k", linewidth=0.8,
+                  label=f"true {name}")
+        axis.set(ylabel="songs", xlim=(1, 9), xticks=range(1, 10))
+        axis.legend(loc="upper left")
+    axes[-1].set_xlabel("1–9 scale")
+    save(figure, folder, "histograms", caption)
+
+
+def draw_report(true, pred, metrics, intervals, counts, folder, caption):
+    """The four figures of the published report."""
+    draw_true_vs_predicted(true, pred, metrics, intervals, folder, caption)
+    draw_plane(true, pred, metrics, intervals, folder, caption)
+    draw_confusion(counts, metrics, intervals, folder, caption)
+    draw_histograms(true, pred, folder, caption)
+
+
+@plt.rc_context(STYLE)
+def draw_song(times, values, spread, folder, name, caption):
+    """One song: valence and arousal over time, values[windows, 2] at `times` (seconds, the middle of
+    each window), a band of ± their spread[2] over windows; and the path through the plane."""
+    figure, (over_time, plane) = plt.subplots(2, 1, figsize=(COLUMN, 5.6),
+                                              height_ratios=[1, 1.6])
+    for n, (dimension, style) in enumerate(zip(DIMENSIONS, ("-o", "--s"))):
+        mean = values[:, n].mean()
+        over_time.axhspan(mean - spread[n], mean + spread[n], color=COLOURS[dimension], alpha=0.15,
+                          linewidth=0)
+        over_time.plot(times, values[:, n], style, markersize=3, color=COLOURS[dimension],
+                       label=f"{dimension} {mean:.2f} ± {spread[n]:.2f}")
+    over_time.set(xlabel="time (s), middle of the window", ylabel="1–9 scale", ylim=(1, 9),
+                  yticks=range(1, 10, 2))
+    over_time.legend(loc="upper right", ncols=2)
+    quadrant_names(plane)
+    plane.plot(*values.T, "-", color=COLOURS["grey"], linewidth=0.8)
+    points = plane.scatter(*values.T, c=times, cmap="viridis", s=14, zorder=3)
+    for place, word in ((0, "start"), (-1, "end")):
+        if len(values) > 1 or place == 0:
+            plane.annotate(word, values[place], textcoords="offset points", xytext=(4, 4), fontsize=6)
+    plane.set(xlabel="valence (1–9)", ylabel="arousal (1–9)", **SCALE)
+    if len(values) > 1:
+        figure.colorbar(points, label="time (s)", shrink=0.7)
+    save(figure, folder, name, caption)

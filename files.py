@@ -1,0 +1,298 @@
+"""What is read and written: digests, whole files, the form of what is read, locks, verdicts.
+
+A digest is sha256 over dtype, shape and bytes of tensors, never over a file format. A file is there
+whole or not at all. What is read is of the form described beside its reader, or one line says where
+it is not.
+"""
+
+import contextlib
+import csv
+import errno
+import fcntl
+import functools
+import hashlib
+import io
+import json
+import math
+import os
+import re
+import socket
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cli import UserError
+
+# ------------------------------------------------------------------------------------------ threads
+
+
+@functools.cache
+def pool(threads):
+    """`threads` threads for the whole process, each with one CPU thread inside torch."""
+    return ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+
+
+def ahead(function, items, threads=8):
+    """Yield function(item) for each of items, in their order, computed a few items ahead by
+    `threads` threads. The function must not use ahead itself."""
+    waiting = deque()
+    try:
+        for item in items:
+            waiting.append(pool(threads).submit(function, item))
+            if len(waiting) > 2 * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+# -------------------------------------------------------------------------------- files and digests
+
+
+def sha256(data):
+    return hashlib.sha256(data).hexdigest()
+
+
+def tensor_digest(tensor):
+    """sha256 over dtype, shape and little-endian bytes: never over a file format, which may change."""
+    array = tensor.detach().cpu().numpy() if isinstance(tensor, torch.Tensor) else tensor
+    array = np.ascontiguousarray(array)
+    digest = hashlib.sha256(f"{array.dtype.name} {list(array.shape)}\n".encode())
+    little = array.astype(array.dtype.newbyteorder("<"), copy=False)
+    digest.update(little.reshape(-1).data.cast("B"))  # the bytes, without a copy
+    return digest.hexdigest()
+
+
+def state_digest(state):
+    """sha256 over the sorted names and the digests of a state dict's tensors, buffers included."""
+    names = sorted(state)
+    digests = ahead(tensor_digest, [state[name] for name in names])
+    return sha256("".join(f"{name} {digest}\n" for name, digest in zip(names, digests)).encode())
+
+
+def json_digest(value):
+    return sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())
+
+
+def content_digest(value):
+    """sha256 over nested dicts and lists of tensors and plain values."""
+    def plain(value):
+        if isinstance(value, torch.Tensor):
+            return {"tensor": tensor_digest(value)}
+        if isinstance(value, dict):
+            return {f"{type(key).__name__} {key}": plain(each) for key, each in value.items()}
+        return [plain(each) for each in value] if isinstance(value, (list, tuple)) else value
+    return json_digest(plain(value))
+
+
+def write_file(path, data):
+    """Write bytes or text so that the file is there whole or not at all, whatever happens meanwhile.
+    Raises UserError where the disk is full or the folder may not be written."""
+    path, data = Path(path), data.encode() if isinstance(data, str) else data
+    beside = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(beside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"no space left in {path.parent}: {path.name} needs "
+                            f"{len(data) / 1e6:.1f} MB more; free some and rerun") from None
+        advice = ("choose a folder that you may write to" if error.errno in
+                  (errno.EACCES, errno.EPERM, errno.EROFS) else "something else is in its place")
+        raise UserError(f"cannot write {path}: {error.strerror}; {advice}") from None
+
+
+def write_json(path, value):
+    write_file(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def write_csv(path, header, rows):
+    table = io.StringIO()
+    csv.writer(table, lineterminator="\n").writerows([header, *rows])
+    write_file(path, table.getvalue())
+
+
+def write_tensors(path, value):
+    """torch.save a tensor as it is; a dict together with the digest of what it holds."""
+    if isinstance(value, dict):
+        value = {**value, "digest": content_digest(value)}
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    write_file(path, buffer.getbuffer())
+
+
+def read_text(path, what):
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"cannot read {what} {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not {what}: not text") from None
+
+
+def read_json(path, what, form=None):
+    """A JSON file of the given form (of `check_form`). Raises UserError."""
+    text = read_text(path, what)
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not {what}: not valid JSON ({error})") from None
+    if form is not None:
+        check_form(value, form, f"{path} is not {what}")
+    return value
+
+
+def load_tensors(path, what):
+    """torch.load that can only make tensors and plain values, never run code. Raises UserError."""
+    try:
+        open(path, "rb").close()  # apart: torch.load raises OSError for damaged files too
+    except OSError as error:
+        raise UserError(f"cannot read {what} {path}: {error.strerror}") from None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # the unpickler raises nearly anything on a file that is not its own
+        raise UserError(f"{path} is not {what}: damaged, or it holds more than tensors and plain "
+                        "values") from None
+
+
+def read_tensors(path, what, form):
+    """A dict that `write_tensors` wrote: of the given form, and what its digest says."""
+    value = load_tensors(path, what)
+    if not isinstance(value, dict) or not isinstance(value.get("digest"), str):
+        raise UserError(f"{path} is not {what}: it has no digest of what it holds")
+    digest = value.pop("digest")
+    check_form(value, form, f"{path} is not {what}")
+    if content_digest(value) != digest:
+        raise UserError(f"{path} is damaged: it does not hold what its digest says; restore it, or "
+                        "make it again")
+    return value
+
+
+DIGEST = re.compile("[0-9a-f]{64}")
+
+
+def check_form(value, form, complaint):
+    """Raise UserError, beginning with `complaint` and naming the place, where a value read from a
+    file is not of a form: a type (float: any finite number; torch.Tensor: finite too), a string or
+    None itself, a regular expression, [form of each], {name: form} with at least these names,
+    {type: form} with names of a type (str, or int for digits), or a tuple of alternatives."""
+
+    def problem(value, form):
+        """None, or (path to the place, what was expected there)."""
+        if isinstance(form, tuple):
+            problems = [problem(value, each) for each in form]
+            return None if None in problems else max(problems, key=lambda each: len(each[0]))
+        if isinstance(form, list) and isinstance(value, (list, tuple)):
+            return first((n, problem(each, form[0])) for n, each in enumerate(value))
+        if isinstance(form, dict) and isinstance(value, dict):
+            if len(form) == 1 and (str in form or int in form):
+                (kind, inner), = form.items()
+                for key in value:
+                    if not isinstance(key, kind if kind is str else (int, str)) or (
+                            kind is int and not re.fullmatch(r"[0-9]{1,9}", str(key))):
+                        return [repr(key)], "another kind of name"
+                return first((key, problem(each, inner)) for key, each in value.items())
+            if missing := [key for key in form if key not in value]:
+                return [missing[0]], "there"
+            return first((key, problem(value[key], inner)) for key, inner in form.items())
+        if form is float:
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            return None if number and abs(value) < math.inf else ([], "a finite number")
+        if form is torch.Tensor:
+            fine = isinstance(value, form) and (not value.is_floating_point()
+                                                or bool(value.isfinite().all()))
+            return None if fine else ([], "a tensor without NaN or infinity")
+        if isinstance(form, re.Pattern):
+            fine = isinstance(value, str) and form.fullmatch(value)
+            return None if fine else ([], "a sha256" if form is DIGEST else form.pattern)
+        if isinstance(form, type):
+            fine = isinstance(value, form) and (form is not int or not isinstance(value, bool))
+            return None if fine else ([], f"a {form.__name__}")
+        return None if value == form and not isinstance(form, (list, dict)) else ([], {
+            list: "a list", dict: "names with values"}.get(type(form), repr(form)))
+
+    def first(places):
+        found = next(((place, inner) for place, inner in places if inner), None)
+        return found and ([str(found[0]), *found[1][0]], found[1][1])
+
+    if found := problem(value, form):
+        raise UserError(f"{complaint}: {'.'.join(found[0]) or 'what it holds'} is not {found[1]}")
+
+
+def lock(folder, name, what):
+    """Hold `folder` for this process until it ends, however it ends. Raises UserError, naming the
+    holder, where another process has it. A folder that may only be read needs no lock."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        file = os.open(Path(folder) / f".{name}.lock", os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(file, 200, 0).decode(errors="replace").strip() or "another process"
+        raise UserError(f"{what} {folder} is being written by {holder}: wait for it, or stop "
+                        "it") from None
+    except OSError:  # a file system without locks
+        return None
+    os.ftruncate(file, 0)
+    os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+    return file
+
+
+# ----------------------------------------------------------------------------------------- verdicts
+
+
+class Verdict:
+    """What every --verify says: a line for each thing that is not identical, a count of those that
+    are, then REPRODUCED, CLOSE or NOT REPRODUCED; `finish` returns the exit code 0, 3 or 1."""
+
+    def __init__(self, what):
+        self.identical, self.close, self.different = 0, 0, 0
+        print(f"\nverifying {what}:")
+
+    def compare(self, name, expected, found, limit=0.0, same=0.0, like=False):
+        """Compare two values. Numbers that differ by at most `same` are identical, by less than
+        `limit` close; with `like` anything that differs is close."""
+        numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool)
+                      for value in (expected, found))
+        apart = abs(expected - found) if numbers else math.nan
+        if type(expected) is type(found) and expected == found or apart <= same:
+            self.identical += 1
+            return
+        near = like or apart < limit
+        self.close, self.different = self.close + near, self.different + (not near)
+        shown = [f"{value:.9g}" if isinstance(value, float) else str(value)[:24]
+                 for value in (expected, found)]
+        print(f"  {name:42} {'close' if near else 'DIFFERENT'}: expected {shown[0]}, found {shown[1]}")
+
+    def finish(self, what):
+        print(f"  {self.identical} identical, {self.close} close, {self.different} different")
+        if self.different or not self.identical:
+            print(f"NOT REPRODUCED: {what}")
+            return 1
+        print(f"{'CLOSE' if self.close else 'REPRODUCED'}: {what}")
+        return 3 if self.close else 0
+
+
+def differences(then, now):
+    """"key a there, b now; …" for the settings in which two dicts differ; empty where they do not."""
+    return "; ".join(f"{key} {then.get(key)} there, {now.get(key)} now"
+                     for key in {**then, **now} if then.get(key) != now.get(key))
+
+
+def shortened(ids):
+    return ", ".join(map(str, ids[:5])) + (", …" if len(ids) > 5 else "")
+
+

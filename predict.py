@@ -1,0 +1,174 @@
+"""Predict your own music: audio files → valence and arousal, over time.
+
+  python predict.py runs/last1 song.mp3
+  python predict.py runs/last1 song.mp3 --figure song.png
+  python predict.py runs/last1 song.mp3 folder --csv songs.csv --windows-csv windows.csv
+
+Any file that libsndfile reads. Unreadable files are reported and skipped (exit code 1).
+"""
+
+from cli import Parser, execute, number, path, start
+
+
+def parser():
+    p = Parser(__doc__)
+    p.add_argument("run", type=path, metavar="RUN", help="folder that train.py wrote")
+    p.add_argument("songs", type=path, nargs="+", metavar="SONG",
+                   help="audio files, or folders of them")
+    p.add_argument("--csv", type=path, metavar="FILE", help="write a table with one row a song")
+    p.add_argument("--windows-csv", type=path, metavar="FILE",
+                   help="write a table with one row a window")
+    p.add_argument("--figure", type=path, metavar="FILE",
+                   help="draw one song over time and through the plane (PNG, and PDF beside it)")
+    p.add_argument("--window", type=number(float, 1, 600), default=45.0, metavar="SECONDS",
+                   help="length of a window; a DEAM song has 45 s")
+    p.add_argument("--hop", type=number(float, 0.1, 600), default=15.0, metavar="SECONDS",
+                   help="from the start of one window to that of the next")
+    p.add_argument("--weights", metavar="NAME|FOLDER|FILE",
+                   help="the backbone (default: the one that made the run's features, by name)")
+    p.share("--device")
+    return p
+
+
+if __name__ == "__main__":
+    ARGS = start(parser(), "rows written so far are complete")  # before torch is imported
+
+import csv
+import math
+import os
+
+import numpy as np
+import soundfile
+import torch
+
+import figures
+from cli import Progress, UserError
+from common import QUADRANTS, Arithmetic, Backbone, BadClip, files_below, quadrant, read_windows
+from eval import read_model
+from figures import MOODS
+
+READABLE = {f".{name.lower()}" for name in soundfile.available_formats()} | {".aif", ".oga", ".opus"}
+OTHERS = {".m4a", ".aac", ".mp4", ".wma", ".webm", ".mka", ".ape", ".wv", ".mpc", ".ac3", ".dsf"}
+SONGS = ["song", "valence", "arousal", "valence_spread", "arousal_spread", "windows", "quadrant",
+         "mood"]
+WINDOWS = ["song", "start", "valence", "arousal"]
+
+
+def find_songs(paths):
+    """The files named, and all that look like audio in the folders named. Raises UserError."""
+    files = []
+    for each in paths:
+        found = files_below(each) if each.is_dir() else [each]
+        files += sorted(file for file in found
+                        if not each.is_dir() or file.suffix.lower() in READABLE | OTHERS)
+    if not files:
+        raise UserError(f"no audio files in {', '.join(map(str, paths))}")
+    return files
+
+
+class Table:
+    """A CSV file whose rows are on disk as soon as they are known; None writes nothing. Raises
+    UserError, before any work, where it cannot be written."""
+
+    def __init__(self, file, header):
+        self.file = None
+        if file:
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                self.file = open(file, "w", newline="", encoding="utf-8", errors="replace")
+            except OSError as error:
+                raise UserError(f"cannot write {file}: {error.strerror}") from None
+            self.write(*header)
+
+    def write(self, *row):
+        if self.file:
+            csv.writer(self.file, lineterminator="\n").writerow(row)
+            self.file.flush()
+
+
+class Predictor:
+    """Waveforms → valence and arousal, as the run's features and model make them."""
+
+    def __init__(self, args):
+        self.model, content = read_model(args.run / "model.pt")
+        settings, source = content["settings"], content["source"]
+        revision = f"@{source['revision']}" if source.get("revision") else ""
+        backbone = Backbone(args.weights or source["name"] + revision)
+        wanted = settings.get("weights", backbone.digest)
+        if backbone.digest != wanted:
+            raise UserError(f"the features of {args.run} were made by other weights, of "
+                            f"{source['name']} ({wanted[:16]}…), than these "
+                            f"({backbone.digest[:16]}…): name them with --weights")
+        self.backbone = backbone.to(Arithmetic(settings.get("precision", "float32"), args.device),
+                                    settings["layer"])
+        self.stored = getattr(torch, settings.get("store", "float32"))
+        self.exact = Arithmetic("exact", args.device)
+        self.model.to(self.exact.device, self.exact.dtype)
+        self.mean, self.std = content["mean"], content["std"]
+
+    @torch.no_grad()
+    def __call__(self, waveform):
+        """waveform[samples] → numpy [valence, arousal] on the 1–9 scale."""
+        features = self.backbone.hidden_states(waveform[None])[0].to(self.stored)
+        with self.exact():
+            z_scored = self.model([self.model.frozen(features)]).cpu()[0]
+        return (z_scored * self.std + self.mean).numpy()
+
+
+def mean(values):
+    """The correctly rounded mean, the same on any machine."""
+    return math.fsum(values) / len(values)
+
+
+def predict_song(file, predictor, args):
+    """(starts of its windows in seconds, predictions [windows, 2], seconds a window). Raises
+    BadClip."""
+    if not file.is_file():
+        raise BadClip("no such file" if not os.path.lexists(file) else "not a regular file")
+    if file.suffix.lower() in OTHERS:
+        raise BadClip(f"{file.suffix} is not readable here: convert it to WAV, FLAC or MP3")
+    starts, values, seconds = [], [], 0
+    windows = read_windows(file, predictor.backbone.sample_rate, args.window, args.hop)
+    for begin, waveform, _ in windows:
+        starts.append(begin)
+        values.append(predictor(waveform))
+        seconds = len(waveform) / predictor.backbone.sample_rate
+    return np.array(starts), np.array(values), seconds
+
+
+def run(args):
+    files = find_songs(args.songs)
+    if args.figure and len(files) > 1:
+        raise UserError(f"--figure draws one song, and these are {len(files)}")
+    songs, windows = Table(args.csv, SONGS), Table(args.windows_csv, WINDOWS)
+    predictor, failed = Predictor(args), 0
+    print(f"{'valence':>8}{'arousal':>9}   {'quadrant':24}{'spread over windows':>20}   song")
+    bar = Progress(files, desc="predict", unit="song", disable=len(files) < 2)
+    for file in bar:
+        try:
+            starts, values, seconds = predict_song(file, predictor, args)
+        except (BadClip, OSError) as error:
+            bar.say(f"failed: {file}: {error}")
+            failed += 1
+            continue
+        valence, arousal = centre = [mean(column) for column in values.T]
+        spread = [math.sqrt(mean((column - mean(column)) ** 2)) for column in values.T]
+        n = int(quadrant(np.array(centre), 5))
+        over = (f"±{spread[0]:.2f} ±{spread[1]:.2f} of {len(values)}" if len(values) > 1
+                else "one window")
+        bar.say(f"{valence:8.3f}{arousal:9.3f}   {QUADRANTS[n] + ' ' + MOODS[n]:24}{over:>20}   "
+                f"{file}")
+        songs.write(file, *(f"{value:.6f}" for value in (*centre, *spread)), len(values),
+                    QUADRANTS[n], MOODS[n])
+        for begin, window in zip(starts, values):
+            windows.write(file, f"{begin:.3f}", *(f"{value:.6f}" for value in window))
+        if args.figure:
+            name = os.fsencode(file.name).decode(errors="replace")
+            figures.draw_song(starts + seconds / 2, values, spread, args.figure.parent,
+                              args.figure.stem, f"{name} · model {args.run.name} · windows of "
+                              f"{seconds:.0f} s")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    execute(run, ARGS)
