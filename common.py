@@ -14,6 +14,7 @@ import math
 import os
 import platform
 import re
+import time
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +85,37 @@ def pick_device(name):
                         "here; lower torchrun's --nproc-per-node")
     torch.cuda.set_device(place)
     return torch.device("cuda", place)
+
+
+def say_if_slow(arithmetic, operations):
+    """Print a line where so many floating point operations in exact arithmetic would take hours:
+    many GPUs compute float64 at 1/32 or 1/64 of float32. Half as much again is not in products."""
+    if arithmetic.precision != "exact" or operations < 1e14:
+        return
+    a = torch.ones(1024, 1024, dtype=torch.float64, device=arithmetic.device)
+    seconds = []
+    for _ in range(4):
+        begin = time.perf_counter()
+        (a @ a)[0, 0].item()
+        seconds.append(time.perf_counter() - begin)
+    hours = 1.5 * operations * min(seconds) / (2 * 1024**3) / 3600
+    if hours > 1:
+        print(f"about {hours:.0f} hours here in exact arithmetic; --precision float32 is faster, and "
+              "gives the same bits on one make of CPU or one GPU model only", flush=True)
+
+
+def operations(params, layers, convolutions=True, samples=45 * 16000):
+    """Floating point operations of a backbone on one clip: its convolutions and `layers` encoder
+    layers. A multiplication with its addition counts as two."""
+    total, channels, length = 0, 1, samples
+    for out, kernel, stride in params["extractor_conv_layer_config"]:
+        length = (length - kernel) // stride + 1
+        total, channels = total + 2 * length * channels * kernel * out, out
+    width, inner = params["encoder_embed_dim"], params["encoder_ff_interm_features"]
+    position = width // params["encoder_pos_conv_groups"] * params["encoder_pos_conv_kernel"]
+    total += 2 * length * width * (channels + position)
+    layer = 2 * length * (4 * width**2 + 2 * width * inner) + 4 * length**2 * width
+    return total * convolutions + layers * layer
 
 
 def environment(device):
@@ -719,9 +751,9 @@ class EmotionModel(nn.Module):
                 if isinstance(linear, nn.Linear):
                     bound = 1 / math.sqrt(linear.in_features)
                     for part in ("weight", "bias"):
-                        value = torch.empty(getattr(linear, part).shape)
-                        value.uniform_(-bound, bound, generator=generator)
-                        state[f"{name}.{place}.{part}"] = value
+                        # not uniform_, which some builds of torch round once, not twice
+                        drawn = torch.rand(getattr(linear, part).shape, generator=generator)
+                        state[f"{name}.{place}.{part}"] = drawn * (2 * bound) - bound
         self.load_state_dict(state, assign=True)
 
     @torch.no_grad()

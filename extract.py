@@ -62,7 +62,8 @@ import torch
 from audit import audit_labels
 from cli import Progress, UserError
 from common import (COLUMNS, ENTRY, HERE, Arithmetic, Backbone, BadClip, DEAMHandler, check_features,
-                    environment, manifest_digest, read_manifest, read_splits, songs_of)
+                    environment, manifest_digest, operations, read_manifest, read_splits,
+                    say_if_slow, songs_of)
 from files import (Verdict, ahead, differences, load_tensors, lock, read_json, sha256, shortened,
                    state_digest, tensor_digest, write_file, write_json, write_tensors)
 
@@ -316,6 +317,7 @@ def run(args):
     print(f"{len(ids)} songs, {len(todo)} to do; {backbone.source['name']} layer {args.layer} of "
           f"{layers}; weights {backbone.digest[:16]}; {args.precision} on {arithmetic.device.type}"
           + (f"; process {RANK + 1} of {PROCESSES}" if PROCESSES > 1 else ""), flush=True)
+    say_if_slow(arithmetic, len(todo) * operations(backbone.params, args.layer))
     backbone.to(arithmetic, args.layer)
     decoded = Progress(ahead(decoder(deam, backbone.sample_rate), todo, WORKERS), total=len(todo),
                        desc="extract", unit="song", disable=RANK > 0 or not todo)

@@ -75,7 +75,6 @@ if __name__ == "__main__":
 
 import csv
 import io
-import math
 import os
 
 import torch
@@ -84,8 +83,8 @@ from torch.utils.data import DataLoader
 import figures
 from cli import Progress, UserError
 from common import (Arithmetic, DEAMFeatHandler, EmotionModel, FrozenOutputs, emotion_loss, environment,
-                    quadrant_weights, read_manifest, read_splits, room_for_activations,
-                    splits_digest, where_to_keep)
+                    operations, quadrant_weights, read_manifest, read_splits,
+                    room_for_activations, say_if_slow, sin_pi, splits_digest, where_to_keep)
 from files import (DIGEST, Verdict, differences, lock, read_json, read_tensors, read_text,
                    state_digest, tensor_digest, write_csv, write_json, write_tensors)
 
@@ -134,7 +133,8 @@ def learning_rate(step, steps, config):
     if config["schedule"] == "constant":
         return lr
     if config["schedule"] == "cosine":
-        return lr + (max_lr - lr) * 0.5 * (1 + math.cos(math.pi * step / max(steps - 1, 1)))
+        cosine = float(sin_pi(0.5 - step / max(steps - 1, 1)))  # the same on any machine
+        return lr + (max_lr - lr) * 0.5 * (1 + cosine)
     cycle = step // (2 * config["step_size_up"])
     height = 1 - abs(step / config["step_size_up"] - 2 * cycle - 1)
     return lr + (max_lr - lr) * height / 2**cycle
@@ -318,6 +318,8 @@ def run(args):
           f"{sum(each.numel() for each in model.parameters()):,} parameters; {args.precision} on "
           f"{arithmetic.device}\nfeatures {str(data.digest)[:16]}; initial model {initial[:16]}",
           flush=True)
+    say_if_slow(arithmetic, 3 * (training.steps - training.step) * args.batch_size * operations(
+        data.top_layers["params"], len(model.layers) - model.first_trained, convolutions=False))
     history, digests, best = [], [], None
     if state:
         history, digests, best = state["history"], state["digests"], state["best"]

@@ -1,5 +1,6 @@
 # The demo, end to end: the Makefile, the image and the tests run this file, README shows it.
 set -eu
+rm -rf demo
 python tests/demo.py demo
 python extract.py --deam demo/DEAM --weights demo/backbone --splits demo/splits.json \
     --features demo/DEAM_feats
