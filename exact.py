@@ -1,846 +1,220 @@
 """Exact arithmetic for torch: the same bits on any CPU, with any number of threads, on any GPU.
 
     from exact import Exact, check
-    check("cuda")                       # a few milliseconds: does this machine compute what this file promises?
-    with Exact():                       # once around the whole program: forward, backward and optimizer
-        loss = model(x); loss.backward(); optimizer.step()
+    check("cuda")              # milliseconds: does this machine compute what this file relies on?
+    with Exact():              # once, around the whole program: forward, backward and optimizer
+        loss = loss_function(model(x), y)
+        loss.backward()
+        optimizer.step()       # SGD, Adam or AdamW, with foreach=False
+
+Floating-point results differ between machines for two reasons, and both are removed.
+
+1. Sums are taken in different orders. Here the terms of every sum are first rounded to integers
+   times a power of two, with so few bits that no partial sum exceeds 2^53. float64 adds such numbers
+   without rounding, so that no order, blocking or fused multiply-add can change the result.
+2. exp, log and their like come from different libraries. Here they are tables and short polynomials
+   in + - * / and square root, which IEEE 754 defines to the last bit; one operation at a time, since
+   compilers may fuse two. The tables are themselves computed so.
+
+A torch dispatch mode puts these rules in the place of torch's operations, below autograd: models,
+losses and optimizers stay as they are. What has no rule raises by name.
+
+It is for float64. The relative error of a product is some 2^-21, that of the features of a transformer
+with ten layers 2e-6. Grids belong to single rows, heads or stretches of a clip: what is computed for an
+element of a batch does not depend on the others, except for gradients of weights, which sum over them.
+NaN and infinity stay visible (which of a NaN's bit patterns is not defined). Denormal numbers count as
+IEEE 754 says, flush-to-zero is switched off. Out of scope: torch.compile, random numbers drawn on a GPU,
+and what Python computes itself (check() tests the powers that Adam takes).
 """
 
 import contextlib
+import functools
 import hashlib
 import math
-import threading
-import weakref
+import os
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import (
     TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode_stack)
 
-CACHED = 1 << 17  # float64 values that a CPU's cache holds: long chains of operations go through so many at a time
-aten = torch.ops.aten
-torch_attention = F.scaled_dot_product_attention
+CACHED = 1 << 15  # float64 values that a chain of operations takes at a time, to stay in a core's cache
+LARGE = 1 << 18  # the same for chains that contain a matrix product
+aten, torch_attention = torch.ops.aten, F.scaled_dot_product_attention
+
+# --------------------------------------------------------------------------------------------- slices
 
 
-def slice_length(x, values=CACHED):
-    """How many rows of x to compute at a time: as many as fit a CPU's cache; all of them on a GPU."""
-    if x.is_cuda:
-        values = 1 << 27
-    return max(1, values * len(x) // max(1, x.numel()))
+@functools.cache
+def workers(threads, process):
+    """Threads that use one CPU thread each inside torch. `process`: after a fork they are gone."""
+    return ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+
+
+def in_slices(work, count, step, device):
+    """Call work(slice) for slices of `step` rows of `count`, independent of each other. On a CPU threads
+    share them out, each slice small enough for its cache; a GPU takes them one after another."""
+    slices = [slice(start, min(start + step, count)) for start in range(0, count, step)]
+    if device.type == "cpu" and len(slices) > 1 and torch.get_num_threads() > 1:
+        pool = workers(torch.get_num_threads(), os.getpid())
+        list(pool.map(torch.inference_mode()(work), slices))
+    else:
+        for rows in slices:
+            work(rows)
+
+
+def rows_of(x, values=CACHED):
+    """How many rows of x make a slice: `values` numbers on a CPU, a gigabyte on a GPU."""
+    return max(1, (values if x.device.type == "cpu" else 1 << 27) // max(1, x[0].numel()))
+
+
+def elementwise(function):
+    """Compute function(x, …), whose result at a place depends on that place alone, in slices."""
+    @functools.wraps(function)
+    def sliced(*tensors):
+        x = tensors[0]
+        if x.numel() <= CACHED:
+            return function(*tensors)
+        out = x.new_empty(x.shape)
+        flat, result = [t.contiguous().view(-1) for t in tensors], out.view(-1)
+        in_slices(lambda part: result[part].copy_(function(*(t[part] for t in flat))), len(result),
+                  rows_of(result), x.device)
+        return out
+    return sliced
 
 
 # ---------------------------------------------------------------------------------------------- grids
 
 
 def bits_for(count):
-    """Bits for each of the two factors, so that a sum of `count` products is an integer of at most 2^53."""
+    """Bits for each factor, such that a sum of `count` products is an integer of at most 2^53."""
     return (53 - (count - 1).bit_length()) // 2
 
 
 def magnitude(x, dims):
+    """The largest |x| over dims, which stay with length 1; NaN where there is a NaN."""
     return torch.maximum(x.amax(dims, keepdim=True), -x.amin(dims, keepdim=True))
 
 
 def power_of_two(exponent):
-    """2.0 ** (exponent - 1023) for int64 exponents 1 … 2046, by writing float64's exponent field."""
+    """2.0 ** (exponent - 1023) for int64 exponents from 1 to 2046: float64's own exponent field."""
     return (exponent << 52).view(torch.float64)
 
 
 def grid(top, bits):
-    """For slices whose largest magnitude is `top`: the powers of two that take them to integers of at most 2^bits,
-    and the biased exponent of the way back."""
+    """Powers of two (up, down, rest) for numbers of magnitude up to `top`: |x·up| <= 2^bits and
+    up·down·rest = 1. `down` is kept within 2^±200, lest products of two overflow or underflow; what
+    that leaves, nearly always 1, is `rest`. A `top` below 2^-963, zero too, counts as 2^-963."""
     exponent = (top.contiguous().view(torch.int64) >> 52).clamp_(min=60)
-    return power_of_two(2045 + bits - exponent), exponent - (bits - 1)
+    down = exponent - (bits - 1)
+    near = down.clamp(1023 - 200, 1023 + 200)
+    return power_of_two(2045 + bits - exponent), power_of_two(near), power_of_two(down - near + 1023)
+
+
+def scaled(x, *rests):
+    """x, in place, times those `rests` that are not all 1 (on a GPU asking costs more than multiplying)."""
+    for rest in rests:
+        if rest.device.type != "cpu" or bool((rest != 1).any()):
+            x.mul_(rest)
+    return x
 
 
 def to_grid(x, bits, dim):
-    """x rounded to integers of at most 2^bits times a power of two for each slice along dim.
-
-    Returns the rounded values and what is left of the powers of two (None: nothing).
-    """
-    if x.stride(-1) != 1 and x.stride(-2) == 1:
-        values, rest = to_grid(x.mT, bits, -3 - dim)
-        return values.mT, None if rest is None else rest.mT
+    """x[…, M, K] rounded to integers of at most 2^bits times a power of two for each slice along dim,
+    -1 or -2. Returns (integers times `down`, down, rest)."""
+    if x.stride(-1) != 1 and x.stride(-2) == 1:  # a transposed matrix: the other way round in memory
+        return tuple(t.mT for t in to_grid(x.mT, bits, -3 - dim))
     shape = x.shape
     if dim == -1:
         x = x.reshape(-1, shape[-1])
-    out, rows = torch.empty(x.shape, dtype=x.dtype, device=x.device), slice_length(x)
-    top = magnitude(x, dim) if dim == -2 else torch.cat([magnitude(part, -1) for part in x.split(rows)])
-    up, down = grid(top, bits)
-    near = down.clamp(1023 - 200, 1023 + 200)
-    fold = power_of_two(near)
-    whole = x.ndim == 2 and dim == -2
-    for start in range(0, len(x), rows):
-        part = slice(start, start + rows)
-        scale = slice(None) if whole else part
-        torch.mul(x[part], up[scale], out=out[part]).round_().mul_(fold[scale])
-    rest = power_of_two(down - near + 1023) if x.is_cuda or not torch.equal(down, near) else None
-    if dim == -1:
-        rest = rest if rest is None else rest.view(*shape[:-1], 1)
-    return out.view(shape), rest
+    out, whole = torch.empty_like(x, memory_format=torch.contiguous_format), dim == -2 and x.ndim == 2
+    top = magnitude(x, -2) if whole else x.new_empty([1 if d == x.ndim + dim else n
+                                                      for d, n in enumerate(x.shape)])
+
+    def round_rows(rows):
+        if not whole:
+            top[rows] = magnitude(x[rows], dim)
+        up, down, _ = grid(top if whole else top[rows], bits)
+        torch.mul(x[rows], up, out=out[rows]).round_().mul_(down)
+
+    in_slices(round_rows, len(x), rows_of(x), x.device)
+    _, down, rest = grid(top, bits)
+    small = (*shape[:-1], 1) if dim == -1 else top.shape
+    return out.view(shape), down.view(small), rest.view(small)
 
 
 # ----------------------------------------------------------------------------------------------- sums
 
 
-def reduced(x, dim):
-    if dim is None or (isinstance(dim, (list, tuple)) and not dim):
-        return list(range(x.ndim))
-    return sorted(d % x.ndim for d in ([dim] if isinstance(dim, int) else dim)) if x.ndim else []
+def listed(x, dim):
+    """A `dim` argument (None or []: all) as a list of dimensions from 0."""
+    dims = range(x.ndim) if dim is None or dim == [] or dim == () else dim
+    return sorted(d % x.ndim for d in ([dims] if isinstance(dims, int) else dims)) if x.ndim else []
 
 
-def count_of(x, dims):
-    return math.prod(x.shape[d] for d in dims)
+def without(x, dims, keepdim):
+    return x if keepdim else x.reshape([n for d, n in enumerate(x.shape) if d not in dims])
 
 
-def total(x, dims, keepdim=False):
-    """The sum of x over dims."""
-    count = count_of(x, dims)
-    if count <= 1 or x.numel() == 0:
-        return x.sum(dims, keepdim=keepdim) if x.ndim else x.clone()
-    up, down = grid(magnitude(x, dims), min(50, 53 - (count - 1).bit_length()))
-    if x.numel() <= CACHED or x.is_cuda:
-        out = (x * up).round_().sum(dims, keepdim=True)
-    elif 0 in dims:
-        out = sum((part * up).round_().sum(dims, keepdim=True) for part in x.split(slice_length(x)))
-    else:
-        rows = slice_length(x)
-        out = torch.cat([(part * u).round_().sum(dims, keepdim=True) for part, u in zip(x.split(rows), up.split(rows))])
-    out = out.mul_(power_of_two(down))
-    return out if keepdim else out.view([n for d, n in enumerate(x.shape) if d not in dims])
+def total(x, dim=None, keepdim=False, dtype=None):
+    """The sum over dim: of integers of 53 - log2(count) bits."""
+    dims = listed(x, dim)
+    count = math.prod(x.shape[d] for d in dims)
+    if count <= 1 or not x.numel():  # nothing to add
+        return x.sum(dims, keepdim) if x.ndim else x.clone()
+    up, down, rest = grid(magnitude(x, dims), min(50, 53 - (count - 1).bit_length()))
+    across, rows = 0 in dims, rows_of(x)
+    shape = list(up.shape)
+    shape[0] = -(-len(x) // rows) if across else shape[0]
+    sums = x.new_empty(shape)
 
+    def add_up(part):
+        place = slice(part.start // rows, part.start // rows + 1) if across else part
+        sums[place] = (x[part] * (up if across else up[part])).round_().sum(dims, keepdim=True)
 
-def sum_(x, dim=None, keepdim=False, dtype=None):
-    return total(x.to(dtype or x.dtype), reduced(x, dim), keepdim)
+    in_slices(add_up, len(x), rows, x.device)
+    sums = sums.sum(0, keepdim=True) if across else sums
+    return without(sums.mul_(down).mul_(rest), dims, keepdim)
 
 
 def mean(x, dim=None, keepdim=False, dtype=None):
-    dims = reduced(x, dim)
-    return total(x, dims, keepdim) * (1.0 / count_of(x, dims))
+    return total(x, dim, keepdim) * (1.0 / math.prod(x.shape[d] for d in listed(x, dim)))
 
 
-def variance(x, dim=None, unbiased=None, correction=1, keepdim=False):
-    dims = reduced(x, dim)
-    centred = x - mean(x, dims, True)
-    return total(centred * centred, dims, keepdim) * (1.0 / (count_of(x, dims) - (1 if correction is None else correction)))
+def variance(x, dim=None, unbiased=None, *, correction=1, keepdim=False):
+    count = math.prod(x.shape[d] for d in listed(x, dim)) - (1 if correction is None else correction)
+    centred = x - mean(x, dim, True)
+    return total(centred * centred, dim, keepdim) * (1.0 / count if count > 0 else math.nan)
 
 
 def norm(x, ord=2, dim=None, keepdim=False, dtype=None):
-    dims = reduced(x, dim)
-    if ord == 1:
-        return total(x.abs(), dims, keepdim)
-    if ord == math.inf:
-        return x.abs().amax(dims, keepdim)
+    dims = listed(x, dim)
+    if ord in (1, math.inf):
+        return total(x.abs(), dims, keepdim) if ord == 1 else x.abs().amax(dims, keepdim)
     if ord != 2:
-        raise NotImplementedError(f"no exact norm of order {ord}")
-    if x.numel() == 0 or not x.ndim:
-        return x.abs() if not x.ndim else total(x, dims, keepdim)
-    up, down = grid(magnitude(x, dims), 10)
-    scaled = x * up
-    out = sqrt(total(scaled * scaled, dims, True)) * power_of_two(down)
-    return out if keepdim else out.view([n for d, n in enumerate(x.shape) if d not in dims])
-
-
-# ------------------------------------------------------------------------------------------- products
-
-_kept = {}  # (storage, place, version, grid) -> quantised operand; emptied when the outermost Exact() is left
-
-
-def cached_grid(x, bits, dim):
-    return to_grid(x, bits, dim)
-
-
-def product(a, b):
-    """a @ b for a[…, M, K] and b[…, K, N]."""
-    if 0 in a.shape or 0 in b.shape:
-        return a @ b
-    bits = bits_for(a.shape[-1])
-    (a, rest_a), (b, rest_b) = cached_grid(a, bits, -1), cached_grid(b, bits, -2)
-    out = a @ b
-    for rest in (rest_a, rest_b):
-        if rest is not None:
-            out.mul_(rest)
-    return out
-
-
-def addmm(c, a, b, beta=1, alpha=1):
-    out = product(a, b)
-    if alpha != 1:
-        out.mul_(alpha)
-    return out if beta == 0 else out.add_(c if beta == 1 else c * beta)
-
-
-def windows(x, kernel, stride, dilation):
-    """x[B, L, C] → a view [B, T, kernel, C] of what each output frame sees."""
-    b, length, c = x.shape
-    frames = (length - dilation * (kernel - 1) - 1) // stride + 1
-    s = x.stride()
-    return x.as_strided((b, frames, kernel, c), (s[0], stride * s[1], dilation * s[1], s[2]))
-
-
-BLOCK = 64  # output frames of a convolution that share a grid
-
-
-def convolution(x, w, bias, stride, padding, dilation, transposed=False, output_padding=(0,), groups=1, *_):
-    """Conv1d: x[B, C, L], w[O, C / groups, kernel] → [B, O, T]."""
-    if x.ndim != 3 or transposed:
-        raise NotImplementedError("exact arithmetic has no rule for this convolution: only Conv1d has one")
-    stride, padding, dilation = stride[0], padding[0], dilation[0]
-    out_channels, channels, kernel = w.shape
-    terms = channels * kernel
-    bits = bits_for(terms)
-    if padding:
-        x = torch.constant_pad_nd(x, (padding, padding))
-    frames = (x.shape[2] - dilation * (kernel - 1) - 1) // stride + 1
-    w = w.transpose(1, 2).reshape(groups, out_channels // groups, terms)
-    w, rest_w = cached_grid(w, bits, -1)
-    out = torch.empty(len(x), out_channels, frames, dtype=x.dtype, device=x.device)
-    step = BLOCK * max(1, (1 << 26 if x.is_cuda else 1 << 19) // (BLOCK * terms * groups))
-    for clip, result in zip(x, out):
-        for start in range(0, frames, step):
-            n = min(step, frames - start)
-            part = clip[:, start * stride:(start + n - 1) * stride + dilation * (kernel - 1) + 1]
-            part = part.reshape(groups, channels, -1).transpose(1, 2).contiguous()
-            tops = windows(magnitude(part, 2), kernel, stride, dilation).amax((2, 3))
-            tops = F.pad(tops, (0, -n % BLOCK)).unflatten(1, (-1, BLOCK)).amax(2)
-            up, down = grid(tops, bits)
-            near = down.clamp(1023 - 200, 1023 + 200)
-            rest = power_of_two(down - near + 1023) if x.is_cuda or not torch.equal(down, near) else None
-            up, fold = (t.repeat_interleave(BLOCK, 1)[:, :n, None, None] for t in (up, power_of_two(near)))
-            seen = torch.empty(groups, n, kernel, channels, dtype=x.dtype, device=x.device)
-            torch.mul(windows(part, kernel, stride, dilation), up, out=seen).round_().mul_(fold)
-            seen = seen.view(groups, n, terms)
-            y = w @ seen.mT
-            if rest is not None:
-                y.mul_(rest.repeat_interleave(BLOCK, 1)[:, None, :n])
-            if rest_w is not None:
-                y.mul_(rest_w)
-            result[:, start:start + n] = y.view(out_channels, n)
-    return out if bias is None else out.add_(bias[:, None])
-
-
-def convolution_backward(dy, x, w, bias_sizes, stride, padding, dilation, transposed, output_padding, groups, mask):
-    """Gradients of Conv1d for x, w and bias."""
-    out_channels, channels, kernel = w.shape
-    stride, padding, dilation = stride[0], padding[0], dilation[0]
-    dx = dw = None
-    if mask[0]:  # a convolution of dy, its frames `stride` apart, with the reversed kernel
-        length = x.shape[2] + 2 * padding
-        span = dilation * (kernel - 1)
-        spread = dy.new_zeros(*dy.shape[:2], length + span)
-        spread[:, :, span:span + (dy.shape[2] - 1) * stride + 1:stride] = dy
-        back = w.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1).flip(2)
-        dx = convolution(spread, back, None, (1,), (0,), (dilation,), groups=groups)[:, :, padding:length - padding]
-    if mask[1]:
-        padded = torch.constant_pad_nd(x, (padding, padding)) if padding else x
-        bits = bits_for(dy.shape[0] * dy.shape[2])
-        dy_i, dy_rest = to_grid(dy.transpose(0, 1).reshape(out_channels, -1), bits, -1)
-        x_i, x_rest = to_grid(padded.transpose(0, 1).reshape(x.shape[1], -1), bits, -1)
-        dy_i = dy_i.view(groups, -1, dy.shape[0], dy.shape[2])
-        x_i = x_i.view(groups, channels, len(x), -1).permute(2, 0, 3, 1)
-        dw = 0
-        for b in range(len(x)):
-            seen = windows(x_i[b].contiguous(), kernel, stride, dilation)
-            step = max(1, (1 << 26 if x.is_cuda else 1 << 19) // (channels * kernel * groups))
-            for start in range(0, dy.shape[2], step):
-                dw = dw + dy_i[:, :, b, start:start + step] @ seen[:, start:start + step].flatten(2)
-        dw = dw.view(out_channels, kernel, channels)
-        if dy_rest is not None:
-            dw = dw * dy_rest[:, :, None]
-        if x_rest is not None:
-            dw = (dw.view(groups, -1, kernel, channels) * x_rest.view(groups, 1, 1, channels)).view(dw.shape)
-        dw = dw.transpose(1, 2).contiguous()
-    return dx, dw, total(dy, [0, 2]) if mask[2] else None
-
-
-# ------------------------------------------------------------------------------------------ functions
-
-
-def by_slices(function):
-    """Compute an elementwise function in slices that stay in a CPU's cache."""
-    def sliced(x, *others, **options):
-        if x.is_cuda or x.numel() <= CACHED:
-            return function(x, *others, **options)
-        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        flat = [t.contiguous().view(-1).split(CACHED) for t in (x, *others)]
-        for result, *parts in zip(out.view(-1).split(CACHED), *flat):
-            result.copy_(function(*parts, **options))
-        return out
-    return sliced
-
-
-def np_exp(x):
-    k = np.rint(x * 1.4426950408889634)
-    r = (x - k * 0.693147180369123816490) - k * 1.90821492927058770002e-10
-    term = total = np.ones_like(r)
-    for n in range(1, 19):
-        term = term * r / n
-        total = total + term
-    return np.ldexp(total, k.astype(int))
-
-
-def np_log(x):
-    """For x near 1 … 2."""
-    z = (x - 1) / (x + 1)
-    total = np.zeros_like(z)
-    for n in range(41, 0, -2):
-        total = total * z * z + 1 / n
-    return 2 * z * total
-
-
-def np_density(x):
-    return np_exp(-0.5 * x * x) * 0.3989422804014327
-
-
-def np_normal(x):
-    """The standard normal distribution function."""
-    a = np.abs(x) * 0.7071067811865476
-    term = series = a
-    for n in range(1, 120):
-        term = -term * a * a / n
-        series = series + term / (2 * n + 1)
-    fraction = np.zeros_like(a)
-    for n in range(60, 0, -1):
-        fraction = (n / 2) / (a + fraction + 1e-300)
-    far = np_exp(-a * a) / 1.7724538509055159 / (a + fraction + 1e-300)
-    near = series * 1.1283791670955126
-    upper = np.where(a < 2.5, 1 - near, far) / 2
-    return np.where(x < 0, upper, 1 - upper)
-
-
-_tables = {}
-
-
-def table(name, device):
-    if (name, device) not in _tables:
-        x = np.arange(-8.5, 8.5 + 2.0**-13, 2.0**-12)
-        edge = (np.arange(len(x)) > 0) & (np.arange(len(x)) < len(x) - 1)
-        steps = np.arange(1 << 20)
-        weights = np.rint(np_exp(-(steps + 0.5) / 65536) * 2.0**20)
-        weights[0], weights[-1] = 2.0**20, 0
-        made = {"normal": lambda: np.where(edge, np_normal(x), x > 0), "density": lambda: np_density(x) * edge,
-                "exp": lambda: np_exp(np.arange(256) * (0.6931471805599453 / 256)), "weights": lambda: weights,
-                "log": lambda: np_log(1 + (np.arange(256) + 0.5) / 256)}[name]()
-        _tables[name, device] = torch.from_numpy(np.ascontiguousarray(made, dtype=np.float64)).to(device)
-    return _tables[name, device]
-
-
-def look_up(name, index):
-    t = table(name, index.device)
-    return t.index_select(0, index.clamp(0, len(t) - 1).reshape(-1)).view(index.shape)
-
-
-def sqrt(x):
-    """torch's own on a CPU is not correctly rounded, numpy's is."""
-    return torch.sqrt(x) if x.is_cuda else torch.from_numpy(np.sqrt(np.ascontiguousarray(x.detach().numpy()))).view(x.shape)
-
-
-@by_slices
-def exp(x):
-    y = x.clamp(-746.0, 710.0)
-    n = (y * 369.3299304675746).round_()
-    r = (y - n * (0.693147180369123816490 / 256)).sub_(n * (1.90821492927058770002e-10 / 256))
-    n = torch.where(n == n, n, 0).to(torch.int64)
-    r = ((((r * (1 / 24) + 1 / 6) * r + 0.5) * r + 1.0) * r + 1.0) * look_up("exp", n & 255)
-    n >>= 8
-    half = n >> 1
-    return r.mul_(power_of_two(half + 1023)).mul_(power_of_two(n - half + 1023))
-
-
-@by_slices
-def log(x):
-    small = x < 2.0**-1022
-    y = torch.where(small, x * 2.0**54, x)
-    bits = y.view(torch.int64)
-    k = ((bits >> 52) - 1023).sub_(small.to(torch.int64) * 54)
-    mantissa = ((bits & ((1 << 52) - 1)) | (1023 << 52)).view(torch.float64)
-    index = (bits >> 44) & 255
-    centre = (index.to(torch.float64) + 0.5) * (1 / 256) + 1.0
-    r = (mantissa - centre) / centre
-    series = (((((r * (-1 / 6) + 0.2) * r - 0.25) * r + 1 / 3) * r - 0.5) * r + 1.0) * r
-    out = series + look_up("log", index) + k.to(torch.float64) * 0.6931471805599453
-    out = torch.where(x == 0, -math.inf, torch.where(x < 0, math.nan, out))
-    return torch.where((x == math.inf) | (x != x), x, out)
-
-
-def normal(x):
-    """The standard normal distribution function and its density."""
-    y = x.clamp(-8.5, 8.5)
-    n = (y * 4096.0).round_()
-    off = y.sub_(n * 2.0**-12)
-    index = n.add_(34816.0).to(torch.int32)
-    density = look_up("density", index)
-    return look_up("normal", index).add_(off.mul_(density)), density
-
-
-@by_slices
-def gelu_(x):
-    return normal(x)[0].mul_(x)
-
-
-def gelu(x, approximate="none"):
-    if approximate != "none":
-        raise NotImplementedError("exact arithmetic has GELU with approximate='none' only")
-    return gelu_(x)
-
-
-@by_slices
-def gelu_slope(dy, x):
-    y = x.clamp(-8.5, 8.5)
-    n = (y * 4096.0).round_()
-    centre = n * 2.0**-12
-    off = y.sub_(centre)
-    index = n.add_(34816.0).to(torch.int32)
-    density = look_up("density", index)
-    centre.mul_(off).neg_().add_(1.0).mul_(x).add_(off)  # x·φ(x) + Φ(x), to second order around the table's x
-    return centre.mul_(density).add_(look_up("normal", index)).mul_(dy)
-
-
-def gelu_backward(dy, x, approximate="none"):
-    return gelu_slope(dy, x)
-
-
-@by_slices
-def sigmoid(x):
-    e = exp(-x.abs())
-    return torch.where(x >= 0, torch.ones_like(x), e) / (e + 1.0) + x * 0.0
-
-
-@by_slices
-def tanh(x):
-    e = exp(x.abs() * -2.0)
-    return torch.where(x != x, x, (1.0 - e) / (e + 1.0) * torch.sign(x))
-
-
-def silu(x):
-    return x * sigmoid(x)
-
-
-def silu_backward(dy, x):
-    s = sigmoid(x)
-    return dy * (s * (x * (1.0 - s) + 1.0))
-
-
-def softmax(x, dim, *_):
-    top = x.amax(dim, keepdim=True)
-    e = exp(x - torch.where(top == -math.inf, torch.zeros_like(top), top))
-    return e / total(e, reduced(x, dim), True)
-
-
-def safe_softmax(x, dim, dtype=None):
-    return torch.where(x.amax(dim, keepdim=True) == -math.inf, torch.zeros_like(x), softmax(x, dim))
-
-
-def softmax_backward(dy, y, dim, dtype):
-    return y * (dy - total(dy * y, reduced(y, dim), True))
-
-
-def log_softmax(x, dim, *_):
-    shifted = x - x.amax(dim, keepdim=True)
-    return shifted - log(total(exp(shifted), reduced(x, dim), True))
-
-
-def log_softmax_backward(dy, y, dim, dtype):
-    return dy - exp(y) * total(dy, reduced(y, dim), True)
-
-
-def logsumexp(x, dim, keepdim=False):
-    dims = reduced(x, dim)
-    top = x.amax(dims, keepdim=True)
-    top = torch.where(top.abs() == math.inf, torch.zeros_like(top), top)
-    out = log(total(exp(x - top), dims, True)) + top
-    return out if keepdim else out.view([n for d, n in enumerate(x.shape) if d not in dims])
-
-
-def nll_loss(x, target, weight, reduction, ignore_index):
-    rows = x if x.ndim == 2 else x[None]
-    target = target.view(-1)
-    used = target != ignore_index
-    index = torch.where(used, target, 0)
-    w = torch.ones_like(index, dtype=x.dtype) if weight is None else weight[index]
-    w = torch.where(used, w, 0.0)
-    loss = -rows.gather(1, index[:, None])[:, 0] * w
-    loss = torch.where(used, loss, 0.0)
-    whole = total(w, [0])
-    if reduction == 0:
-        return (loss if x.ndim == 2 else loss[0]), x.new_zeros(())
-    return (total(loss, [0]) / whole if reduction == 1 else total(loss, [0])), whole
-
-
-def nll_loss_backward(dy, x, target, weight, reduction, ignore_index, whole):
-    rows = x if x.ndim == 2 else x[None]
-    target = target.view(-1)
-    used = target != ignore_index
-    index = torch.where(used, target, 0)
-    w = torch.ones_like(index, dtype=x.dtype) if weight is None else weight[index]
-    g = -torch.where(used, w, 0.0) * dy
-    if reduction == 1:
-        g = g / whole
-    return torch.zeros_like(rows).scatter(1, index[:, None], g[:, None]).view(x.shape)
-
-
-def mse_loss(x, y, reduction=1):
-    d = x - y
-    d = d * d
-    return d if reduction == 0 else mean(d) if reduction == 1 else sum_(d)
-
-
-def mse_loss_backward(dy, x, y, reduction):
-    d = (x - y) * 2.0
-    return d * dy if reduction != 1 else d * (dy * (1.0 / x.numel()))
-
-
-# ---------------------------------------------------------------------------------------------- norms
-
-
-def centred_and_scaled(x, eps):
-    """x[rows, n] → (x - mean) / sqrt(variance + eps), the means and the reciprocal deviations, [rows, 1]."""
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    rows = slice_length(x)
-    means, scales = [], []
-    for part, result in zip(x.split(rows), out.split(rows)):
-        m = mean(part, 1, True)
-        torch.sub(part, m, out=result)
-        r = 1.0 / sqrt(mean(result * result, 1, True) + eps)
-        result.mul_(r)
-        means.append(m)
-        scales.append(r)
-    return out, torch.cat(means), torch.cat(scales)
-
-
-def layer_norm(x, shape, w, b, eps):
-    outer = x.shape[:x.ndim - len(shape)]
-    out, m, r = centred_and_scaled(x.reshape(math.prod(outer), -1), eps)
-    out = out.view(x.shape)
-    for part in out.split(slice_length(out)):
-        if w is not None:
-            part.mul_(w)
-        if b is not None:
-            part.add_(b)
-    ones = [1] * len(shape)
-    return out, m.view(*outer, *ones), r.view(*outer, *ones)
-
-
-def layer_norm_backward(dy, x, shape, m, r, w, b, mask):
-    dims, outer = list(range(x.ndim - len(shape), x.ndim)), list(range(x.ndim - len(shape)))
-    h = (x - m).mul_(r)
-    dx = None
-    if mask[0]:
-        g = dy if w is None else dy * w
-        dx = (g - mean(g, dims, True)).sub_(h * mean(g * h, dims, True)).mul_(r)
-    return dx, total(dy * h, outer) if mask[1] else None, total(dy, outer) if mask[2] else None
-
-
-def group_norm(x, w, b, batch, channels, length, groups, eps):
-    out, m, r = centred_and_scaled(x.reshape(batch * groups, -1), eps)
-    rows = out.view(batch, channels, length)
-    for row in rows.flatten(0, 1).split(slice_length(rows.flatten(0, 1))) if w is None and b is None else ():
-        pass
-    for clip in rows:
-        n = slice_length(clip)
-        for start in range(0, channels, n):
-            part = clip[start:start + n]
-            if w is not None:
-                part.mul_(w[start:start + n, None])
-            if b is not None:
-                part.add_(b[start:start + n, None])
-    return out.view(x.shape), m.view(batch, groups), r.view(batch, groups)
-
-
-def group_norm_backward(dy, x, m, r, w, batch, channels, length, groups, mask):
-    shape = batch, groups, channels // groups, length
-    dy_, m, r = dy.reshape(shape), m.view(batch, groups, 1, 1), r.view(batch, groups, 1, 1)
-    h = (x.reshape(shape) - m).mul_(r)
-    dx = None
-    if mask[0]:
-        g = dy_ if w is None else dy_ * w.view(groups, -1, 1)
-        dx = (g - mean(g, [2, 3], True)).sub_(h * mean(g * h, [2, 3], True)).mul_(r).view(x.shape)
-    dw = total(dy_ * h, [0, 3]).view(-1) if mask[1] else None
-    return dx, dw, total(dy_, [0, 3]).view(-1) if mask[2] else None
-
-
-# -------------------------------------------------------------------------------------------- dropout
-
-
-def new_key():
-    return int(torch.randint(2**62, ()))
-
-
-def mix(x):
-    """splitmix64's finalizer, in place, on int64."""
-    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
-        x.bitwise_xor_((x >> shift) & ((1 << 64 - shift) - 1)).mul_(factor)
-    return x.bitwise_xor_((x >> 31) & ((1 << 33) - 1))
-
-
-def dropped(key, rows, length, p, device, first=0):
-    """bool[rows, length], True with probability p: rows first, first + 1, … of the mask that `key` stands for."""
-    words = (length + 3) // 4
-    x = torch.arange(first * words, (first + rows) * words, device=device)
-    x = mix(x.mul_(-7046029254386353131).add_(key)).view(torch.int16)
-    return (x < round(p * 65536) - 32768).view(rows, 4 * words)[:, :length]
-
-
-def drop_mask(x, p):
-    length = x.shape[-1] if x.ndim else 1
-    key, rows = new_key(), x.numel() // max(1, length)
-    if x.is_cuda:
-        return dropped(key, rows, length, p, x.device).reshape(x.shape)
-    step = max(1, CACHED // max(1, length))
-    parts = [dropped(key, min(step, rows - r), length, p, x.device, r) for r in range(0, rows, step)]
-    return torch.cat(parts).view(x.shape) if parts else torch.empty(x.shape, dtype=torch.bool)
-
-
-def bernoulli_(x, p=0.5, generator=None):
-    return x.copy_(~drop_mask(x, 1 - p))
-
-
-def dropout(x, p, train):
-    if not train or p == 0:
-        return x.clone(), torch.ones_like(x, dtype=torch.bool)
-    kept = ~drop_mask(x, p)
-    return x * (kept * (1.0 / (1.0 - p) if p < 1 else 0.0)), kept
-
-
-def dropout_backward(dy, kept, scale):
-    return dy * (kept * scale)
-
-
-# ------------------------------------------------------------------------------------------ attention
-
-
-def finite(x):
-    """x with zeros for NaN and infinity, and x·0: 0 where a row is finite, NaN where it is not."""
-    return torch.nan_to_num(x, 0.0, 0.0, 0.0), (x * 0.0).sum(-1, keepdim=True)
-
-
-class Attention(torch.autograd.Function):
-    """softmax(q @ k.T * scale + mask) @ v for q[N, T, D], k[N, S, D], v[N, S, E], row block by row block."""
-
-    @staticmethod
-    def forward(ctx, q, k, v, mask, causal, p, scale):
-        with _disable_current_modes():
-            key = new_key() if p > 0 else None
-            out, lost, sums = attend(q.detach(), k.detach(), v.detach(), mask, causal, p, scale, key)
-        ctx.save_for_backward(q, k, v, mask, out, sums)
-        ctx.settings = causal, p, scale, key
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dout):
-        with _disable_current_modes():
-            q, k, v, mask, out, sums = ctx.saved_tensors
-            return *attend_backward(dout, q, k, v, mask, out, sums, *ctx.settings), None, None, None, None
-
-
-def head_grid(x, bits):
-    """x[N, T, D] as integers, one grid for each of N, and the exponent of its step."""
-    up, down = grid(magnitude(x, (1, 2)), bits)
-    return (x * up).round_(), down
-
-
-def prepare(q, k, scale):
-    """q and k as factors whose products are minus the scores, in steps of 2^-16, exactly."""
-    (q, _), (k, _) = finite(q), finite(k)
-    bits = bits_for(q.shape[-1])
-    q, q_down = head_grid(q * scale, bits)
-    k, k_down = head_grid(k, bits)
-    step = power_of_two((q_down + k_down - 1023 + 16).clamp_(1023 - 400, 1023 + 400))
-    return q, k.mul_(-step)
-
-
-def blocks(n, rows, columns, device):
-    """Heads and rows of scores to compute at a time."""
-    budget = (1 << 27) if device.type == "cuda" else 1 << 18
-    heads = max(1, min(n, budget // (rows * columns)))
-    step = rows if heads > 1 else max(1, min(rows, budget // columns))
-    for head in range(0, n, heads):
-        for row in range(0, rows, step):
-            yield slice(head, min(n, head + heads)), slice(row, min(rows, row + step))
-
-
-def weights_of(q, k, mask, causal, heads, rows):
-    """Unnormalised attention weights of some heads and rows: integers of at most 2^20."""
-    x = q[heads, rows] @ k[heads].mT
-    if mask is not None:
-        part = mask[heads, rows]
-        x.masked_fill_(~part, math.inf) if part.dtype == torch.bool else x.sub_(part * 65536.0)
-    if causal:
-        r = torch.arange(rows.start, rows.stop, device=x.device)
-        x.masked_fill_(torch.arange(x.shape[2], device=x.device) > r[:, None], math.inf)
-    top = x.amin(2, keepdim=True).clamp_(max=1e300)
-    x = x.sub_(top).clamp_(max=2.0**20 - 1)
-    return look_up("weights", x.to(torch.int32))
-
-
-def drop(x, key, heads, rows, length, p):
-    for n, head in enumerate(range(heads.start, heads.stop)):
-        first = head * length + rows.start
-        x[n].masked_fill_(dropped(key, x.shape[1], x.shape[2], p, x.device, first), 0.0)
-    return x
-
-
-def attend(q, k, v, mask, causal, p, scale, key):
-    n, length, count = len(q), q.shape[1], k.shape[1]
-    poison = finite(q)[1] + finite(k)[1].sum(1, keepdim=True)
-    qs, ks = prepare(q, k, scale)
-    vs, rest = to_grid(v, 53 - 20 - (count - 1).bit_length(), -2)
-    out = torch.empty(n, length, v.shape[2], dtype=q.dtype, device=q.device)
-    sums = torch.empty(n, length, 1, dtype=q.dtype, device=q.device)
-    for heads, rows in blocks(n, length, count, q.device):
-        w = weights_of(qs, ks, mask, causal, heads, rows)
-        torch.sum(w, 2, keepdim=True, out=sums[heads, rows])
-        if key is not None:
-            drop(w, key, heads, rows, length, p)
-        out[heads, rows] = w @ vs[heads]
-    sums.clamp_(min=1.0)
-    if rest is not None:
-        out.mul_(rest)
-    out.div_(sums)
-    if p > 0:
-        out.mul_(1.0 / (1.0 - p) if p < 1 else 0.0)
-    return out.add_(poison), poison, sums
-
-
-def attend_backward(dout, q, k, v, mask, out, sums, causal, p, scale, key):
-    n, length, count = len(q), q.shape[1], k.shape[1]
-    keep = 1.0 / (1.0 - p) if 0 < p < 1 else 1.0
-    dsum = total(dout * out, [2], True) / sums          # D / sum
-    dout = dout / sums
-    qs, ks = prepare(q, k, scale)
-    q_, k_ = finite(q)[0] * scale, finite(k)[0]
-    g, rest_g = to_grid(dout * keep, bits_for(v.shape[2]), -1)
-    vt, rest_v = to_grid(v, bits_for(v.shape[2]), -1)
-    gv, rest_gv = to_grid(dout * keep, 53 - 20 - (length - 1).bit_length(), -2)
-    bits = bits_for(max(length, count))
-    qb, rest_q = to_grid(q_, bits, -2)
-    kb, rest_k = to_grid(k_, bits, -2)
-    dq, dk, dv = torch.empty_like(qb), torch.empty_like(kb), torch.empty_like(vt)
-    for head in range(n):
-        one = slice(head, head + 1)
-        ds = torch.empty(1, length, count, dtype=q.dtype, device=q.device)
-        dv[one] = 0
-        for _, rows in blocks(1, length, count, q.device):
-            w = weights_of(qs, ks, mask, causal, one, rows)
-            d = g[one, rows] @ vt[one].mT
-            if rest_g is not None:
-                d.mul_(rest_g[one, rows])
-            if rest_v is not None:
-                d.mul_(rest_v[one].mT)
-            if key is None:
-                wd = w
-            else:
-                lost = dropped(key, w.shape[1], count, p, q.device, head * length + rows.start)
-                d[0].masked_fill_(lost, 0.0)
-                wd = w.clone()
-                wd[0].masked_fill_(lost, 0.0)
-            dv[one] += wd.mT @ gv[one, rows]
-            ds[:, rows] = d.sub_(dsum[one, rows]).mul_(w)
-        up, down = grid(magnitude(ds, (1, 2)), bits)
-        ds.mul_(up).round_()
-        down = power_of_two(down)
-        dq[one] = (ds @ kb[one]).mul_(down)
-        dk[one] = (ds.mT @ qb[one]).mul_(down)
-    for d, rest in ((dq, rest_k), (dk, rest_q), (dv, rest_gv)):
-        if rest is not None:
-            d.mul_(rest)
-    poison = finite(q)[1].sum(1, keepdim=True) + finite(k)[1].sum(1, keepdim=True)
-    return dq.mul_(scale).add_(poison), dk.add_(poison), dv.add_(poison)
-
-
-def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    """F.scaled_dot_product_attention, in exact arithmetic where the calling thread is in an Exact context."""
-    if not any(isinstance(mode, Exact) for mode in _get_current_dispatch_mode_stack()):
-        return torch_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-    if enable_gqa:
-        key, value = (t.repeat_interleave(query.shape[-3] // t.shape[-3], -3) for t in (key, value))
-    if query.dtype != torch.float64 or (attn_mask is not None and attn_mask.requires_grad) or 0 in query.shape:
-        return aten._scaled_dot_product_attention_math(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)[0]
-    lead = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
-    q, k, v = (t.expand(*lead, *t.shape[-2:]).reshape(-1, *t.shape[-2:]) for t in (query, key, value))
-    if attn_mask is not None:
-        attn_mask = attn_mask.expand(*lead, q.shape[1], k.shape[1]).reshape(-1, q.shape[1], k.shape[1])
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return Attention.apply(q, k, v, attn_mask, is_causal, dropout_p, scale).view(*lead, q.shape[1], v.shape[2])
-
-
-# --------------------------------------------------------------------------------- table of operations
-
-
-def div(x, y, rounding_mode=None):
-    if rounding_mode is not None:
-        raise NotImplementedError("exact arithmetic has no rule for division with rounding_mode")
-    device = x.device if not isinstance(y, torch.Tensor) or x.ndim or not y.ndim else y.device
-    x = x.to(device)
-    y = torch.as_tensor(y, device=device)
-    if not (x.is_floating_point() or y.is_floating_point()):
-        x = x.to(torch.float64)
-    dtype = torch.result_type(x, y)
-    x, y = torch.broadcast_tensors(x.to(dtype), y.to(dtype))
-    return x / y
-
-
-def add(x, y, alpha=1):
-    return x + (y if alpha == 1 else y * alpha)
-
-
-def sub(x, y, alpha=1):
-    return x - (y if alpha == 1 else y * alpha)
-
-
-def rsub(x, y, alpha=1):
-    return y - (x if alpha == 1 else x * alpha)
-
-
-def power(x, n):
-    if n in (0.5, -0.5):
-        return sqrt(x) if n > 0 else reciprocal(sqrt(x))
-    if n not in (-2, -1, 1, 2, 3):
-        raise NotImplementedError(f"exact arithmetic has no rule for the power {n}: only -2, -1, -0.5, 0.5, 1, 2, 3")
-    y = {1: lambda: x.clone(), 2: lambda: x * x, 3: lambda: x * x * x}[abs(n)]()
-    return y if n > 0 else reciprocal(y)
-
-
-def reciprocal(x):
-    return torch.ones_like(x) / x
-
-
-def lerp(x, y, w):
-    return x + (y - x) * w
-
-
-def addcmul(x, a, b, value=1):
-    return x + (a * b if value == 1 else a * b * value)
-
-
-def addcdiv(x, a, b, value=1):
-    return x + (div(a, b) if value == 1 else div(a, b) * value)
-
-
-def embedding_backward(dy, index, count, padding_idx, scale_by_freq):
-    if scale_by_freq:
-        raise NotImplementedError("exact arithmetic has no rule for scale_grad_by_freq")
-    out = index_add(dy.new_zeros(count, dy.shape[-1]), 0, index.reshape(-1), dy.reshape(-1, dy.shape[-1]))
-    if padding_idx >= 0:
-        out[padding_idx] = 0
-    return out
+        raise NotImplementedError(f"exact arithmetic has no norm of order {ord}: only 1, 2 and infinity")
+    if not x.ndim or not x.numel():
+        return total(x.abs(), dims, keepdim)
+    up, down, rest = grid(magnitude(x, dims), 10)  # squares of these do not overflow
+    near = x * up
+    return without(sqrt(total(near * near, dims, True)).mul_(down).mul_(rest), dims, keepdim)
 
 
 def scattered(x, source, count, scatter):
-    """x plus sums of source's values, by `scatter` of integers into zeros."""
-    if source.numel() == 0:
+    """x plus sums of up to `count` values of source, put into place by scatter(zeros, integers)."""
+    if not source.numel():
         return x.clone()
-    up, down = grid(magnitude(source, list(range(source.ndim))), min(50, 53 - (max(1, count) - 1).bit_length()))
-    up, down = up.view(()), power_of_two(down).view(())
-    return x + scatter(torch.zeros_like(x), (source * up).round_()) * down
+    top = magnitude(source, list(range(source.ndim))).view(())
+    up, down, rest = grid(top, min(50, 53 - (max(1, count) - 1).bit_length()))
+    return x + scatter(torch.zeros_like(x), (source * up).round_()).mul_(down).mul_(rest)
 
 
 def index_add(x, dim, index, source, alpha=1):
-    source = source if alpha == 1 else source * alpha
-    return scattered(x, source, index.numel(), lambda zeros, s: zeros.index_add(dim, index, s))
+    return scattered(x, source * alpha, index.numel(), lambda zeros, s: zeros.index_add(dim, index, s))
 
 
 def scatter_add(x, dim, index, source):
@@ -850,71 +224,755 @@ def scatter_add(x, dim, index, source):
 def index_put(x, indices, values, accumulate=False, unsafe=False):
     if not accumulate:
         return x.index_put(indices, values)
-    count = max(1, math.prod(torch.broadcast_shapes(*(i.shape for i in indices if i is not None))))
-    return scattered(x, values, count, lambda zeros, s: zeros.index_put(indices, s, accumulate=True))
+    return scattered(x, values, x.numel() + math.prod(n for i in indices if i is not None for n in i.shape),
+                     lambda zeros, s: zeros.index_put(indices, s, accumulate=True))
 
 
-def uniform_(x, low=0.0, high=1.0, generator=None):
-    if x.is_cuda:
-        raise NotImplementedError("a GPU's random numbers are not a CPU's: draw on the CPU and move them")
+def embedding_backward(dy, index, count, padding_idx, scale_by_frequency):
+    if scale_by_frequency:
+        raise NotImplementedError("exact arithmetic has no rule for scale_grad_by_freq")
+    rows = torch.where(index == padding_idx, 0.0, 1.0)[..., None] * dy
+    return index_add(dy.new_zeros(count, dy.shape[-1]), 0, index.reshape(-1), rows.flatten(0, -2))
+
+
+# ------------------------------------------------------------------------------------------- products
+
+_recent = {}  # dim -> the operand that was rounded last: q, k and v are projections of one input
+_frozen = {}  # storage -> {place and grid -> a weight's integers}, for weights that do not train
+
+
+def forget(x):
+    """x changes: drop what was kept of it."""
+    _recent.clear()
+    _frozen.pop(x.untyped_storage()._cdata, None)
+
+
+def kept_grid(x, bits, dim, weight=False):
+    """to_grid for an operand that may come again. A `weight` that does not train is kept from the second
+    time on, as float32, which holds its integers. Valid while its storage lives and is not written to:
+    torch's version counter tells, and the mode sees what the counter does not (`.data`)."""
+    storage = x.untyped_storage()
+    version = -1 if x.is_inference() else x._version
+    key = storage._cdata, version, x.storage_offset(), x.shape, x.stride(), bits, dim
+    last, owner, result = _recent.get(dim, (None, None, None))
+    if last == key and not owner.expired():
+        return result
+    owner = StorageWeakRef(storage)
+    weight = weight and bits <= 24 and not x.requires_grad
+    if weight:
+        for gone in [cdata for cdata, entry in list(_frozen.items()) if entry[0].expired()]:
+            _frozen.pop(gone, None)
+        places = _frozen.setdefault(storage._cdata, (owner, {}))[1]
+        if places.get(key) is not None:
+            integers, down, rest = places[key]
+            return torch.mul(integers, down), down, rest
+    result = values, down, rest = to_grid(x, bits, dim)
+    if weight:
+        places[key] = ((values / down).float(), down, rest) if key in places else None
+    else:
+        _recent[dim] = key, owner, result
+    return result
+
+
+def product(a, b):
+    """a @ b for a[…, M, K] and b[…, K, N]: a grid for each row of a and each column of b."""
+    if 0 in a.shape or 0 in b.shape:
+        return a @ b
+    bits = bits_for(a.shape[-1])
+    linear = b.ndim == 2 and b.stride(0) == 1  # the transposed weight of a Linear layer
+    (a, _, rest_a), (b, _, rest_b) = kept_grid(a, bits, -1), kept_grid(b, bits, -2, weight=linear)
+    return scaled(a @ b, rest_a, rest_b)
+
+
+def addmm(c, a, b, *, beta=1, alpha=1):
+    out = product(a, b)
+    out = out if alpha == 1 else out.mul_(alpha)
+    return out if beta == 0 else out.add_(c if beta == 1 else c * beta)
+
+
+BLOCK = 64  # output frames of a convolution that share one grid
+
+
+def windows(x, kernel, stride, dilation):
+    """x[G, L, C] → a view [G, T, kernel, C] of what each output frame sees."""
+    frames = (x.shape[1] - dilation * (kernel - 1) - 1) // stride + 1
+    group, frame, channel = x.stride()
+    return x.as_strided((len(x), frames, kernel, x.shape[2]),
+                        (group, stride * frame, dilation * frame, channel))
+
+
+def frames_of(x, terms):
+    """How many whole BLOCKs of frames, of `terms` values each, to compute at a time."""
+    return BLOCK * max(1, (1 << 19 if x.device.type == "cpu" else 1 << 27) // (BLOCK * terms))
+
+
+def convolution(x, w, bias, stride, padding, dilation, transposed=False, _output_padding=0, groups=1,
+                *_flags):
+    """Conv1d as products of windows: x[B, C, L], w[O, C / groups, kernel], bias[O] → [B, O, T]."""
+    if x.ndim != 3 or transposed:
+        raise NotImplementedError("exact arithmetic has one convolution, Conv1d")
+    outputs, channels, kernel = w.shape
+    stride, span, bits = stride[0], dilation[0] * (kernel - 1) + 1, bits_for(channels * kernel)
+    x = F.pad(x, (padding[0], padding[0])) if padding[0] else x
+    w, _, rest_w = kept_grid(w.flatten(1), bits, -1, weight=True)
+    w = w.view(outputs, channels, kernel).transpose(1, 2).reshape(groups, -1, kernel * channels)
+    frames = (x.shape[2] - span) // stride + 1
+    out = x.new_empty(len(x), outputs, frames)
+
+    def convolve(part):
+        count = part.stop - part.start
+        seen = clip[:, part.start * stride:(part.stop - 1) * stride + span]
+        seen = seen.reshape(groups, channels, -1).transpose(1, 2).contiguous()
+        top = windows(magnitude(seen, 2), kernel, stride, dilation[0]).amax((2, 3))
+        top = F.pad(top, (0, -count % BLOCK)).unflatten(1, (-1, BLOCK)).amax(2)
+        up, down, rest = (t.repeat_interleave(BLOCK, 1)[:, :count] for t in grid(top, bits))
+        factor = x.new_empty(groups, count, kernel, channels)
+        torch.mul(windows(seen, kernel, stride, dilation[0]), up[:, :, None, None], out=factor)
+        factor.round_().mul_(down[:, :, None, None])
+        y = scaled(w @ factor.flatten(2).mT, rest[:, None], rest_w.view(groups, -1, 1))
+        result[:, part] = y.flatten(0, 1) if bias is None else y.flatten(0, 1).add_(bias[:, None])
+
+    for clip, result in zip(x, out):
+        in_slices(convolve, frames, frames_of(x, channels * kernel * groups), x.device)
+    return out
+
+
+def convolution_backward(dy, x, w, _bias, stride, padding, dilation, _transposed, _output_padding, groups,
+                         mask):
+    """Gradients of Conv1d with respect to x, w and bias, where `mask` asks for them."""
+    outputs, channels, kernel = w.shape
+    stride, padding, dilation, dx, dw = stride[0], padding[0], dilation[0], None, None
+    if mask[0]:  # a convolution of dy, `stride` apart, with the reversed kernel
+        span = dilation * (kernel - 1)
+        spread = dy.new_zeros(*dy.shape[:2], x.shape[2] + 2 * padding + span)
+        spread[:, :, span:span + (dy.shape[2] - 1) * stride + 1:stride] = dy
+        reversed_w = w.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1).flip(2)
+        dx = convolution(spread, reversed_w, None, (1,), (0,), (dilation,), groups=groups)
+        dx = dx[:, :, padding:padding + x.shape[2]]
+    if mask[1]:  # a product over all frames of all clips, added up clip by clip
+        bits, frames = bits_for(len(dy) * dy.shape[2]), dy.shape[2]
+        g, _, rest_g = to_grid(dy.transpose(0, 1).reshape(outputs, -1), bits, -1)
+        x = F.pad(x, (padding, padding)).transpose(0, 1)
+        seen, _, rest_x = to_grid(x.reshape(len(x), -1), bits, -1)
+        g, seen, dw = g.view(groups, -1, *dy.shape[::2]), seen.view(groups, channels, *x.shape[1:]), 0
+        step = frames_of(dy, channels * kernel * groups)
+        for clip in range(len(dy)):
+            view = windows(seen[:, :, clip].transpose(1, 2).contiguous(), kernel, stride, dilation)
+            for start in range(0, frames, step):
+                part = slice(start, start + step)
+                dw = dw + g[:, :, clip, part] @ view[:, part].flatten(2)
+        dw = dw.view(groups, -1, kernel, channels)
+        dw = scaled(dw, rest_g.view(groups, -1, 1, 1), rest_x.view(groups, 1, 1, channels))
+        dw = dw.flatten(0, 1).transpose(1, 2).contiguous()
+    return dx, dw, total(dy, [0, 2]) if mask[2] else None
+
+
+# ------------------------------------------------------------------------------------------ functions
+
+
+def np_exp(x):
+    k = np.rint(x * 1.4426950408889634)
+    r = (x - k * 0.693147180369123816490) - k * 1.90821492927058770002e-10  # ln 2 in two parts
+    term = series = np.ones_like(r)
+    for n in range(1, 19):
+        term = term * r / n
+        series = series + term
+    return np.ldexp(series, k.astype(int))
+
+
+def np_log(x):
+    """For x from 1 to 2."""
+    z = (x - 1) / (x + 1)
+    return 2 * z * functools.reduce(lambda series, n: series * (z * z) + 1 / n, range(41, 0, -2), 0 * z)
+
+
+def np_normal(x):
+    """The standard normal distribution function: its series near 0, its continued fraction far out."""
+    a = np.abs(x) * 0.7071067811865476
+    term = series = a
+    for n in range(1, 120):
+        term = -term * a * a / n
+        series = series + term / (2 * n + 1)
+    fraction = 0 * a
+    for n in range(60, 0, -1):
+        fraction = (n / 2) / (a + fraction + 1e-300)
+    tail = np.where(a < 2.5, 0.5 - series * 0.5641895835477563,
+                    np_exp(-a * a) * 0.28209479177387814 / (a + fraction + 1e-300))
+    return np.where(x < 0, tail, 1 - tail)
+
+
+@functools.cache
+def table(name, device):
+    """A table of float64 values, computed with + - * / alone."""
+    if name == "exp":  # of 0, ln(2)/256, … below ln 2
+        values = np_exp(np.arange(256) * (0.6931471805599453 / 256))
+    elif name == "log":  # of the middles of 256 steps from 1 to 2
+        values = np_log(1 + (np.arange(256) + 0.5) / 256)
+    elif name == "attention":  # e^-x in steps of 2^-16 to 16, as integers of 20 bits: the last is 0
+        values = np.rint(np_exp(-(np.arange(1 << 20) + 0.5) / 65536) * 2.0**20)
+        values[0], values[-1] = 2.0**20, 0
+    else:  # of -8.5, … 8.5 in steps of 2^-12; beyond, the distribution is 0 or 1
+        x = np.arange(-34816, 34817) / 4096
+        inside = np.abs(x) < 8.5
+        density = np_exp(-0.5 * x * x) * 0.3989422804014327
+        values = np.where(inside, np_normal(x), x > 0) if name == "normal" else density * inside
+    with torch.inference_mode(False):
+        return torch.from_numpy(np.ascontiguousarray(values, np.float64)).to(device)
+
+
+def look_up(name, index):
+    return table(name, index.device).index_select(0, index.flatten()).view(index.shape)
+
+
+def sqrt(x):
+    """numpy's on a CPU, since torch's is not correctly rounded there."""
+    if x.device.type != "cpu":
+        return torch.sqrt(x)
+    return torch.from_numpy(np.asarray(np.sqrt(x.detach().contiguous().numpy()))).view(x.shape)
+
+
+@elementwise
+def exp(x):
+    """e^x = 2^k · 2^(n/256) · e^r with |r| < ln(2)/512."""
+    steps = (x.clamp(-746.0, 710.0) * (256 * 1.4426950408889634)).round_()
+    steps = torch.where(x == x, steps, 0.0)
+    r = x.clamp(-746.0, 710.0).sub_(steps * (0.693147180369123816490 / 256))
+    r = r.sub_(steps * (1.90821492927058770002e-10 / 256))
+    series = (((r * (1 / 24) + 1 / 6) * r + 0.5) * r + 1.0) * r + 1.0
+    steps = steps.to(torch.int64)
+    k = steps >> 8
+    half = k >> 1  # 2^k in two factors: on its own it may be out of range
+    out = series * look_up("exp", steps & 255) * power_of_two(half + 1023)
+    return out * power_of_two(k - half + 1023)
+
+
+@elementwise
+def log(x):
+    """log x = k · log 2 + log c + log(1 + r), c the nearest of 256 steps from 1 to 2."""
+    tiny = x < 2.0**-1022
+    bits = torch.where(tiny, x * 2.0**54, x).view(torch.int64)
+    k = (bits >> 52) - 1023 - tiny * 54
+    index = (bits >> 44) & 255
+    c = (index.to(torch.float64) + 0.5) * (1 / 256) + 1.0
+    r = (((bits & (1 << 52) - 1) | 1023 << 52).view(torch.float64) - c) / c
+    series = (((((r * (-1 / 6) + 0.2) * r - 0.25) * r + 1 / 3) * r - 0.5) * r + 1.0) * r
+    out = series + look_up("log", index) + k.to(torch.float64) * 0.6931471805599453
+    out = torch.where(x > 0, out, torch.where(x == 0, -math.inf, math.nan))
+    return torch.where(x == math.inf, x, out)
+
+
+def near_normal(x):
+    """The nearest x of the normal table, how far x is from it, and its place."""
+    y = x.clamp(-8.5, 8.5)
+    steps = (y * 4096.0).round_()
+    centre = steps * 2.0**-12
+    return centre, y.sub_(centre), steps.add_(34816.0).to(torch.int32).clamp_(0, 69632)  # NaN: anything
+
+
+@elementwise
+def gelu(x):
+    """x·Φ(x): Φ of the table with its slope, the density."""
+    _, off, place = near_normal(x)
+    return off.mul_(look_up("density", place)).add_(look_up("normal", place)).mul_(x)
+
+
+@elementwise
+def gelu_backward(dy, x):
+    centre, off, place = near_normal(x)
+    slope = centre.mul_(off).neg_().add_(1.0).mul_(x).add_(off)  # Φ and x·φ around the table's x
+    return slope.mul_(look_up("density", place)).add_(look_up("normal", place)).mul_(dy)
+
+
+def no_approximation(function):
+    def rule(*tensors, approximate="none"):
+        if approximate != "none":
+            raise NotImplementedError("exact arithmetic has GELU with approximate='none'")
+        return function(*tensors)
+    return rule
+
+
+def sigmoid(x):
+    e = exp(-x.abs())
+    return torch.where(x < 0, e, 1.0) / (e + 1.0)
+
+
+def tanh(x):
+    e = exp(x.abs() * -2.0)
+    return torch.copysign((1.0 - e) / (e + 1.0), x)
+
+
+def silu_backward(dy, x):
+    s = sigmoid(x)
+    return dy * (s * (x * (1.0 - s) + 1.0))
+
+
+def finite_top(x, dims):
+    """The largest value, 0 where that is infinite."""
+    top = x.amax(dims, keepdim=True)
+    return torch.where(top.abs() == math.inf, 0.0, top)
+
+
+def softmax(x, dim, *_):
+    e = exp(x - x.amax(dim, keepdim=True))
+    return div(e, total(e, dim, True))
+
+
+def safe_softmax(x, dim, dtype=None):
+    return torch.where(x.amax(dim, keepdim=True) == -math.inf, 0.0, softmax(x, dim))
+
+
+def softmax_backward(dy, y, dim, _dtype):
+    return y * (dy - total(dy * y, dim, True))
+
+
+def logsumexp(x, dim, keepdim=False):
+    top = finite_top(x, listed(x, dim))
+    return without(log(total(exp(x - top), dim, True)) + top, listed(x, dim), keepdim)
+
+
+def log_softmax(x, dim, *_):
+    x = x - x.amax(dim, keepdim=True)
+    return x - log(total(exp(x), dim, True))
+
+
+def log_softmax_backward(dy, y, dim, _dtype):
+    return dy - exp(y) * total(dy, dim, True)
+
+
+def nll_weights(x, target, weight, ignore_index):
+    """Weights[N] of the targets, 0 for those to ignore, and targets[N, 1] that are in range."""
+    if x.ndim > 2:
+        raise NotImplementedError("exact arithmetic has nll_loss for x[N, C]: flatten the other dimensions")
+    used = (target != ignore_index).view(-1)
+    index = torch.where(used, target.view(-1), 0)
+    return torch.where(used, 1.0 if weight is None else weight[index], 0.0).double(), index[:, None]
+
+
+def nll_loss(x, target, weight, reduction, ignore_index):
+    w, index = nll_weights(x, target, weight, ignore_index)
+    loss = -x.view(-1, x.shape[-1]).gather(1, index)[:, 0]
+    loss = torch.where(w != 0, loss * w, 0.0)
+    count = total(w)
+    if reduction == 0:
+        return loss.view(x.shape[:-1]), x.new_zeros(())
+    return (total(loss) / count if reduction == 1 else total(loss)), count
+
+
+def nll_loss_backward(dy, x, target, weight, reduction, ignore_index, count):
+    w, index = nll_weights(x, target, weight, ignore_index)
+    dx = -w * dy if reduction != 1 else div(-w * dy, count)
+    return x.new_zeros(len(w), x.shape[-1]).scatter(1, index, dx[:, None]).view(x.shape)
+
+
+def mse_loss(x, y, reduction=1):
+    squared = (x - y) * (x - y)
+    return squared if reduction == 0 else mean(squared) if reduction == 1 else total(squared)
+
+
+def mse_loss_backward(dy, x, y, reduction):
+    return (x - y) * 2.0 * (dy * (1.0 / x.numel()) if reduction == 1 else dy)
+
+
+# ---------------------------------------------------------------------------------------------- norms
+
+
+def standardised(x, eps, out):
+    """x[rows, n] → out: (x - mean) / sqrt(variance + eps); returns means and 1 / sqrt(…), [rows, 1]."""
+    m = mean(x, 1, True)
+    torch.sub(x, m, out=out)
+    r = reciprocal(sqrt(mean(out * out, 1, True) + eps))
+    out.mul_(r)
+    return m, r
+
+
+def norm_forward(x, rows, eps, affine):
+    """x as [rows, n], each row standardised, then affine(those rows in place, which)."""
+    x = x.reshape(rows, -1)
+    out, m, r = torch.empty_like(x), x.new_empty(rows, 1), x.new_empty(rows, 1)
+
+    def work(part):
+        m[part], r[part] = standardised(x[part], eps, out[part])
+        affine(out[part], part)
+
+    in_slices(work, rows, rows_of(x), x.device)
+    return out, m, r
+
+
+def layer_norm(x, shape, w, b, eps):
+    def affine(y, _):
+        y = y if w is None else y.mul_(w.reshape(-1))
+        return y if b is None else y.add_(b.reshape(-1))
+
+    outer = x.shape[:x.ndim - len(shape)]
+    out, m, r = norm_forward(x, math.prod(outer), eps, affine)
+    return out.view(x.shape), *(t.view(*outer, *[1] * len(shape)) for t in (m, r))
+
+
+def group_norm(x, w, b, batch, channels, length, groups, eps):
+    def affine(y, part):
+        for row, values in zip(range(part.start, part.stop), y.view(len(y), channels // groups, -1)):
+            first = row % groups * len(values)
+            if w is not None:
+                values.mul_(w[first:first + len(values), None])
+            if b is not None:
+                values.add_(b[first:first + len(values), None])
+
+    out, m, r = norm_forward(x, batch * groups, eps, affine)
+    return out.view(x.shape), m.view(batch, groups), r.view(batch, groups)
+
+
+def norm_backward(g, h, r, dims):
+    """The gradient of x for g, that of the standardised h, with r = 1 / sqrt(variance + eps)."""
+    return (g - mean(g, dims, True)).sub_(h * mean(g * h, dims, True)).mul_(r)
+
+
+def layer_norm_backward(dy, x, shape, m, r, w, b, mask):
+    outer, dims = list(range(x.ndim - len(shape))), list(range(x.ndim - len(shape), x.ndim))
+    h = (x - m).mul_(r)
+    dx = norm_backward(dy if w is None else dy * w, h, r, dims) if mask[0] else None
+    return dx, total(dy * h, outer) if mask[1] and outer else None, total(dy, outer) if mask[2] else None
+
+
+def group_norm_backward(dy, x, m, r, w, batch, channels, length, groups, mask):
+    shape = batch, groups, channels // groups, length
+    dy, m, r = dy.reshape(shape), m.view(batch, groups, 1, 1), r.view(batch, groups, 1, 1)
+    h = (x.reshape(shape) - m).mul_(r)
+    g = dy if w is None else dy * w.view(groups, -1, 1)
+    dx = norm_backward(g, h, r, [2, 3]).view(x.shape) if mask[0] else None
+    dw = total(dy * h, [0, 3]).view(-1) if mask[1] else None
+    return dx, dw, total(dy, [0, 3]).view(-1) if mask[2] else None
+
+
+# -------------------------------------------------------------------------------------------- dropout
+
+
+def new_key():
+    """A mask's key, from torch's CPU generator: torch.manual_seed and checkpointing apply to it."""
+    return int(torch.randint(2**62, ()))
+
+
+def dropped(key, first, rows, length, p, device):
+    """bool[rows, length]: rows `first`, … of the mask of `key`, True with probability p (in steps of
+    2^-16). A hash of the position (splitmix64) in integer arithmetic; four values from each."""
+    words = -(-length // 4)
+    x = torch.arange(first * words, (first + rows) * words, device=device)
+    x.mul_(-7046029254386353131).add_(key)
+    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685), (31, 1)):
+        x.bitwise_xor_((x >> shift).bitwise_and_((1 << 64 - shift) - 1)).mul_(factor)
+    return (x.view(torch.int16) < round(p * 65536) - 32768).view(rows, -1)[:, :length]
+
+
+def kept_mask(shape, p, device):
+    """bool of that shape, False with probability p."""
+    length = shape[-1] if len(shape) else 1
+    key, rows = new_key(), math.prod(shape[:-1])
+    out = torch.empty(rows, length, dtype=torch.bool, device=device)
+
+    def work(part):
+        lost = dropped(key, part.start, part.stop - part.start, length, p, device)
+        torch.logical_not(lost, out=out[part])
+
+    if out.numel():
+        in_slices(work, rows, rows_of(out), device)
+    return out.view(shape)
+
+
+def bernoulli_(x, p=0.5, generator=None):
+    return x.copy_(kept_mask(x.shape, 1 - p, x.device))
+
+
+def dropout(x, p, train):
+    if not train or p == 0:
+        return x.clone(), torch.ones_like(x, dtype=torch.bool)
+    kept = kept_mask(x.shape, p, x.device)
+    return x * (kept * (1.0 / (1.0 - p) if p < 1 else 0.0)), kept
+
+
+# ------------------------------------------------------------------------------------------ attention
+
+
+def finite(x):
+    """x with 0 for NaN and infinity; and for each row 0 if it had none of them, else NaN."""
+    return x.nan_to_num(0.0, 0.0, 0.0), (x * 0.0).sum(-1, keepdim=True)
+
+
+def score_factors(q, k, scale):
+    """q and k as factors whose products are, exactly, minus the scores in steps of 2^-16: integers, one
+    grid for each head, times one power of two."""
+    bits = bits_for(q.shape[-1])
+    q = q * scale
+    up_q, down_q, rest_q = grid(magnitude(q, (1, 2)), bits)
+    up_k, down_k, rest_k = grid(magnitude(k, (1, 2)), bits)
+    step = (down_q * down_k * 65536.0) * (rest_q * rest_k).clamp(2.0**-200, 2.0**200)
+    return (q * up_q).round_(), (k * up_k).round_().mul_(-step)
+
+
+def score_slices(work, n, rows, columns, device):
+    """Call work(heads, rows) for all of n × rows, in parts whose scores fit a cache or a GPU's memory."""
+    values = LARGE if device.type == "cpu" else 1 << 27
+    step = max(1, min(rows, values // columns))
+    heads = max(1, values // (rows * columns)) if device.type != "cpu" else 1
+    parts = [(slice(h, min(n, h + heads)), slice(r, min(rows, r + step)))
+             for h in range(0, n, heads) for r in range(0, rows, step)]
+    in_slices(lambda which: [work(*parts[i]) for i in range(which.start, which.stop)], len(parts), 1, device)
+
+
+def attention_weights(q, k, mask, causal, heads, rows, top=None):
+    """Integers of at most 2^20 for some heads and rows, and the rows' largest scores (or `top`, known)."""
+    x = q[heads, rows] @ k[heads].mT
+    if mask is not None:
+        part = mask[heads, rows]
+        x = x.masked_fill_(~part, math.inf) if part.dtype == torch.bool else x.sub_(part * 65536.0)
+    if causal:
+        columns = torch.arange(x.shape[2], device=x.device)
+        x.masked_fill_(columns > torch.arange(rows.start, rows.stop, device=x.device)[:, None], math.inf)
+    if top is None:
+        top = x.amin(2, keepdim=True).clamp_(max=1e300)  # a row may be masked completely
+    place = x.sub_(top).clamp_(max=2.0**20 - 1).to(torch.int32)
+    return look_up("attention", place), top
+
+
+def drop(key, heads, rows, length, columns, p, device):
+    """bool[heads, rows, columns]: which weights dropout takes; position (head, row, column) of a mask."""
+    return torch.stack([dropped(key, head * length + rows.start, rows.stop - rows.start, columns, p, device)
+                        for head in range(heads.start, heads.stop)])
+
+
+def attention_forward(q, k, v, mask, causal, p, scale, key):
+    """The output[N, T, E], and for each row the largest score and the sum of the weights, [N, T, 1]."""
+    (q, bad_q), (k, bad_k) = finite(q), finite(k)
+    (n, length, _), columns = q.shape, k.shape[1]
+    q, k = score_factors(q, k, scale)
+    v, _, rest_v = to_grid(v, 53 - 20 - (columns - 1).bit_length(), -2)
+    out, top, sums = q.new_empty(n, length, v.shape[2]), q.new_empty(n, length, 1), q.new_empty(n, length, 1)
+
+    def work(heads, rows):
+        weights, top[heads, rows] = attention_weights(q, k, mask, causal, heads, rows)
+        torch.sum(weights, 2, keepdim=True, out=sums[heads, rows])
+        if key is not None:
+            weights.masked_fill_(drop(key, heads, rows, length, columns, p, q.device), 0.0)
+        out[heads, rows] = weights @ v[heads]
+
+    look_up("attention", torch.zeros(1, dtype=torch.int32, device=q.device))  # made once, not by each thread
+    score_slices(work, n, length, columns, q.device)
+    sums.clamp_(min=1.0)
+    out = scaled(out, rest_v).div_(sums).mul_(1.0 / (1.0 - p) if p < 1 else 0.0)
+    return out.add_(bad_q).add_(bad_k.sum(1, keepdim=True)), top, sums
+
+
+def attention_backward(dout, q, k, v, mask, out, top, sums, causal, p, scale, key):
+    """Gradients of q, k and v. With weights W (integers), their row sums s and probabilities P = W / s:
+    dV = Pᵀ dO, dS = P ∘ (dO Vᵀ - rowsum(dO ∘ O)), dQ = scale · dS K, dK = scale · dSᵀ Q."""
+    (q, bad_q), (k, bad_k) = finite(q), finite(k)
+    (n, length, _), columns, device = q.shape, k.shape[1], q.device
+    inner = div(total(dout * out, [2], True), sums)
+    dout = div(dout, sums)
+    dout = dout * (1.0 / (1.0 - p)) if 0 < p < 1 else dout
+    minus_q, minus_k = score_factors(q, k, scale)
+    bits = bits_for(v.shape[2])
+    (g, _, rest_g), (vt, _, rest_v) = to_grid(dout, bits, -1), to_grid(v, bits, -1)
+    columns_g, _, rest_dv = to_grid(dout, 53 - 20 - (length - 1).bit_length(), -2)
+    bits = bits_for(max(length, columns))
+    (q_, _, rest_q), (k_, _, rest_k) = to_grid(q * scale, bits, -2), to_grid(k, bits, -2)
+    dq, dk, dv = torch.zeros_like(q_), torch.zeros_like(k_), torch.zeros_like(vt)
+    step = max(1, LARGE // columns) if device.type == "cpu" else length
+
+    def work(heads):
+        ds = q_.new_empty(heads.stop - heads.start, length, columns)
+        largest = []
+        for start in range(0, length, step):
+            rows = slice(start, min(length, start + step))
+            weights, _ = attention_weights(minus_q, minus_k, mask, causal, heads, rows, top[heads, rows])
+            d = scaled(g[heads, rows] @ vt[heads].mT, rest_g[heads, rows], rest_v[heads].mT)
+            d = torch.sub(d, inner[heads, rows], out=d) if key is None else d
+            if key is None:
+                dv[heads] += weights.mT @ columns_g[heads, rows]
+            else:
+                lost = drop(key, heads, rows, length, columns, p, device)
+                d.masked_fill_(lost, 0.0).sub_(inner[heads, rows])
+                dv[heads] += weights.masked_fill(lost, 0.0).mT @ columns_g[heads, rows]
+            torch.mul(d, weights, out=ds[:, rows])
+            largest.append(magnitude(ds[:, rows], (1, 2)))
+        up, down, rest = grid(torch.cat(largest, 1).amax(1, keepdim=True), bits)
+        for start in range(0, length, step):
+            rows = slice(start, min(length, start + step))
+            part = ds[:, rows].mul_(up).round_()
+            dq[heads, rows] = part @ k_[heads]
+            dk[heads] += part.mT @ q_[heads, rows]
+        for d, rest_factor in ((dq, rest_k), (dk, rest_q)):
+            scaled(d[heads].mul_(down), rest, rest_factor[heads])
+
+    look_up("attention", torch.zeros(1, dtype=torch.int32, device=device))
+    in_slices(work, n, 1 if device.type == "cpu" else max(1, (1 << 27) // (length * columns)), device)
+    bad = bad_q.sum(1, keepdim=True) + bad_k.sum(1, keepdim=True)
+    return dq.mul_(scale).add_(bad), dk.add_(bad), scaled(dv, rest_dv).add_(bad)
+
+
+class Attention(torch.autograd.Function):
+    """softmax(scale · q kᵀ + mask) v for q[N, T, D], k[N, S, D], v[N, S, E]: N heads, each on its own
+    grids. No T × S matrix is kept: the backward pass computes the weights again, part by part.
+
+    A score is an integer times a power of two of its head. Its distance from the row's largest, in steps
+    of 2^-16, is a place in a table of e^-x, in integers of 20 bits. So the weights, their sums and their
+    products with v are exact, and what is divided by the sums is the output.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, mask, causal, p, scale):
+        ctx.settings = causal, p, scale, new_key() if p > 0 else None
+        with _disable_current_modes():
+            out, top, sums = attention_forward(q, k, v, mask, *ctx.settings)
+        ctx.save_for_backward(q, k, v, mask, out, top, sums)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout):
+        with _disable_current_modes():
+            return *attention_backward(dout, *ctx.saved_tensors, *ctx.settings), None, None, None, None
+
+
+def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
+              enable_gqa=False):
+    """F.scaled_dot_product_attention: exact where the calling thread is in an Exact context, else torch's.
+    A floating-point mask that trains, holds NaN or is +infinity takes torch's formula, in exact steps."""
+    if not any(isinstance(mode, Exact) for mode in _get_current_dispatch_mode_stack()):
+        return torch_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale,
+                               enable_gqa=enable_gqa)
+    if enable_gqa:
+        key, value = (t.repeat_interleave(query.shape[-3] // t.shape[-3], -3) for t in (key, value))
+    trained = attn_mask is not None and attn_mask.requires_grad
+    if query.dtype != torch.float64 or trained or 0 in (*query.shape, *key.shape, *value.shape):
+        return aten._scaled_dot_product_attention_math(query, key, value, attn_mask, dropout_p, is_causal,
+                                                       scale=scale)[0]
+    lead = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
+    q, k, v = (t.expand(*lead, *t.shape[-2:]).reshape(-1, *t.shape[-2:]) for t in (query, key, value))
+    if attn_mask is not None:
+        attn_mask = attn_mask.expand(*lead, q.shape[1], k.shape[1]).reshape(-1, q.shape[1], k.shape[1])
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    out = Attention.apply(q, k, v, attn_mask, is_causal, dropout_p, scale)
+    return out.view(*lead, q.shape[1], v.shape[2])
+
+
+# --------------------------------------------------------------------------------- table of operations
+
+
+def div(x, y, *, rounding_mode=None):
+    """A true division of tensors: by a number, CUDA would multiply with its reciprocal."""
+    if rounding_mode is not None:
+        raise NotImplementedError("exact arithmetic has no division with rounding_mode")
+    dtype = torch.result_type(x, y)
+    dtype = dtype if dtype.is_floating_point else torch.float64
+    device = y.device if isinstance(y, torch.Tensor) and not x.ndim else x.device
+    y = torch.as_tensor(y, dtype=dtype).to(device)
+    x, y = torch.broadcast_tensors(x.to(device, dtype), y)
+    return x / y
+
+
+def add(x, y, *, alpha=1):
+    return x + (y if alpha == 1 else y * alpha)
+
+
+def sub(x, y, *, alpha=1):
+    return x - (y if alpha == 1 else y * alpha)
+
+
+def lerp(x, y, weight):
+    return x + (y - x) * weight
+
+
+def addcmul(x, a, b, *, value=1):
+    return x + a * b * value
+
+
+def addcdiv(x, a, b, *, value=1):
+    return x + div(a, b) * value
+
+
+def reciprocal(x):
+    return torch.ones_like(x) / x
+
+
+def power(x, n):
+    if isinstance(n, torch.Tensor) or n not in (-2, -1, -0.5, 0.5, 1, 2, 3):
+        raise NotImplementedError(f"exact arithmetic has no power {n}: only -2, -1, ±0.5, 1, 2 and 3")
+    if abs(n) == 0.5:
+        out = sqrt(x)
+    else:
+        out = x.clone() if abs(n) == 1 else x * x if abs(n) == 2 else x * x * x
+    return out if n > 0 else reciprocal(out)
+
+
+def uniform_(x, low=0.0, high=1.0, *, generator=None):
+    if x.device.type != "cpu":
+        raise NotImplementedError("random numbers drawn on a GPU are not a CPU's: draw there, then .to()")
     return x.uniform_(0, 1, generator=generator).mul_(high - low).add_(low)
 
 
+# The rules, by the name of the ATen operation. One serves its in-place and out= variants as well.
 RULES = {
-    "mm": product, "bmm": product, "addmm": addmm, "baddbmm": addmm, "addbmm": None,
-    "mv": lambda a, b: product(a, b[:, None])[:, 0], "dot": lambda a, b: product(a[None], b[:, None])[0, 0],
-    "vdot": lambda a, b: product(a[None], b[:, None])[0, 0],
-    "convolution": convolution, "_convolution": convolution, "convolution_backward": convolution_backward,
-    "sum": sum_, "mean": mean, "var": variance, "std": lambda *a, **k: sqrt(variance(*a, **k)),
-    "linalg_vector_norm": norm,
-    "sqrt": sqrt, "rsqrt": lambda x: reciprocal(sqrt(x)), "exp": exp, "log": log, "gelu": gelu,
-    "gelu_backward": gelu_backward, "sigmoid": sigmoid,
-    "sigmoid_backward": lambda dy, y: dy * (y * (1.0 - y)), "tanh": tanh,
-    "tanh_backward": lambda dy, y: dy * (1.0 - y * y), "silu": silu, "silu_backward": silu_backward,
+    "mm": product, "bmm": product, "addmm": addmm, "baddbmm": addmm,
+    "mv": lambda a, x: product(a, x[:, None])[:, 0],
+    "dot": lambda x, y: product(x[None], y[:, None])[0, 0],
+    "convolution": convolution, "convolution_backward": convolution_backward,
+    "sum": total, "mean": mean, "var": variance, "linalg_vector_norm": norm,
+    "std": lambda *args, **options: sqrt(variance(*args, **options)),
+    "index_add": index_add, "scatter_add": scatter_add, "index_put": index_put,
+    "_index_put_impl": index_put, "embedding_dense_backward": embedding_backward,
+    "add": add, "sub": sub, "rsub": lambda x, y, *, alpha=1: y - (x if alpha == 1 else x * alpha),
+    "div": div, "reciprocal": reciprocal, "sqrt": sqrt, "rsqrt": lambda x: reciprocal(sqrt(x)),
+    "square": lambda x: x * x, "pow": power, "lerp": lerp, "addcmul": addcmul, "addcdiv": addcdiv,
+    "exp": exp, "log": log, "sigmoid": sigmoid, "tanh": tanh, "silu": lambda x: x * sigmoid(x),
+    "gelu": no_approximation(gelu), "gelu_backward": no_approximation(gelu_backward),
+    "sigmoid_backward": lambda dy, y: dy * (y * (1.0 - y)),
+    "tanh_backward": lambda dy, y: dy * (1.0 - y * y), "silu_backward": silu_backward,
     "_softmax": softmax, "_safe_softmax": safe_softmax, "_softmax_backward_data": softmax_backward,
-    "_log_softmax": log_softmax, "_log_softmax_backward_data": log_softmax_backward, "logsumexp": logsumexp,
-    "nll_loss_forward": nll_loss, "nll_loss_backward": nll_loss_backward,
+    "_log_softmax": log_softmax, "_log_softmax_backward_data": log_softmax_backward,
+    "logsumexp": logsumexp, "nll_loss_forward": nll_loss, "nll_loss_backward": nll_loss_backward,
     "mse_loss": mse_loss, "mse_loss_backward": mse_loss_backward,
     "native_layer_norm": layer_norm, "native_layer_norm_backward": layer_norm_backward,
     "native_group_norm": group_norm, "native_group_norm_backward": group_norm_backward,
-    "bernoulli_": bernoulli_, "native_dropout": dropout, "native_dropout_backward": dropout_backward,
-    "uniform_": uniform_,
-    "add": add, "sub": sub, "rsub": rsub, "div": div, "true_divide": div, "pow": power, "reciprocal": reciprocal,
-    "square": lambda x: x * x, "lerp": lerp, "addcmul": addcmul, "addcdiv": addcdiv,
-    "embedding_dense_backward": embedding_backward, "index_add": index_add, "scatter_add": scatter_add,
-    "index_put": index_put, "_index_put_impl_": None,
+    "bernoulli_": bernoulli_, "native_dropout": dropout, "uniform_": uniform_,
+    "native_dropout_backward": lambda dy, kept, scale: dy * (kept * scale),
 }
-RULES = {name: rule for name, rule in RULES.items() if rule}
-ANY_FLOAT = {"add", "sub", "rsub", "div", "true_divide", "reciprocal", "index_put", "uniform_"}
-PASS = set("""
-view _unsafe_view transpose t permute expand unsqueeze squeeze select slice split split_with_sizes unsafe_split
-unsafe_split_with_sizes chunk unbind clone detach alias as_strided reshape _reshape_alias view_as expand_as unfold
-narrow movedim diagonal flip roll repeat contiguous cat stack concat tril triu constant_pad_nd select_backward
-slice_backward select_scatter slice_scatter as_strided_scatter repeat_interleave flatten unflatten
-empty empty_like empty_strided new_empty new_empty_strided zeros zeros_like new_zeros ones ones_like new_ones full
-full_like new_full fill zero scalar_tensor arange eye copy _to_copy lift lift_fresh lift_fresh_copy set resize
-_local_scalar_dense is_same_size is_pinned _pin_memory pin_memory record_stream item _has_same_storage_numel
-neg abs mul sign sgn relu leaky_relu leaky_relu_backward threshold threshold_backward hardtanh hardtanh_backward
-clamp clamp_min clamp_max clip maximum minimum fmax fmin amax amin max min aminmax argmax argmin round floor ceil
-trunc where masked_fill masked_scatter masked_select index index_select gather scatter take embedding index_fill
-index_copy eq ne lt le gt ge equal isnan isinf isfinite logical_and logical_or logical_not logical_xor all any
-is_nonzero nonzero nan_to_num random randint randperm randint_like copysign signbit heaviside
+ANY_FLOAT = {"add", "sub", "rsub", "div", "reciprocal", "index_put", "_index_put_impl", "uniform_"}
+# Exact as they are: they move, compare or select numbers, or are one IEEE operation.
+EXACT = set("""
+view _unsafe_view _reshape_alias reshape view_as expand expand_as as_strided t transpose permute movedim
+squeeze unsqueeze flatten unflatten select slice narrow diagonal split split_with_sizes unsafe_split
+unsafe_split_with_sizes chunk unbind unfold flip roll repeat cat stack tril triu constant_pad_nd
+clone contiguous copy detach alias lift lift_fresh lift_fresh_copy _to_copy set resize _pin_memory is_pinned
+record_stream _local_scalar_dense is_same_size _has_same_storage_numel select_backward slice_backward
+select_scatter slice_scatter as_strided_scatter index index_select index_fill index_copy gather scatter
+take embedding masked_fill masked_scatter masked_select where nonzero
+empty empty_like empty_strided empty_permuted new_empty new_empty_strided zeros zeros_like new_zeros ones
+ones_like new_ones full full_like new_full fill zero scalar_tensor arange eye
+neg abs mul sign sgn signbit copysign relu leaky_relu leaky_relu_backward threshold threshold_backward
+hardtanh hardtanh_backward clamp clamp_min clamp_max maximum minimum fmax fmin amax amin max min aminmax
+argmax argmin round floor ceil trunc nan_to_num isnan isinf isfinite eq ne lt le gt ge equal
+logical_and logical_or logical_not logical_xor all any is_nonzero random randint randint_like randperm
 """.split())
-
 
 # ----------------------------------------------------------------------------------------------- mode
 
 
-def tensors_in(values):
+def floats_in(values):
+    """The floating-point tensors in (lists of) arguments."""
     for value in values:
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, (list, tuple)):
+            yield from floats_in(value)
+        elif isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex()):
             yield value
-        elif isinstance(value, (list, tuple)):
-            yield from tensors_in(value)
 
 
 class Exact(TorchDispatchMode):
-    """A context in which float64 torch programs give the same bits on any machine."""
+    """The context in which float64 torch programs give the same bits on any machine.
+
+    Forward, backward and optimizer step belong inside; so do backward threads, checkpointing, no_grad and
+    inference_mode, and it may be entered again inside itself. Enter it once around a program rather than
+    for every step: what is kept of weights that do not train is dropped when it is left.
+    Raises NotImplementedError, naming it, for an operation without a rule, TypeError for float32 sums.
+    """
 
     def __init__(self):
         super().__init__()
@@ -922,43 +980,118 @@ class Exact(TorchDispatchMode):
 
     def __enter__(self):
         stack = contextlib.ExitStack()
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # for whoever holds torch's own function
         stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
         torch.backends.mha.set_fastpath_enabled(False)
+        F.scaled_dot_product_attention = attention  # stays: outside this context it is torch's
         torch.set_flush_denormal(False)
-        F.scaled_dot_product_attention = attention
+        if bool((torch.full((1 << 17,), 2.0**-1022, dtype=torch.float64) * 0.5 == 0).any()):
+            raise ArithmeticError("torch's threads flush denormal numbers to zero: call "
+                                  "torch.set_flush_denormal(False) before they start")
         self.entered.append(stack)
+        _recent.clear()
         return super().__enter__()
 
     def __exit__(self, *error):
         super().__exit__(*error)
         self.entered.pop().close()
-        _kept.clear()
+        _recent.clear()
+        if not any(isinstance(mode, Exact) for mode in _get_current_dispatch_mode_stack()):
+            _frozen.clear()
 
-    def __torch_dispatch__(self, func, types_, args=(), kwargs=None):
+    def __torch_dispatch__(self, func, _types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        floats = [t for t in tensors_in((*args, *kwargs.values())) if t.is_floating_point() or t.is_complex()]
         space, name = func._schema.name.split("::")
-        changes = name.endswith("_") and not name.endswith("__")
-        plain = name[:-1] if changes and name not in RULES else name
-        if space == "aten" and plain in RULES and (floats or plain in ("div", "true_divide", "mean")):
-            if plain not in ANY_FLOAT and any(t.dtype != torch.float64 for t in floats):
-                raise TypeError(f"exact arithmetic is for float64: {func} got {floats[0].dtype}")
+        floats = list(floats_in((*args, *kwargs.values())))
+        if func._schema.is_mutable:
+            for x in floats_in((args[:1], kwargs.get("out"))):
+                forget(x)
+        in_place = name.endswith("_") and name not in RULES
+        name = name[:-1] if in_place else name
+        if space == "aten" and name in RULES and (floats or name in ("div", "mean")):
+            if name not in ANY_FLOAT and any(x.dtype != torch.float64 for x in floats):
+                raise TypeError(f"exact arithmetic is for float64, but {func} got {floats[0].dtype}")
             out = kwargs.pop("out", None)
-            result = RULES[plain](*args, **kwargs)
-            if changes and plain != name:
+            result = RULES[name](*args, **kwargs)
+            if in_place:
                 return args[0].copy_(result)
             return result if out is None else out.resize_(result.shape).copy_(result)
-        if space != "aten" or plain in PASS or not floats and "rand" not in name and "normal" not in name:
+        random = not floats and ("rand" in name or "normal" in name)
+        if name in EXACT or space != "aten" or not (floats or random):
             return func(*args, **kwargs)
         with self:
             result = func.decompose(*args, **kwargs)
         if result is not NotImplemented:
             return result
-        hint = ": pass foreach=False (and fused=False)" if "foreach" in name or "fused" in name else ""
-        raise NotImplementedError(f"no exact arithmetic for {func}{hint}; to add one, write a function of its arguments "
-                                  "with this file's sums and products and enter it in RULES")
+        hint = ": pass foreach=False, fused=False" if "foreach" in name or "fused" in name else ""
+        raise NotImplementedError(
+            f"no exact arithmetic for {func}{hint}. To add it, write a function of its arguments with the "
+            "sums and products of exact.py and enter it in RULES")
+
+
+# ---------------------------------------------------------------------------------- known-answer check
+
+
+def sample(device, *shape):
+    """Numbers from -1 to 1 that are the same everywhere: a hash of their place."""
+    x = torch.arange(1, math.prod(shape) + 1).mul_(-7046029254386353131)
+    x = x.bitwise_xor_((x >> 30) & (1 << 34) - 1).mul_(-4658895280553007687)
+    x >>= 11
+    return (x.to(torch.float64) * 2.0**-52).view(shape).to(device)
+
+
+CASES = {  # what to compute of x[60, 500] and y[500, 40]
+    "product": lambda x, y: x @ y,
+    "sum": lambda x, y: x.repeat(20, 1).sum(),
+    "index_add": lambda x, y: torch.zeros_like(x[:7]).index_add(0, torch.arange(60, device=x.device) % 7, x),
+    "division": lambda x, y: x / 3.0,
+    "square root": lambda x, y: (x + 2.0).sqrt(),
+    "addition": lambda x, y: torch.addcmul(torch.lerp(x, x * x, 0.3), x, x, value=0.7),
+    "denormal numbers": lambda x, y: x * 2.0**-1030,
+    "exp": lambda x, y: torch.exp(x * 20.0),
+    "log": lambda x, y: torch.log(x + 1.5),
+    "gelu": lambda x, y: F.gelu(x * 6.0),
+    "softmax": lambda x, y: x.softmax(1),
+    "layer norm": lambda x, y: F.layer_norm(x, x.shape[1:], y[:, 0], y[:, 1]),
+    "convolution": lambda x, y: F.conv1d(x[None], y.view(100, 40, 5)[:20, :30], groups=2),
+    "dropout": lambda x, y: dropped(1, 2, 60, 500, 0.3, x.device).double(),
+    "attention": lambda x, y: F.scaled_dot_product_attention(*x.view(3, 4, 50, 50)),
+    "Python's power": lambda x, y: torch.tensor([(1 - beta**n)**0.5 for beta in (0.9, 0.99, 0.999)
+                                                 for n in range(1, 300)], dtype=torch.float64),
+}
+KNOWN = {
+    "product": "0946f3a353cd",
+    "sum": "e84c220bbbc8",
+    "index_add": "4500ae1f456f",
+    "division": "1a143734f5aa",
+    "square root": "b50d9d82687c",
+    "addition": "271ef2bc69c1",
+    "denormal numbers": "b67fe9fe254a",
+    "exp": "a58f73ce2591",
+    "log": "63c8543d6f22",
+    "gelu": "9a120eb2d55d",
+    "softmax": "296f9a5f202c",
+    "layer norm": "15cdbc6b039a",
+    "convolution": "896f917840dc",
+    "dropout": "92b3631123e6",
+    "attention": "feecf1997a79",
+    "Python's power": "3808ebb35fd4",
+}
+
+
+def answers(device):
+    """{operation: the first twelve hexadecimal digits of the sha256 of its result}."""
+    x, y = sample(device, 60, 500), sample(device, 500, 40)
+    with Exact(), torch.no_grad():
+        results = {name: case(x, y) for name, case in CASES.items()}
+    return {name: hashlib.sha256(value.cpu().numpy().astype("<f8").tobytes()).hexdigest()[:12]
+            for name, value in results.items()}
 
 
 def check(device="cpu"):
-    """Raise ArithmeticError, naming the operation, where this machine's arithmetic is not what this file needs."""
+    """Compute known answers on a device, in milliseconds once it is warm. Raises ArithmeticError, which
+    names the first operation whose bits are others."""
+    for name, digest in answers(torch.device(device)).items():
+        if digest != KNOWN[name]:
+            raise ArithmeticError(f"{name} on {device} gives other bits than it must ({digest}, not "
+                                  f"{KNOWN[name]}): results there are not those of other machines")

@@ -321,9 +321,10 @@ def run(args):
     backbone.to(arithmetic, args.layer)
     decoded = Progress(ahead(decoder(deam, backbone.sample_rate), todo, WORKERS), total=len(todo),
                        desc="extract", unit="song", disable=RANK > 0 or not todo)
-    for batch in equal_lengths(decoded, args.batch_size or (8 if on_gpu else 1), folder.fail):
-        waveforms = torch.stack([waveform for _, waveform, _ in batch])
-        folder.write_behind(batch, backbone.hidden_states(waveforms))
+    with arithmetic.throughout():
+        for batch in equal_lengths(decoded, args.batch_size or (8 if on_gpu else 1), folder.fail):
+            waveforms = torch.stack([waveform for _, waveform, _ in batch])
+            folder.write_behind(batch, backbone.hidden_states(waveforms))
     failed = folder.finish()
     if RANK:
         return 0

@@ -146,7 +146,8 @@ def run(args):
     bar = Progress(files, desc="predict", unit="song", disable=len(files) < 2)
     for file in bar:
         try:
-            starts, values, seconds = predict_song(file, predictor, args)
+            with predictor.exact.throughout():
+                starts, values, seconds = predict_song(file, predictor, args)
         except (BadClip, OSError) as error:
             bar.say(f"failed: {file}: {error}")
             failed += 1

@@ -58,8 +58,8 @@ def parser():
     p.add_argument("--select", choices=["last", "best"], default="last",
                    help="the result: the last epoch, or the one of lowest val loss")
     p.share("--labels", "--precision", "--allow-missing")
-    p.add_argument("--threads", type=number(int, 1, 1024), default=8, metavar="N",
-                   help="CPU threads; decides bits of float32 only")
+    p.add_argument("--threads", type=number(int, 1, 1024), metavar="N",
+                   help="CPU threads (default: all cores; in float32, where they decide bits, 8)")
     p.add_argument("--resume", action="store_true",
                    help="resume the run in --run, or start it if there is none")
     p.add_argument("--verify", type=path, metavar="RUN",
@@ -304,6 +304,8 @@ def run(args):
     if args.verify:
         return verify(args)
     args.run = args.run or Path("runs") / args.finetune
+    if args.precision != "exact":
+        args.threads = args.threads or 8
     arithmetic = Arithmetic(args.precision, args.device, args.threads)
     data = open_data(args, arithmetic)
     config = configuration(args, data)
@@ -337,7 +339,8 @@ def run(args):
     if data.digest:
         write_json(args.run / "manifest.json", data.manifest)
 
-    with Progress(total=training.steps, initial=training.step, desc="train", unit="step") as bar:
+    bar = Progress(total=training.steps, initial=training.step, desc="train", unit="step")
+    with bar, arithmetic.throughout():
         for epoch in range(len(history) + 1, args.epochs + 1):
             for loss in training.epoch():
                 bar.update()
@@ -428,7 +431,8 @@ def verify(args):
     verdict.compare("initial model", record["digests"]["initial_model"], training.digest())
     expected = {(epoch, step, end): (loss, state) for epoch, step, loss, state, end in with_ends(rows)}
     epoch = 0
-    with Progress(total=steps, desc="verify", unit="step") as bar:
+    bar = Progress(total=steps, desc="verify", unit="step")
+    with bar, arithmetic.throughout():
         while training.step < steps:
             epoch += 1
             for loss in training.epoch():
