@@ -702,14 +702,11 @@ def finite(x):
 
 
 def score_factors(q, k, scale):
-    """q and k as factors whose products are, exactly, minus the scores in steps of 2^-16: integers, one
-    grid for each head, times one power of two."""
+    """q and k as factors whose products are, exactly, minus the scores in steps of 2^-16: integers
+    times a power of two for each row of q and each row of k."""
     bits = bits_for(q.shape[-1])
-    q = q * scale
-    up_q, down_q, rest_q = grid(magnitude(q, (1, 2)), bits)
-    up_k, down_k, rest_k = grid(magnitude(k, (1, 2)), bits)
-    step = (down_q * down_k * 65536.0) * (rest_q * rest_k).clamp(2.0**-200, 2.0**200)
-    return (q * up_q).round_(), (k * up_k).round_().mul_(-step)
+    (q, _, rest_q), (k, _, rest_k) = to_grid(q * scale, bits, -1), to_grid(k, bits, -1)
+    return scaled(q, rest_q), scaled(k, rest_k).mul_(-65536.0)
 
 
 def score_slices(work, n, rows, columns, device):
@@ -817,7 +814,7 @@ class Attention(torch.autograd.Function):
     """softmax(scale · q kᵀ + mask) v for q[N, T, D], k[N, S, D], v[N, S, E]: N heads, each on its own
     grids. No T × S matrix is kept: the backward pass computes the weights again, part by part.
 
-    A score is an integer times a power of two of its head. Its distance from the row's largest, in steps
+    A score is an integer times a power of two of its row and column. Its distance from the row's largest, in steps
     of 2^-16, is a place in a table of e^-x, in integers of 20 bits. So the weights, their sums and their
     products with v are exact, and what is divided by the sums is the output.
     """

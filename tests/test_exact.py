@@ -1,0 +1,279 @@
+"""Tests of exact.py: close to plain float64, and the same bits however it is computed."""
+
+import hashlib
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import exact
+from exact import Exact, check
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def digest(*tensors):
+    return hashlib.sha256(b"".join(t.detach().contiguous().numpy().tobytes() for t in tensors)).hexdigest()
+
+
+def error(ours, plain):
+    return ((ours - plain).abs().max() / plain.abs().max().clamp_min(1e-300)).item()
+
+
+X, W, V = draw(3, 50, 64), draw(90, 64, seed=1), draw(64, seed=2)
+Q, K, KERNEL = draw(2, 4, 70, 16, seed=3), draw(2, 4, 70, 16, seed=4), draw(20, 10, 4, seed=5)
+DIRECTION = draw(50000, seed=9)  # drawn outside: Exact draws others
+TARGET = torch.arange(150) % 64
+RULES = {  # function, arguments, bound of the relative error of results and gradients
+    "linear": (F.linear, (X, W, W[:, 0]), 2e-6),
+    "matmul": (lambda a, b: a @ b.mT, (Q, K), 2e-6),
+    "mv": (lambda a, b: a @ b, (W, V), 2e-6),
+    "conv1d": (lambda x, w: F.conv1d(x, w, stride=2, padding=3, dilation=2, groups=5), (X, KERNEL), 2e-6),
+    "conv1d, one channel": (lambda x, w: F.conv1d(x, w, stride=5), (draw(2, 1, 900), draw(9, 1, 10)), 2e-6),
+    "sum": (lambda x: x.sum((0, 2)), (X,), 1e-11), "mean": (lambda x: x.mean(1), (X,), 1e-11),
+    "var": (lambda x: x.var(1), (X,), 1e-11), "std": (lambda x: x.std(), (X,), 1e-11),
+    "norm": (lambda x: x.norm(dim=1), (X,), 1e-11), "logsumexp": (lambda x: x.logsumexp(1), (X,), 1e-11),
+    "layer norm": (lambda x, w, b: F.layer_norm(x, (64,), w, b), (X, V, W[0]), 1e-11),
+    "group norm": (lambda x, w: F.group_norm(x, 10, w, w), (X, V[:50]), 1e-11),
+    "gelu": (F.gelu, (X * 2,), 1e-8), "exp": (torch.exp, (X * 9,), 1e-14),
+    "log": (torch.log, (X.abs(),), 1e-14), "sqrt": (torch.sqrt, (X.abs(),), 1e-15),
+    "sigmoid": (torch.sigmoid, (X * 5,), 1e-14), "tanh": (torch.tanh, (X * 2,), 1e-14),
+    "silu": (F.silu, (X * 5,), 1e-14), "leaky relu": (F.leaky_relu, (X,), 0),
+    "softmax": (lambda x: x.softmax(2), (X,), 1e-11), "log softmax": (lambda x: x.log_softmax(1), (X,), 1e-11),
+    "cross entropy": (lambda x: F.cross_entropy(x.view(150, 64), TARGET, label_smoothing=0.1), (X,), 1e-11),
+    "mse": (lambda x: F.mse_loss(x, X.flip(1)), (X * 2,), 1e-11),
+    "embedding": (lambda w: F.embedding(TARGET % 7, w), (W,), 1e-11), "indexing": (lambda w: w[TARGET % 7], (W,), 1e-11),
+    "attention": (F.scaled_dot_product_attention, (Q, K, K * 2), 2e-5),
+    "causal attention": (lambda q, k: F.scaled_dot_product_attention(q, k, k, is_causal=True), (Q, K), 2e-5),
+    "masked attention": (lambda q, k: F.scaled_dot_product_attention(q, k, k, Q[0, 0] @ K[0, 0].T > 0), (Q, K), 2e-5),
+    "attention by hand": (lambda q, k: (q @ k.mT).softmax(-1) @ k, (Q, K), 2e-5),
+    "division": (lambda x: x / 3.0 + 1.0 / (x.abs() + 1), (X,), 1e-15),
+}
+
+
+def run(function, tensors):
+    tensors = [t.clone().requires_grad_() for t in tensors]
+    y = function(*tensors)
+    y.backward(DIRECTION[:y.numel()].view(y.shape))
+    return [y.detach(), *(t.grad for t in tensors)]
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_rule_is_close_to_float64_and_the_same_with_any_threads(name, compared):
+    function, tensors, bound = RULES[name]
+    plain, results, threads = run(function, tensors), [], torch.get_num_threads()
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        with Exact():
+            results.append(run(function, tensors))
+    torch.set_num_threads(threads)
+    assert all(error(a, b) <= bound for a, b in zip(results[0], plain)), [
+        error(a, b) for a, b in zip(results[0], plain)]
+    assert len({digest(*result) for result in results}) == 1
+    compared(len(plain), "results and gradients")
+
+
+def test_order_and_layout_do_not_matter(compared):
+    order = torch.randperm(512, generator=torch.Generator().manual_seed(0))
+    a, b = draw(300, 512), draw(512, 200, seed=1)
+    with Exact():
+        expected = a @ b
+        others = [a[:, order] @ b[order], a.T.contiguous().T @ b, a @ b.T.contiguous().T, (b.T @ a.T).T,
+                  torch.cat([part @ b for part in a.split(7)]), torch.stack([a, a]).matmul(b)[1]]
+        sums = [a.sum(0), a[torch.randperm(300)].sum(0), a.T.contiguous().sum(1), a.T.contiguous().T.sum(0)]
+        norms = [F.layer_norm(a, (512,)), torch.cat([F.layer_norm(p, (512,)) for p in a.split(11)])]
+    assert all(torch.equal(expected, other) for other in others)
+    assert all(torch.equal(sums[0], other) for other in sums) and torch.equal(*norms)
+    compared(len(others) + len(sums) - 1 + 1, "other orders")
+
+
+def test_an_element_does_not_depend_on_its_batch(compared):
+    layer = nn.TransformerEncoderLayer(64, 4, 96, activation="gelu", batch_first=True).double().eval()
+    conv = nn.Conv1d(50, 30, 3, groups=2, padding=1).double()
+    norm = nn.GroupNorm(5, 50).double()
+    with Exact(), torch.no_grad():
+        for module in (layer, conv, norm):
+            x = torch.stack([X[0], X[1] * 1e5, X[2] * 1e-5])
+            together, alone = module(x), [module(clip[None]) for clip in x]
+            assert torch.equal(together, torch.cat(alone))
+    compared(9, "elements of batches")
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-150, 1.0, 1e150, 1e300])
+def test_magnitudes(scale, compared):
+    a, b = draw(40, 30) * scale, draw(30, 20, seed=1)
+    with Exact():
+        assert error(a @ b, a @ b) < 1e-5
+        product = (a @ (b / scale))
+        assert error((a.sum(0) / scale), (a / scale).sum(0)) < 1e-7  # 27 bits at 1e-300
+        size = a.norm() / scale
+    assert error(product, (a / scale) @ b) < 1e-5 and abs(size / (a / scale).norm() - 1) < 1e-7
+    compared(4, "results at this magnitude")
+
+
+def test_zeros_outliers_and_denormals(compared):
+    a, b = draw(6, 30), draw(30, 5, seed=1)
+    a[0], a[1] = 0, 5e-324
+    a[2] *= 1e12
+    with Exact():
+        y, attended = a @ b, F.scaled_dot_product_attention(a * 0, a, a)
+        assert torch.equal((a * 2.0**-1030 != 0)[3:].all(), torch.tensor(True))
+        gelu = F.gelu(torch.tensor([-1e300, 1e300, 0.0, 5e-324], dtype=torch.float64))
+    assert not y[0].any() and error(y[2], a[2] @ b) < 1e-5 and error(y[3:], a[3:] @ b) < 1e-5
+    assert error(attended[0], a.mean(0)) < 1e-5 and gelu.tolist()[:3] == [0, 1e300, 0]
+    compared(6, "edge cases")
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_nan_and_infinity_stay_visible(bad, compared):
+    x = draw(1, 12, 8)
+    x[0, 3, 2] = bad
+    functions = [lambda x: x @ W[:8, :8], lambda x: x.sum(), lambda x: F.layer_norm(x, (8,)), torch.tanh,
+                 lambda x: F.conv1d(x, draw(4, 12, 3)), lambda x: F.scaled_dot_product_attention(x, x, x),
+                 lambda x: F.gelu(x), lambda x: x.softmax(-1), lambda x: x.norm(), lambda x: x.var(), torch.exp,
+                 torch.sigmoid, lambda x: torch.log(x.abs())]
+    with Exact():
+        for number, function in enumerate(functions):
+            plain, ours = torch.func.functional_call, function(x)
+            assert not torch.isnan(ours).all() or ours.ndim == 0 or number in (4, 5)
+            if number not in (3, 6, 7, 10, 11):
+                assert not torch.isfinite(ours).all(), number
+            elif math.isnan(bad):
+                assert torch.isnan(ours).any(), number
+    compared(len(functions), "functions")
+
+
+def test_what_has_no_rule_raises_by_name(compared):
+    with Exact():
+        with pytest.raises(NotImplementedError, match="aten.cumsum.*RULES"):
+            X.cumsum(0)
+        with pytest.raises(NotImplementedError, match="foreach=False"):
+            torch._foreach_add([X], [X])
+        with pytest.raises(NotImplementedError, match="power"):
+            X**1.7
+        with pytest.raises(NotImplementedError, match="float64.*float32"):
+            X.float() @ W.T.float()
+        with pytest.raises(NotImplementedError, match="Conv1d"):
+            F.conv2d(X[None], X[:, None, :3, :3])
+        assert (torch.arange(9).view(3, 3).sum(0) // 2).tolist() == [4, 6, 7]
+        assert X.float().double().shape == X.shape
+    compared(7, "operations")
+
+
+def test_in_place_out_and_views(compared):
+    with Exact():
+        x = X.clone()
+        x[1].add_(X[0], alpha=0.3).div_(3.0).sqrt_()
+        x[:, 0].lerp_(X[:, 1], 0.25)
+        out = torch.empty(0, dtype=torch.float64)
+        torch.exp(X, out=out)
+        expected = ((X[1] + X[0] * 0.3) / 3.0).sqrt()
+        expected[0] = expected[0] + (X[1, 1] - expected[0]) * 0.25
+        assert torch.equal(x[1].nan_to_num(7), expected.nan_to_num(7)) and torch.equal(out, X.exp())
+    compared(2, "targets")
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_dropout(p, compared):
+    x = torch.ones(500, 1001, dtype=torch.float64)
+    with Exact():
+        torch.manual_seed(1)
+        first = F.dropout(x, p)
+        torch.manual_seed(1)
+        second = torch.native_dropout(x, p, True)[0]  # what torch takes on a GPU
+        third = F.dropout(x, p)
+    assert torch.equal(first, second) and not torch.equal(first, third)
+    assert abs((first == 0).double().mean() - p) < 5 * (p * (1 - p) / x.numel())**0.5
+    assert first.max() == 1 / (1 - p)
+    compared(x.numel(), "places of a mask")
+
+
+class Transformer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.layers = nn.Embedding(30, 32), nn.ModuleList(
+            nn.TransformerEncoderLayer(32, 4, 64, 0.1, "gelu", batch_first=True) for _ in range(2))
+        self.attention, self.norm = nn.MultiheadAttention(32, 2, 0.1, batch_first=True), nn.LayerNorm(32)
+        self.head, self.recompute = nn.Linear(32, 5), False
+
+    def forward(self, tokens):
+        x = self.embedding(tokens)
+        for layer in self.layers:
+            x = checkpoint(layer, x, use_reentrant=False) if self.recompute else layer(x)
+        return self.head(self.norm(x + self.attention(x, x, x)[0]).mean(1))
+
+
+def trained(optimizer="adamw", recompute=False, steps=3):
+    torch.manual_seed(0)
+    with Exact():
+        model = Transformer().double()
+        model.recompute = recompute
+        make = {"adamw": lambda p: torch.optim.AdamW(p, 1e-3, foreach=False),
+                "sgd": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, foreach=False)}[optimizer]
+        stepper, tokens = make(model.parameters()), torch.randint(30, (4, 25))
+        for _ in range(steps):
+            stepper.zero_grad()
+            F.cross_entropy(model(tokens), torch.arange(4)).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=False)
+            stepper.step()
+    return digest(*model.state_dict().values())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_training_gives_one_digest(optimizer, compared):
+    here, threads = trained(optimizer), torch.get_num_threads()
+    torch.set_num_threads(1)
+    digests = [trained(optimizer), trained(optimizer, recompute=True)]
+    torch.set_num_threads(threads)
+    code = f"import sys; sys.path.insert(0, '..'); import test_exact; print(test_exact.trained({optimizer!r}))"
+    for pins in ({"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE"},):
+        child = subprocess.run([sys.executable, "-c", code], env={**os.environ, **pins}, text=True,
+                               capture_output=True, cwd=os.path.dirname(os.path.abspath(__file__)), check=True)
+        digests.append(child.stdout.split()[-1])
+    assert set(digests) == {here}
+    compared(len(digests), "trained models")
+
+
+def test_a_frozen_weight_is_kept_until_it_changes(compared):
+    layer, conv = nn.Linear(64, 8).double().requires_grad_(False), nn.Conv1d(50, 8, 3).double().requires_grad_(False)
+    for change in (lambda w: w.mul_(2), lambda w: w.data.mul_(2), lambda w: w.view(-1)[:3].add_(1)):
+        with Exact():
+            for module in (layer, conv):
+                before = [module(X.clone()) for _ in range(4)]
+                assert all(torch.equal(before[0], other) for other in before)
+                change(module.weight)
+                after = module(X.clone())
+                exact._frozen.clear()
+                assert torch.equal(after, module(X.clone())) and not torch.equal(after, before[0])
+    compared(6, "changed weights")
+
+
+def test_nesting_inference_and_eval(compared):
+    layer = nn.TransformerEncoderLayer(64, 4, 96, batch_first=True).double().eval()
+    results, mode = [], Exact()
+    for context in (torch.no_grad, torch.inference_mode, torch.enable_grad):
+        with mode, Exact(), mode, context():
+            results.append(layer(X).clone())
+    assert len({digest(result) for result in results}) == 1
+    outside = F.scaled_dot_product_attention(Q, K, K)
+    assert torch.equal(outside, exact.torch_attention(Q, K, K))
+    compared(len(results), "contexts")
+
+
+def test_known_answers(monkeypatch, compared):
+    check()
+    for name, case in (("gelu", "gelu"), ("_softmax", "softmax"), ("convolution", "convolution")):
+        with monkeypatch.context() as patch:
+            rule = exact.RULES[name]
+            patch.setitem(exact.RULES, name, lambda *a, **k: rule(*a, **k) * (1 + 2.0**-52))
+            with pytest.raises(ArithmeticError, match=f"^{case} on cpu"):
+                check()
+    compared(len(exact.KNOWN), "known answers")
