@@ -293,44 +293,47 @@ def addmm(c, a, b, *, beta=1, alpha=1):
 BLOCK = 64  # output frames of a convolution that share one grid
 
 
-def windows(x, kernel, stride, dilation):
-    """x[G, L, C] → a view [G, T, kernel, C] of what each output frame sees."""
-    frames = (x.shape[1] - dilation * (kernel - 1) - 1) // stride + 1
-    group, frame, channel = x.stride()
-    return x.as_strided((len(x), frames, kernel, x.shape[2]),
-                        (group, stride * frame, dilation * frame, channel))
+def windows(x, frames, kernel, stride, dilation):
+    """x[…, L, C] → a view […, frames, kernel, C] of what each output frame sees."""
+    *lead, frame, channel = x.stride()
+    return x.as_strided((*x.shape[:-2], frames, kernel, x.shape[-1]),
+                        (*lead, stride * frame, dilation * frame, channel))
 
 
 def frames_of(x, terms):
     """How many whole BLOCKs of frames, of `terms` values each, to compute at a time."""
-    return BLOCK * max(1, (1 << 19 if x.device.type == "cpu" else 1 << 27) // (BLOCK * terms))
+    return BLOCK * max(1, (1 << 21 if x.device.type == "cpu" else 1 << 27) // (BLOCK * terms))
 
 
 def convolution(x, w, bias, stride, padding, dilation, transposed=False, _output_padding=0, groups=1,
                 *_flags):
-    """Conv1d as products of windows: x[B, C, L], w[O, C / groups, kernel], bias[O] → [B, O, T]."""
+    """Conv1d as products of windows: x[B, C, L], w[O, C / groups, kernel], bias[O] → [B, O, T]. What a
+    BLOCK of frames sees is on one grid."""
     if x.ndim != 3 or transposed:
         raise NotImplementedError("exact arithmetic has one convolution, Conv1d")
     outputs, channels, kernel = w.shape
-    stride, span, bits = stride[0], dilation[0] * (kernel - 1) + 1, bits_for(channels * kernel)
-    x = F.pad(x, (padding[0], padding[0])) if padding[0] else x
+    stride, dilation, bits = stride[0], dilation[0], bits_for(channels * kernel)
     w, _, rest_w = kept_grid(w.flatten(1), bits, -1, weight=True)
     w = w.view(outputs, channels, kernel).transpose(1, 2).reshape(groups, -1, kernel * channels)
-    frames = (x.shape[2] - span) // stride + 1
+    frames = (x.shape[2] + 2 * padding[0] - dilation * (kernel - 1) - 1) // stride + 1
+    span = (BLOCK - 1) * stride + dilation * (kernel - 1) + 1  # input frames that a block sees
+    blocks = -(-frames // BLOCK)
+    x = F.pad(x, (padding[0], max(0, (blocks - 1) * BLOCK * stride + span - x.shape[2] - padding[0])))
     out = x.new_empty(len(x), outputs, frames)
 
     def convolve(part):
-        count = part.stop - part.start
-        seen = clip[:, part.start * stride:(part.stop - 1) * stride + span]
+        count, first = -(-(part.stop - part.start) // BLOCK), part.start * stride
+        seen = clip[:, first:first + (count - 1) * BLOCK * stride + span]
         seen = seen.reshape(groups, channels, -1).transpose(1, 2).contiguous()
-        top = windows(magnitude(seen, 2), kernel, stride, dilation[0]).amax((2, 3))
-        top = F.pad(top, (0, -count % BLOCK)).unflatten(1, (-1, BLOCK)).amax(2)
-        up, down, rest = (t.repeat_interleave(BLOCK, 1)[:, :count] for t in grid(top, bits))
-        factor = x.new_empty(groups, count, kernel, channels)
-        torch.mul(windows(seen, kernel, stride, dilation[0]), up[:, :, None, None], out=factor)
-        factor.round_().mul_(down[:, :, None, None])
-        y = scaled(w @ factor.flatten(2).mT, rest[:, None], rest_w.view(groups, -1, 1))
-        result[:, part] = y.flatten(0, 1) if bias is None else y.flatten(0, 1).add_(bias[:, None])
+        seen = seen.as_strided((groups, count, span, channels),
+                               (seen.stride(0), BLOCK * stride * channels, channels, 1))
+        up, down, rest = grid(magnitude(seen, (2, 3)), bits)
+        seen = torch.mul(seen, up, out=torch.empty(seen.shape, dtype=x.dtype, device=x.device))
+        seen = windows(seen.round_().mul_(down), BLOCK, kernel, stride, dilation)
+        y = w @ seen.reshape(groups, count * BLOCK, -1).mT
+        y = scaled(y, rest.flatten(1).repeat_interleave(BLOCK, 1)[:, None], rest_w.view(groups, -1, 1))
+        y = y.flatten(0, 1)[:, :part.stop - part.start]
+        torch.add(y, 0.0 if bias is None else bias[:, None], out=result[:, part])
 
     for clip, result in zip(x, out):
         in_slices(convolve, frames, frames_of(x, channels * kernel * groups), x.device)
@@ -357,7 +360,7 @@ def convolution_backward(dy, x, w, _bias, stride, padding, dilation, _transposed
         g, seen, dw = g.view(groups, -1, *dy.shape[::2]), seen.view(groups, channels, *x.shape[1:]), 0
         step = frames_of(dy, channels * kernel * groups)
         for clip in range(len(dy)):
-            view = windows(seen[:, :, clip].transpose(1, 2).contiguous(), kernel, stride, dilation)
+            view = windows(seen[:, :, clip].transpose(1, 2).contiguous(), frames, kernel, stride, dilation)
             for start in range(0, frames, step):
                 part = slice(start, start + step)
                 dw = dw + g[:, :, clip, part] @ view[:, part].flatten(2)
@@ -411,8 +414,8 @@ def table(name, device):
     elif name == "attention":  # e^-x in steps of 2^-16 to 16, as integers of 20 bits: the last is 0
         values = np.rint(np_exp(-(np.arange(1 << 20) + 0.5) / 65536) * 2.0**20)
         values[0], values[-1] = 2.0**20, 0
-    else:  # of -8.5, … 8.5 in steps of 2^-12; beyond, the distribution is 0 or 1
-        x = np.arange(-34816, 34817) / 4096
+    else:  # of -8.5, … 8.5 in steps of 2^-10; beyond, the distribution is 0 or 1
+        x = np.arange(-8704, 8705) / 1024
         inside = np.abs(x) < 8.5
         density = np_exp(-0.5 * x * x) * 0.3989422804014327
         values = np.where(inside, np_normal(x), x > 0) if name == "normal" else density * inside
@@ -465,9 +468,9 @@ def log(x):
 def near_normal(x):
     """The nearest x of the normal table, how far x is from it, and its place."""
     y = x.clamp(-8.5, 8.5)
-    steps = (y * 4096.0).round_()
-    centre = steps * 2.0**-12
-    return centre, y.sub_(centre), steps.add_(34816.0).to(torch.int32).clamp_(0, 69632)  # NaN: anything
+    steps = (y * 1024.0).round_()
+    centre = steps * 2.0**-10
+    return centre, y.sub_(centre), steps.add_(8704.0).to(torch.int32).clamp_(0, 17408)  # NaN: anything
 
 
 @elementwise
@@ -1106,7 +1109,7 @@ KNOWN = {
     "denormal numbers": "b67fe9fe254a",
     "exp": "a58f73ce2591",
     "log": "63c8543d6f22",
-    "gelu": "9a120eb2d55d",
+    "gelu": "7d2df1fb3e29",
     "softmax": "296f9a5f202c",
     "layer norm": "15cdbc6b039a",
     "convolution": "896f917840dc",
