@@ -389,7 +389,7 @@ def read_windows(path, sample_rate, window=None, hop=None):
     Raises BadClip for a file that is empty, truncated (where its header says how long it was), not
     audio, not finite, of an unusual sample rate, or shorter than one frame of the encoder."""
     try:
-        with soundfile.SoundFile(path) as file:
+        with soundfile.SoundFile(os.fsencode(path)) as file:  # its name need not be valid text
             announced, rate, notes = file.frames, file.samplerate, file.extra_info
             if not RATES[0] <= rate <= RATES[1]:
                 raise BadClip(f"its sample rate is {rate} Hz: convert it to 44100 Hz")
