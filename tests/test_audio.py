@@ -1,81 +1,182 @@
-"""eval.py RUN --audio: one's own music."""
+"""predict.py: one's own music."""
 
 import csv
+import os
 import shutil
+import subprocess
+import sys
+import tracemalloc
 
 import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import call
+from conftest import ROOT, call
 
-import common
 import eval as eval_script
-from common import DEAMHandler, read_json, read_windows
+import predict
+from common import DEAMHandler, read_windows
+from files import read_json
+from safetensors.torch import load_file, save_file
+
+NOISE = np.random.default_rng(0).normal(0, 0.1, (100 * 8000, 2))
 
 
 @pytest.fixture
-def run(trained, tmp_path):
-    return shutil.copytree(trained, tmp_path / "run")
+def predicted(demo, trained, tmp_path):
+    """predicted(*arguments) → (exit code, rows of the table of songs)."""
+
+    def run(*arguments):
+        code = call(predict, trained, *arguments, "--csv", tmp_path / "songs.csv", "--weights",
+                    demo / "backbone", "--device", "cpu")
+        return code, list(csv.DictReader(open(tmp_path / "songs.csv")))
+
+    return run
 
 
-def predicted(run, tmp_path, *audio):
-    code = call(eval_script, run, "--audio", *audio, "--csv", tmp_path / "table.csv", "--device", "cpu")
-    return code, list(csv.DictReader(open(tmp_path / "table.csv")))
+def test_a_song_of_the_corpus_gets_what_eval_gave_it(demo, features, trained, predicted, tmp_path,
+                                                     compared):
+    """From the audio file to six decimals what its stored features give."""
+    run = shutil.copytree(trained, tmp_path / "run")
+    assert call(eval_script, run, "--features", features, "--device", "cpu") == 0
+    stored = read_json(run / "eval-test/metrics.json", "")["predictions"]
+    audio = DEAMHandler(demo / "DEAM").audio
+    code, rows = predicted(*(audio[int(song)] for song in stored))
+    assert code == 0 and len(rows) == len(stored)
+    for (song, values), row in zip(stored.items(), rows):
+        n = int(predict.quadrant(np.array(values), 5))
+        assert row["song"].endswith(f"{song}.wav") and row["windows"] == "1"
+        assert [float(row["valence"]), float(row["arousal"])] == pytest.approx(values, abs=1e-6)
+        assert (row["quadrant"], row["mood"]) == (predict.QUADRANTS[n], predict.MOODS[n])
+    compared(2 * len(rows), "predictions")
 
 
-def test_a_song_of_the_corpus_gets_what_eval_gave_it(demo, run, tmp_path, compared):
-    """From the audio file to six decimals what its cached canonical features give."""
-    call(eval_script, run, "--features", demo / "DEAM_feats", "--device", "cpu")
-    cached = read_json(run / "eval-test/metrics.json", "")["predictions"]
-    audio = DEAMHandler(demo / "DEAM_demo").audio
-    code, rows = predicted(run, tmp_path, *(audio[int(song)] for song in cached))
-    assert code == 0
-    for (song, values), row in zip(cached.items(), rows):
-        assert row["song"].endswith(f"{song}.wav") and [float(row["valence"]), float(row["arousal"])] == values
-        assert row["windows"] == "1" and row["quadrant"] == eval_script.QUADRANTS[int(eval_script.quadrant(np.array(values)))]
-    compared(len(rows), "songs")
-
-
-def test_any_file_and_a_bad_one_beside_it(run, tmp_path, capsys, compared):
+def test_any_file_and_bad_ones_beside_them(demo, trained, tmp_path, compared):
+    """A folder as people have them: what can be read is predicted, the rest named with its reason,
+    whatever its name; the table has the good ones."""
     music = tmp_path / "music"
     music.mkdir()
-    generator = np.random.default_rng(0)
-    for rate in (8000, 22050, 44100, 96000):
-        soundfile.write(music / f"mono {rate}.wav", generator.normal(0, 0.1, 3 * rate), rate)
-    soundfile.write(music / "stereo.flac", generator.normal(0, 0.1, (2 * 48000, 2)), 48000)
-    soundfile.write(music / "short.ogg", generator.normal(0, 0.1, 8000), 16000)
-    soundfile.write(music / "stereo.mp3", generator.normal(0, 0.1, (2 * 44100, 2)), 44100)
-    soundfile.write(music / "tiny.wav", generator.normal(0, 0.1, 300), 16000)
-    (music / "not.mp3").write_text("not audio")
-    (music / "notes.txt").write_text("not a song")
-    code, rows = predicted(run, tmp_path, music, tmp_path / "nowhere.wav")
-    output = capsys.readouterr().out
-    assert code == 1 and len(rows) == 7
-    for name, reason in (("tiny.wav", "too short"), ("not.mp3", "not readable"), ("nowhere.wav", "not readable")):
-        assert any(line.startswith("failed: ") and name in line and reason in line for line in output.splitlines())
-    assert all(1 < float(row["valence"]) < 9 for row in rows) and "notes.txt" not in output
-    compared(len(rows) + 3, "files")
+    for rate in (8000, 22050, 44101, 96000):
+        soundfile.write(music / f"mono {rate}.wav", NOISE[:2 * rate, 0], rate)
+    for name in ("stereo.flac", "stereo.mp3", "short.ogg"):
+        soundfile.write(music / name, NOISE[:48000], 48000)
+    shutil.copy(music / "stereo.flac", os.fsencode(music) + b"/caf\xe9.flac")
+    good = len(os.listdir(music))
+    soundfile.write(music / "tiny.wav", NOISE[:100], 16000)
+    bad = {"tiny.wav": "too short", "text.mp3": "not readable", "._x.mp3": "not readable",
+           "pcm.raw": "not readable", "x.m4a": ".m4a is not readable here: convert it",
+           "empty.wav": "empty file", "pipe.wav": "not a regular file",
+           "dangling.wav": "not a regular file", "nowhere.wav": "no such file"}
+    for name in ("text.mp3", "._x.mp3", "pcm.raw", "x.m4a", "notes.txt"):
+        (music / name).write_bytes(b"\x00\x05\x16\x07 not audio" * 100)
+    (music / "empty.wav").touch()
+    os.mkfifo(music / "pipe.wav")
+    (music / "dangling.wav").symlink_to(music / "nothing")
+    if os.geteuid():
+        shutil.copy(music / "stereo.flac", music / "locked.flac")
+        (music / "locked.flac").chmod(0)
+        bad["locked.flac"] = "not readable"
+    command = [trained, music, tmp_path / "nowhere.wav", "--csv", tmp_path / "songs.csv", "--weights",
+               demo / "backbone", "--device", "cpu"]
+    done = subprocess.run([sys.executable, ROOT / "predict.py", *command], capture_output=True,
+                          text=True, env={**os.environ, "PYTHONIOENCODING": "ascii"}, timeout=120)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert sum(line.startswith("failed: ") for line in lines) == len(bad)
+    for name, reason in bad.items():
+        assert any(line.startswith("failed: ") and f"/{name}: " in line and reason in line
+                   for line in lines), name
+    rows = list(csv.DictReader(open(tmp_path / "songs.csv", encoding="utf-8")))
+    assert len(rows) == good and sum("caf?.flac" in row["song"] for row in rows) == 1
+    assert all(1 < float(row["valence"]) < 9 for row in rows) and "notes.txt" not in done.stdout
+    compared(len(rows) + len(bad), "files")
 
 
-def test_long_files_come_in_windows(run, tmp_path, compared):
-    """Equal windows of about 45 s that cover every sample once; a song a little over stays whole, as in training."""
-    for seconds, windows in ((45.05, 1), (66, 1), (70, 2), (200, 4), (100.001, 2)):
-        samples = int(seconds * 1000)
-        ramp = np.arange(samples) / samples * 0.9
-        soundfile.write(tmp_path / "long.wav", ramp, 1000, subtype="FLOAT")
-        parts = [pcm for _, pcm in read_windows(tmp_path / "long.wav", 16000, seconds=45)]
-        assert len(parts) == windows and max(map(len, parts)) - min(map(len, parts)) <= windows
-        np.testing.assert_array_equal(np.concatenate(parts)[:, 0], ramp.astype(np.float32))
-    soundfile.write(tmp_path / "long.flac", np.random.default_rng(0).normal(0, 0.1, 100 * 8000), 8000)
-    code, rows = predicted(run, tmp_path, tmp_path / "long.flac")
-    assert code == 0 and rows[0]["windows"] == "2" and float(rows[0]["valence_spread"]) > 0
-    compared(5, "lengths")
+@pytest.mark.parametrize("seconds, window, hop, count", [
+    (45.05, 45, 15, 1), (67.5, 45, 15, 1), (68, 45, 15, 3), (200, 45, 15, 12), (100.001, 45, 45, 3),
+    (12.3457, 2, 0.7, 16)])
+def test_windows_cover_every_sample(tmp_path, compared, seconds, window, hop, count):
+    """Windows of one length, `hop` apart, the last one aligned with the end; what is not much longer
+    than a window stays whole, as in training."""
+    ramp = (np.arange(round(seconds * 4000)) / (seconds * 4000)).astype(np.float32)
+    soundfile.write(tmp_path / "long.wav", ramp, 4000, subtype="FLOAT")
+    covered, starts, lengths = np.zeros(len(ramp), bool), [], set()
+    for begin, waveform, pcm in read_windows(tmp_path / "long.wav", 16000, window, hop):
+        first = round(begin * 4000)
+        np.testing.assert_array_equal(pcm[:, 0], ramp[first:first + len(pcm)])
+        assert len(waveform) == 4 * len(pcm)
+        covered[first:first + len(pcm)] = True
+        starts.append(first)
+        lengths.add(len(pcm))
+    assert covered.all() and len(starts) == count and len(lengths) == 1
+    assert lengths == ({window * 4000} if count > 1 else {len(ramp)})
+    assert set(np.diff(starts)[:-1]) <= {round(hop * 4000)}
+    compared(len(ramp), "samples")
 
 
-def test_flags_that_belong_together(run, tmp_path, fails):
-    assert "go with --audio" in fails(eval_script, run, "--csv", tmp_path / "t.csv")
-    assert "only one" in fails(eval_script, run, run, "--audio", tmp_path)
-    assert "no audio files" in fails(eval_script, run, "--audio", tmp_path / "run", "--device", "cpu")
-    torch.save({name: value + 1 for name, value in common.demo_weights().items()}, tmp_path / "w.pt")
-    assert "made by other weights" in fails(eval_script, run, "--audio", tmp_path, "--weights", tmp_path / "w.pt", "--device", "cpu")
+def test_long_files_are_streamed(tmp_path, compared):
+    """Half an hour, 58 MB of PCM, takes ten times the memory of a window of 1.3 MB."""
+    soundfile.write(tmp_path / "long.flac", np.zeros(1800 * 8000, np.float32), 8000)
+    tracemalloc.start()
+    windows = sum(1 for _ in read_windows(tmp_path / "long.flac", 16000, 10, 30))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert windows == 61 and peak < 10 * 10 * 16000 * 8
+    compared(windows, "windows")
+
+
+def test_tables_and_figure_of_a_long_song(predicted, tmp_path, compared):
+    song = tmp_path / os.fsdecode(b"caf\xe9 \xc3\xa9 $x$.flac")
+    with open(song, "wb") as file:
+        soundfile.write(file, NOISE, 8000, format="FLAC")
+    code, [row] = predicted(song, "--figure", tmp_path / "figures/song.png", "--windows-csv",
+                            tmp_path / "tables/windows.csv")
+    windows = list(csv.DictReader(open(tmp_path / "tables/windows.csv")))
+    assert code == 0 and row["windows"] == "5"
+    assert [float(each["start"]) for each in windows] == [0, 15, 30, 45, 55]
+    for name in ("valence", "arousal"):
+        values = [float(each[name]) for each in windows]
+        assert float(row[name]) == pytest.approx(np.mean(values), abs=2e-6)
+        assert float(row[f"{name}_spread"]) == pytest.approx(np.std(values), abs=2e-6) != 0
+    assert (tmp_path / "figures/song.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "figures/song.pdf").read_bytes().startswith(b"%PDF")
+    compared(len(windows), "windows")
+
+
+def test_rows_are_on_disk_as_they_are_done(demo, predicted, tmp_path, monkeypatch, compared):
+    songs, there = list(DEAMHandler(demo / "DEAM").audio.values())[:3], []
+
+    def predict_song(*_):
+        there.append((tmp_path / "songs.csv").read_text().count("\n"))
+        return np.zeros(1), np.full((1, 2), 5.0), 6
+
+    monkeypatch.setattr(predict, "predict_song", predict_song)
+    assert predicted(*songs)[0] == 0 and there == [1, 2, 3]
+    compared(3, "songs")
+
+
+@pytest.mark.parametrize("option, says", [
+    (["--csv", "."], "cannot write"), (["--windows-csv", "/dev/null/table.csv"], "cannot write"),
+    (["a.wav", "b.wav", "--figure", "f.png"], "--figure draws one song, and these are 3"),
+    (["--window", "nan"], "--window"), (["--hop", "0"], "--hop"), (["--csv", ""], "empty path")])
+def test_it_says_so_before_the_work(tmp_path, fails, monkeypatch, compared, option, says):
+    monkeypatch.setattr(predict, "Predictor", lambda _: pytest.fail("work has begun"))
+    assert says in fails(predict, tmp_path, tmp_path / "song.wav", *option)
+    compared(1, "command lines")
+
+
+def test_what_cannot_predict(demo, trained, tmp_path, fails, compared):
+    (tmp_path / "notes.txt").touch()
+    assert "no audio files" in fails(predict, trained, tmp_path)
+    soundfile.write(tmp_path / "a.wav", NOISE[:16000], 16000)
+    assert "cannot read a trained model" in fails(predict, tmp_path, tmp_path)
+    other = shutil.copytree(demo / "backbone", tmp_path / "other")
+    state = load_file(other / "model.safetensors")
+    save_file({name: value + 1 for name, value in state.items()}, other / "model.safetensors")
+    assert "made by other weights" in fails(predict, trained, tmp_path, "--weights", other)
+    assert "--weights backbone" in fails(predict, trained, tmp_path)  # a folder's name is no place
+    damaged = bytearray((trained / "model.pt").read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    (tmp_path / "model.pt").write_bytes(damaged)
+    assert "damaged" in fails(predict, tmp_path, tmp_path, "--weights", demo / "backbone")
+    compared(5, "refusals")
