@@ -1,87 +1,146 @@
-"""The audit of DEAM's labels: on swapped, clean, noisy and corrected ones; and what --labels does with it."""
+"""audit.py on swapped, clean, noisy and damaged labels; and what --labels does with its findings."""
 
+import csv
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import QUICK, ROOT, call
+from conftest import QUICK, call, extraction
 
-import common
+import audit
 import eval as eval_script
 import extract
 import train
-from common import DEAMFeatHandler, read_annotations, read_json
+from common import STATIC, DEAMFeatHandler, read_annotations, read_splits
+from files import read_json
 
 
-def labels(seed, swapped, noise):
-    """(annotations, dynamic means) of 300 songs each below and above id 1000; static labels of `swapped` ids exchanged."""
+def deam(folder, seed, swapped, noise):
+    """What audit_labels looks at, of 300 songs each below and above id 1000; static labels of the
+    `swapped` ids exchanged."""
     generator = np.random.default_rng(seed)
     ids = [*range(2, 302), *range(1001, 1301)]
     truth = generator.multivariate_normal([5, 5], [[1.4, 0.8], [0.8, 1.7]], len(ids))
     static = truth + generator.normal(0, noise, truth.shape)
-    annotations = {song: [f"{v:.2f}", "1", f"{a:.2f}", "1"] if not swapped(song) else [f"{a:.2f}", "1", f"{v:.2f}", "1"] for song, (v, a) in zip(ids, static)}
-    return annotations, {name: dict(zip(ids, (truth[:, n] - 5) / 4)) for n, name in enumerate(("valence", "arousal"))}
+    annotations = {song: (a, 1, v, 1) if swapped(song) else (v, 1, a, 1)
+                   for song, (v, a) in zip(ids, static)}
+    for name, values in zip(("valence", "arousal"), (truth.T - 5) / 4):
+        rows = "".join(f"{song},{value},,\n" for song, value in zip(ids, values))
+        (folder / f"{name}.csv").write_text("song_id,sample_15000ms,sample_15500ms,\n" + rows)
+    return SimpleNamespace(root=folder, annotations=annotations, dynamic={
+        name: folder / f"{name}.csv" for name in ("valence", "arousal")})
 
 
-@pytest.mark.parametrize("noise", [0.3, 1.5])
-@pytest.mark.parametrize("swapped, verdicts", [(lambda song: song <= 1000, [True, False]), (lambda song: False, [False, False]),
-                                               (lambda song: song > 1000, [False, True]), (lambda song: True, [True, True])])
-def test_audit_decides_from_the_data(compared, swapped, verdicts, noise):
-    for seed in range(5):
-        rows = extract.audit_labels(*labels(seed, swapped, noise))
+@pytest.mark.parametrize("swapped, noise, verdicts", [
+    *((swapped, noise, verdicts) for noise in (0.3, 1.5) for swapped, verdicts in (
+        (lambda song: song <= 1000, [True, False]), (lambda song: False, [False, False]),
+        (lambda song: song > 1000, [False, True]), (lambda song: True, [True, True]))),
+    (lambda song: song % 2, 0.3, [None, None])])
+def test_audit_decides_from_the_data(tmp_path, compared, swapped, noise, verdicts):
+    """And where half of the songs are swapped, it says that it cannot tell."""
+    for seed in range(3):
+        rows = audit.audit_labels(deam(tmp_path, seed, swapped, noise))
         assert [row["swapped"] for row in rows] == verdicts
-    compared(5 * len(verdicts), "ranges")
+    compared(3 * len(verdicts), "ranges")
 
 
-def test_audit_does_not_guess(compared):
-    """Half of the songs swapped, or nothing but noise: it says that it cannot tell."""
-    for seed in range(5):
-        assert [row["swapped"] for row in extract.audit_labels(*labels(seed, lambda song: song % 2, 0.3))] == [None, None]
-        assert None in [row["swapped"] for row in extract.audit_labels(*labels(seed, lambda song: False, 1000))]
-    compared(10, "corpora")
+def test_audit_does_not_guess_from_noise(tmp_path, compared):
+    """At 99.9 % a verdict on nothing but noise is rare."""
+    verdicts = [row["swapped"] for seed in range(5) for row in
+                audit.audit_labels(deam(tmp_path, seed, lambda _: False, 1000))]
+    assert verdicts.count(None) >= len(verdicts) - 1
+    compared(len(verdicts), "ranges")
 
 
-def test_the_demo_audits_clean(demo, capsys, fails, tmp_path, compared):
-    assert call(extract, "--deam", demo / "DEAM_demo", "--audit-labels") == 0
-    assert "ids 1–1000: the labels are right; ids 1001–2000: the labels are right." in capsys.readouterr().out
-    assert read_json(demo / "DEAM_feats/manifest.json", "")["swapped_labels"] == []
-    (tmp_path / common.STATIC).write_text("song_id,valence_mean,valence_std,arousal_mean,arousal_std\n2,1,1,1,1\n")
-    assert "no dynamic annotations" in fails(extract, "--deam", tmp_path, "--audit-labels")
-    compared(60, "songs")
+def test_dynamic_annotations_as_they_are(tmp_path, compared):
+    """Gaps, NaN, CRLF, stray spaces, ids written as 2.0; the song's mean is that of its cells."""
+    (tmp_path / "valence.csv").write_bytes(
+        "\ufeffsong_id, a, b, c,\r\n2.0, 0.1,,0.2,\r\n\r\n3,NaN,-1,1\r\n4,,nan,\r\n".encode())
+    assert audit.dynamic_means(tmp_path / "valence.csv") == {2: pytest.approx(0.15), 3: 0}
+    compared(3, "songs")
+
+
+@pytest.mark.parametrize("row", ["2,n/a", "2,inf", "2,0.1,1e999", "x,0.1", "-2,0.1", "1e3,0.1",
+                                 "2.5,0.1", ",0.1", "²,0.1"])
+def test_damaged_dynamic_annotations(demo, tmp_path, fails, capsys, compared, row):
+    """The audit names the line; an extraction goes on without the audit."""
+    root = shutil.copytree(demo / "DEAM", tmp_path / "DEAM",
+                           ignore=shutil.ignore_patterns("DEAM_audio"))
+    file = next(root.rglob("valence.csv"))
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([lines[0], row, *lines[2:]]))
+    assert "valence.csv, line 2: not a song id and finite numbers" in fails(audit, root)
+    assert extract.swapped_ranges(extract.DEAMHandler(root)) is None
+    assert "--labels corrected will not be possible" in capsys.readouterr().out
+    compared(1, "damaged rows")
 
 
 @pytest.fixture(scope="module")
-def swapped_demo(demo, tmp_path_factory):
-    """The demo with its static labels exchanged for ids up to 1000, as in DEAM; and features of it."""
+def swapped(demo, tmp_path_factory):
+    """The demo with its static labels exchanged for ids up to 1000, as in DEAM; and features of half
+    of its songs."""
     folder = tmp_path_factory.mktemp("swapped")
-    shutil.copytree(demo / "DEAM_demo", folder / "DEAM")
-    table = next((folder / "DEAM").rglob(common.STATIC))
-    rows = [row.split(",") for row in table.read_text().splitlines()]
-    rows[1:] = [[i, a, b, v, s] if int(i) <= 1000 else [i, v, s, a, b] for i, v, s, a, b in rows[1:]]
-    table.write_text("\n".join(",".join(row) for row in rows) + "\n")
-    assert call(extract, "--deam", folder / "DEAM", "--bundle", "DEMO", "--features", folder / "f", "--precision", "float64", "--store", "float16", "--device", "cpu") == 0
+    shutil.copytree(demo / "DEAM", folder / "DEAM")
+    table = next((folder / "DEAM").rglob(STATIC))
+    header, *rows = csv.reader(table.open())
+    rows = [[i, a, b, v, s] if int(i) <= 1000 else [i, v, s, a, b] for i, v, s, a, b in rows]
+    table.write_text("\n".join(map(",".join, [header, *rows])) + "\n")
+    splits = read_splits(demo / "splits.json")
+    songs = [song for name in ("train", "val", "test") for song in splits[name][::2]]
+    command = ["--precision", "float32", "--deam", folder / "DEAM", "--songs", *songs]
+    assert call(extract, *extraction(demo, folder / "f", *command)) == 0
     return folder
 
 
-def test_corrected_labels_exchange_what_the_audit_says(demo, swapped_demo, tmp_path, capsys, compared):
-    assert read_json(swapped_demo / "f/manifest.json", "")["swapped_labels"] == [[1, 1000]]
-    clean = read_annotations(demo / "DEAM_feats/annotations.csv")
-    assert read_annotations(swapped_demo / "f/annotations.csv") != clean  # shipped, as it was
-    assert DEAMFeatHandler(swapped_demo / "f", ROOT / "splits.json", labels="corrected").annotations == clean
-    for choice in ("shipped", "corrected"):
+def test_what_the_audit_says(demo, features, swapped, capsys, compared):
+    for folder, made, low, found in (
+            (demo, features, "the labels are right", []),
+            (swapped, swapped / "f", "valence and arousal are swapped", [[1, 1000]])):
         capsys.readouterr()
-        assert call(train, "--features", swapped_demo / "f", "--run", tmp_path / choice, "--labels", choice, *QUICK) == 0
-        assert call(eval_script, tmp_path / choice, "--features", swapped_demo / "f", "--device", "cpu") == 0
+        assert call(audit, folder / "DEAM") == 0
+        last = capsys.readouterr().out.splitlines()[-1]
+        assert last == f"ids 1–1000: {low}; ids 1001–2000: the labels are right."
+        assert read_json(made / "manifest.json", "")["swapped_labels"] == found
+    compared(2, "folders")
+
+
+def test_corrected_labels_exchange_what_the_audit_says(features, swapped, tmp_path, capsys,
+                                                       compared):
+    made, clean = swapped / "f", read_annotations(features / "annotations.csv")
+    shipped = read_annotations(made / "annotations.csv")
+    for song, (v, s, a, b) in clean.items():
+        assert shipped[song] == ((a, b, v, s) if song <= 1000 else (v, s, a, b))
+    data = DEAMFeatHandler(made, allow_missing=True, labels="corrected")
+    assert data.annotations == clean
+    runs = {choice: tmp_path / choice for choice in ("shipped", "corrected")}
+    for choice, run in runs.items():
+        capsys.readouterr()
+        assert call(train, "--features", made, "--allow-missing", "--run", run, "--labels", choice,
+                    *QUICK) == 0
+        assert call(eval_script, run, "--features", made, "--device", "cpu") == 0
         output = capsys.readouterr().out
-        assert output.count("see extract.py --audit-labels") == (2 if choice == "shipped" else 0) and f"{choice} labels" in output
-    assert call(eval_script, tmp_path / "corrected", "--features", swapped_demo / "f", "--labels", "shipped", "--device", "cpu") == 0
+        assert output.count("valence and arousal are swapped") == 2 * (choice == "shipped")
+        assert ("original" if choice == "shipped" else choice) + " labels" in output
+    first = (runs["corrected"] / "eval-test/metrics.json").read_bytes()
+    assert call(eval_script, runs["corrected"], "--features", made, "--labels", "shipped",
+                "--device", "cpu") == 0
     assert "for comparison: the run was trained on corrected labels" in capsys.readouterr().out
-    found = read_json(tmp_path / "corrected/eval-test/metrics.json", "")
+    assert (runs["corrected"] / "eval-test/metrics.json").read_bytes() == first  # written beside
+    found = read_json(runs["corrected"] / "eval-test-shipped/metrics.json", "")
     assert (found["labels"], found["trained_on_labels"]) == ("shipped", "corrected")
     compared(len(clean), "songs")
 
 
-def test_without_dynamic_annotations_nothing_is_corrected(demo, tmp_path, fails):
-    shutil.copytree(demo / "DEAM_demo", tmp_path / "DEAM", ignore=shutil.ignore_patterns("dynamic*"))
-    assert call(extract, "--deam", tmp_path / "DEAM", "--bundle", "DEMO", "--features", tmp_path / "f", "--limit", 1, "--device", "cpu") == 0
-    assert "does not say which labels are exchanged" in fails(train, "--features", tmp_path / "f", "--labels", "corrected")
+def test_without_dynamic_annotations_nothing_is_corrected(demo, tmp_path, fails, capsys):
+    root = shutil.copytree(demo / "DEAM", tmp_path / "DEAM", ignore=shutil.ignore_patterns("dyn*"))
+    assert "no dynamic annotations" in fails(audit, root)
+    song = read_splits(demo / "splits.json")["train"][0]
+    assert call(extract, *extraction(demo, tmp_path / "f", "--deam", root, "--songs", song)) == 0
+    assert "the labels cannot be audited" in capsys.readouterr().out
+    assert "does not say which labels are swapped" in fails(
+        train, "--features", tmp_path / "f", "--labels", "corrected", "--allow-missing")
+    (root / "dynamic").mkdir()
+    for name in ("valence", "arousal"):
+        (root / f"dynamic/{name}.csv").write_text("song_id,sample_15000ms\n2,0.1\n")
+    assert "too few songs" in fails(audit, root)
