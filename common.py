@@ -157,10 +157,18 @@ TOP_LAYERS = {"params": PARAMS, "layer": int, "state": {str: torch.Tensor}}
 def network(params):
     """torchaudio's wav2vec2 network without weights (they are assigned, not copied over random
     ones), its positional weight norm removed. Raises UserError for impossible params."""
-    try:
+    sizes = [size for layer in params["extractor_conv_layer_config"] for size in layer] + [
+        value for name, value in params.items() if name.startswith("encoder_") and type(value) is int
+        and "drop" not in name]
+    rates = [value for name, value in params.items() if "drop" in name]
+    try:  # torchaudio takes a billion layers, and no heads, without a word
+        if not all(0 < size <= 100_000 for size in sizes) or params["encoder_num_layers"] > 1000:
+            raise ValueError("a size is out of range")
+        if not all(0 <= rate <= 1 for rate in rates):
+            raise ValueError("a dropout rate is not from 0 to 1")
         with torch.device("meta"):
             model = torchaudio.models.wav2vec2_model(**params)
-    except (ValueError, RuntimeError, TypeError, ZeroDivisionError) as error:
+    except (ValueError, RuntimeError, TypeError, ZeroDivisionError, IndexError) as error:
         raise UserError(f"there is no network of this architecture: {error}") from None
     parametrize.remove_parametrizations(model.encoder.transformer.pos_conv_embed.conv, "weight")
     return model.eval()
@@ -178,6 +186,9 @@ class Backbone:
 
     def __init__(self, weights):
         self.params, state, self.sample_rate, self.epsilon, self.source = find_weights(str(weights))
+        if not RATES[0] <= self.sample_rate <= RATES[1]:
+            raise UserError(f"{weights}: its sample rate is {self.sample_rate} Hz, not one from "
+                            f"{RATES[0]} to {RATES[1]}")
         self.model = network(self.params)
         state = {name: tensor.float() for name, tensor in fold_weight_norm(state).items()
                  if not name.startswith("aux.")}  # a speech recogniser's output layer
