@@ -111,19 +111,29 @@ def fetch_repository(name):
 
     repository, revision = REPOSITORY.fullmatch(name).groups()
 
-    def fetch(file, needed=False):
+    def fetch(file):
+        """Its path, or None where the commit has no such file: the cache remembers that too."""
+        if huggingface_hub.try_to_load_from_cache(repository, file, revision=commit) is (
+                huggingface_hub._CACHED_NO_EXIST):
+            return None
         try:
-            return huggingface_hub.hf_hub_download(repository, file, revision=revision)
+            return huggingface_hub.hf_hub_download(repository, file, revision=commit)
         except LocalEntryNotFoundError:  # an EntryNotFoundError too, but for want of a network
-            if needed or not huggingface_hub.constants.HF_HUB_OFFLINE:
+            if not huggingface_hub.constants.HF_HUB_OFFLINE:
                 raise
         except EntryNotFoundError:
-            if needed:
-                raise UserError(f"{name} is not a wav2vec2 repository: it has no {file}") from None
+            pass
         return None
 
     try:
-        folder = Path(fetch("config.json", needed=True)).parent
+        try:
+            folder = Path(huggingface_hub.hf_hub_download(repository, "config.json",
+                                                          revision=revision)).parent
+        except LocalEntryNotFoundError:
+            raise
+        except EntryNotFoundError:
+            raise UserError(f"{name} is not a wav2vec2 repository: it has no config.json") from None
+        commit = folder.name  # of all files, though the branch may move on meanwhile
         fetch("preprocessor_config.json")
         fetch("model.safetensors") or fetch("pytorch_model.bin")
     except UserError:
@@ -133,7 +143,7 @@ def fetch_repository(name):
         raise UserError(f"cannot get {name} from Hugging Face ({reason[:150]}): check the name and "
                         "the network, or download its files elsewhere and pass the folder with "
                         "--weights") from None
-    return folder, folder.name
+    return folder, commit
 
 
 def downloaded(bundle, name):
