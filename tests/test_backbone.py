@@ -1,171 +1,367 @@
-"""Hidden states: weights from every kind of file, folding, refusals, and what may not change a bit."""
+"""Backbones: weights from bundles, Hugging Face folders and repositories, and files; refusals; digests."""
 
-import contextlib
+import hashlib
+import json
+import os
+import re
 import shutil
-import socket
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.error import URLError
 
 import numpy as np
 import pytest
 import torch
 import torchaudio
-from conftest import ROOT, call
+from conftest import ROOT, call, extraction
+from demo import CONFIG, PARAMS, PROCESSOR
+from safetensors.torch import load_file, save_file
 
 import common
 import extract
-from common import Backbone, POSITION, read_json, read_tensors, state_digest
+import weights
+from cli import UserError
+from common import Arithmetic, Backbone
+from files import ahead, read_json, state_digest, tensor_digest
+from weights import POSITION, fold_weight_norm, from_hugging_face
+
+NEW = "parametrizations.weight.original0", "parametrizations.weight.original1"
+# of the extractor and of the layers: as in wav2vec2-base, wav2vec2-large and between them
+ARRANGEMENTS = {"group, norm after": ("group", False, False), "layer, norm first": ("layer", True, True),
+                "layer, norm after": ("layer", True, False)}
 
 
 @pytest.fixture(scope="module")
-def wav2vec2(tmp_path_factory):
-    """A small wav2vec2 of torchaudio's own making (DEMO's architecture, weight norm in place), as torchaudio saves it
-    and as Hugging Face spells it, old and new; and the model itself as the reference."""
-    folder = tmp_path_factory.mktemp("weights")
-    torch.manual_seed(0)
-    model = torchaudio.models.wav2vec2_model(**common.DEMO).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    torch.save(model.state_dict(), folder / "torchaudio.pt")
-    new = {"wav2vec2." + name.replace("encoder.transformer.", "encoder.").replace("encoder.feature_projection.", "feature_projection."): value
-           for name, value in model.state_dict().items()}
-    new |= {"wav2vec2.masked_spec_embed": torch.zeros(64), "quantizer.codevectors": torch.zeros(3), "project_hid.weight": torch.zeros(2, 2)}
-    old = {name.replace("parametrizations.weight.original0", "weight_g").replace("parametrizations.weight.original1", "weight_v"): value
-           for name, value in new.items()}
-    torch.save(new, folder / "new.bin")
-    torch.save({name.removeprefix("wav2vec2."): value for name, value in old.items()}, folder / "old.bin")
-    return folder, model
+def models():
+    """{arrangement: (params, torchaudio's own small network with weight norm, as the reference)}"""
+    made = {}
+    for arrangement, (extractor, bias, first) in ARRANGEMENTS.items():
+        torch.manual_seed(0)
+        params = {**PARAMS, "extractor_mode": f"{extractor}_norm", "extractor_conv_bias": bias,
+                  "encoder_layer_norm_first": first}
+        model = torchaudio.models.wav2vec2_model(**params).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        made[arrangement] = params, model
+    return made
 
 
-@pytest.mark.parametrize("file, normalize, z_scored", [
-    ("torchaudio.pt", "auto", False), ("torchaudio.pt", "on", True), ("new.bin", "auto", True), ("new.bin", "off", False), ("old.bin", "auto", True)])
-def test_every_layer_equals_the_reference(wav2vec2, compared, file, normalize, z_scored):
-    folder, model = wav2vec2
-    waveform = 0.1 * torch.randn(1, 8000, generator=torch.Generator().manual_seed(1)) + 0.02
-    backbone = Backbone("DEMO", folder / file, normalize)
+def spelled(state, prefix="", old=False):
+    """A torchaudio state dict in Hugging Face's names, with what only pretraining needs."""
+    state = {prefix + name.replace("encoder.transformer.", "encoder.").replace(
+        "encoder.feature_projection.", "feature_projection."): value for name, value in state.items()}
+    if old:
+        for ours, theirs in zip(NEW, ("weight_g", "weight_v")):
+            state = {name.replace(ours, theirs): value for name, value in state.items()}
+    return {**state, prefix + "masked_spec_embed": torch.zeros(64),
+            "quantizer.codevectors": torch.zeros(3), "project_hid.weight": torch.zeros(2, 2)}
+
+
+def assert_layers_equal(backbone, model, epsilon, compared):
+    """All hidden states are the reference's, and so are the weights, whatever file they came from."""
+    waveform = 0.1 * torch.randn(1, 4000, generator=torch.Generator().manual_seed(1)) + 0.02
+    source = waveform if epsilon is None else (
+        (waveform - waveform.mean()) / (waveform.var(correction=0) + epsilon).sqrt())
     with torch.no_grad():
-        source = (waveform - waveform.mean()) / (waveform.var(correction=0) + (1e-7 if file.endswith("bin") else 1e-5)).sqrt() if z_scored else waveform
         features, _ = model.feature_extractor(source, None)
-        reference = [model.encoder.transformer._preprocess(model.encoder.feature_projection(features)), *model.extract_features(source)[0]]
-    for layer, states in enumerate(reference):
-        assert (backbone.hidden_states(waveform, layer) - states).norm() < 1e-5 * states.norm(), layer
-    assert backbone.digest == Backbone("DEMO", folder / "torchaudio.pt").digest  # the same weights, whatever the file
+        first = model.encoder.transformer._preprocess(model.encoder.feature_projection(features))
+        reference = [first, *model.extract_features(source)[0]]
+    for layer in reversed(range(len(reference))):
+        states = backbone.to(Arithmetic("float32", "cpu"), layer).hidden_states(waveform.double())
+        assert (states - reference[layer]).norm() < 1e-5 * states.norm(), layer
+    folded = fold_weight_norm(model.state_dict())
+    assert backbone.digest == state_digest({name: each.float() for name, each in folded.items()})
     compared(len(reference), "layers")
 
 
+@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
+@pytest.mark.parametrize("file, prefix, old, z_scored", [
+    ("model.safetensors", "wav2vec2.", False, True), ("pytorch_model.bin", "", True, False),
+    ("pytorch_model.bin", "hubert.", False, None)])
+def test_hugging_face_folders(models, tmp_path, compared, arrangement, file, prefix, old, z_scored):
+    """Without a processor's configuration the waveform is z-scored, as transformers do."""
+    params, model = models[arrangement]
+    extractor, bias, first = ARRANGEMENTS[arrangement]
+    (tmp_path / "config.json").write_text(json.dumps({
+        **CONFIG, "model_type": prefix.strip(".") or "wav2vec2", "feat_extract_norm": extractor,
+        "conv_bias": bias, "do_stable_layer_norm": first}))
+    if z_scored is not None:
+        (tmp_path / "preprocessor_config.json").write_text(
+            json.dumps({**PROCESSOR, "do_normalize": z_scored}))
+    save = save_file if file.endswith("safetensors") else torch.save
+    save(spelled(model.state_dict(), prefix, old), tmp_path / file)
+    backbone = Backbone(tmp_path)
+    assert backbone.params == {**params, "extractor_conv_layer_config": [
+        list(layer) for layer in params["extractor_conv_layer_config"]]}
+    digest = hashlib.sha256((tmp_path / file).read_bytes()).hexdigest()
+    assert backbone.source == {"name": tmp_path.name, "revision": None, "file": file,
+                               "sha256": digest}
+    assert_layers_equal(backbone, model, None if z_scored is False else 1e-7, compared)
+
+
+@pytest.mark.parametrize("file, epsilon", [("ours.pt", None), ("ours.safetensors", None),
+                                           ("theirs.bin", 1e-7), ("theirs.safetensors", 1e-7)])
+def test_bare_files_are_of_the_base_architecture(models, tmp_path, monkeypatch, compared, file,
+                                                 epsilon):
+    params, model = models["group, norm after"]
+    monkeypatch.setattr(torchaudio.pipelines.WAV2VEC2_BASE, "_params", params)  # base in small
+    state = spelled(model.state_dict(), "wav2vec2.") if epsilon else model.state_dict()
+    (save_file if file.endswith("safetensors") else torch.save)(state, tmp_path / file)
+    assert_layers_equal(Backbone(tmp_path / file), model, epsilon, compared)
+
+
+@pytest.mark.parametrize("name, arrangement, epsilon", [
+    ("WAV2VEC2_BASE", "group, norm after", None), ("HUBERT_LARGE", "layer, norm first", 1e-5),
+    ("WAV2VEC2_ASR_BASE_960H", "group, norm after", None)])
+def test_bundles(models, monkeypatch, compared, name, arrangement, epsilon):
+    """By name, a speech recogniser's output layer left out; z-scored as the bundle itself does."""
+    params, model = models[arrangement]
+    monkeypatch.setattr(getattr(torchaudio.pipelines, name), "_params", {**params, "aux_num_out": 3})
+    monkeypatch.setattr(torchaudio.pipelines._wav2vec2.utils, "_get_state_dict", lambda *_: {
+        **model.state_dict(), "aux.weight": torch.ones(3, 64), "aux.bias": torch.ones(3)})
+    assert_layers_equal(Backbone(name), model, epsilon, compared)
+
+
 def test_hugging_face_base_names_are_all_mapped(compared):
-    """The names of the published wav2vec2-base checkpoint fill the whole architecture."""
-    theirs = ["feature_extractor.conv_layers.0.layer_norm.weight", "feature_extractor.conv_layers.6.conv.weight", "feature_projection.projection.bias",
-              "encoder.pos_conv_embed.conv.weight_g", "encoder.layer_norm.bias", "encoder.layers.11.attention.k_proj.weight",
-              "encoder.layers.0.feed_forward.intermediate_dense.bias", "encoder.layers.3.final_layer_norm.weight"]
-    ours = set(torchaudio.models.wav2vec2_base().state_dict())
-    renamed = common.from_hugging_face({"wav2vec2." + name: None for name in theirs})
+    """Names of the published wav2vec2-base checkpoint, of every kind that occurs in it."""
+    theirs = ["feature_extractor.conv_layers.0.layer_norm.weight",
+              "feature_extractor.conv_layers.6.conv.weight", "feature_projection.projection.bias",
+              "encoder.pos_conv_embed.conv.weight_g", "encoder.layer_norm.bias",
+              "encoder.layers.11.attention.k_proj.weight",
+              "encoder.layers.0.feed_forward.intermediate_dense.bias",
+              "encoder.layers.3.final_layer_norm.weight"]
+    with torch.device("meta"):
+        ours = set(torchaudio.models.wav2vec2_base().state_dict())
+    renamed = from_hugging_face({"wav2vec2." + name: None for name in theirs})
     assert len(renamed) == len(theirs)
-    assert {name.replace("weight_g", "parametrizations.weight.original0") for name in renamed} <= ours
+    assert {name.replace("weight_g", NEW[0]) for name in renamed} <= ours
     compared(len(theirs), "names")
 
 
-def test_weight_norm_is_folded_in_float64(wav2vec2, compared):
-    folder, model = wav2vec2
-    folded = common.fold_weight_norm(read_tensors(folder / "torchaudio.pt", ""))[POSITION + "weight"]
-    torch.testing.assert_close(folded.float(), model.encoder.transformer.pos_conv_embed.conv.weight, rtol=1e-6, atol=1e-7)
-    compared(folded.numel(), "weights")
+def test_weight_norm_is_folded(models, compared):
+    for _, model in models.values():
+        folded = fold_weight_norm(model.state_dict())[POSITION + "weight"]
+        torch.testing.assert_close(folded.float(), rtol=1e-6, atol=1e-7, expected=(
+            model.encoder.transformer.pos_conv_embed.conv.weight))
+    compared(3 * folded.numel(), "weights")
 
 
-def test_refused_backbones(tmp_path, fails, monkeypatch, demo, compared):
-    base = ["--deam", demo / "DEAM_demo", "--limit", 1, "--features", tmp_path / "f", "--device", "cpu"]
-    assert "position bias" in fails(extract, *base, "--bundle", "WAVLM_BASE")
-    assert "no bundle NONE" in fails(extract, *base, "--bundle", "NONE")
-    assert "--layer 13" in fails(extract, *base, "--bundle", "DEMO", "--layer", 13)
+def test_refused_backbones(demo, tmp_path, fails, monkeypatch, compared):
+    base = extraction(demo, tmp_path / "f")
     (tmp_path / "text.bin").write_text("weights")
+    (tmp_path / "text.safetensors").write_text("weights")
     torch.save({"encoder.transformer.x": torch.zeros(1)}, tmp_path / "other.bin")
     torch.save([1, 2], tmp_path / "list.bin")
-    for name, says in (("text.bin", "not a file of weights"), ("other.bin", "do not fit"), ("list.bin", "not a state dict"), ("none.bin", "cannot read")):
-        assert says in fails(extract, *base, "--bundle", "DEMO", "--weights", tmp_path / name)
+    torch.save({"encoder.x": torch.tensor(torch.nan)}, tmp_path / "nan.bin")
+    (tmp_path / "folder").mkdir()
+    shutil.copytree(demo / "backbone", tmp_path / "bare").joinpath("model.safetensors").unlink()
+    refusals = [("WAVLM_BASE", "position bias"), ("NONE", "no such file or folder, Hugging Face"),
+                ("text.bin", "not a file of weights"), ("text.safetensors", "not a file of weights"),
+                ("other.bin", "do not fit"), ("list.bin", "not a state dict"), ("nan.bin", "NaN"),
+                ("folder", "config.json"), ("bare", "neither model.safetensors nor pytorch_model"),
+                ("none.bin", "no such file or folder")]
+    for name, says in refusals:
+        place = name if name.isupper() else tmp_path / name
+        assert says in fails(extract, *base, "--weights", place), name
+    assert "--layer 13: backbone has 12 layers" in fails(extract, *base, "--layer", 13)
 
-    def offline(*_):
+    def download(*_):
         raise URLError("Name or service not known")
 
-    monkeypatch.setattr(torchaudio.pipelines._wav2vec2.utils, "_get_state_dict", offline)
-    message = fails(extract, *base)
-    assert "wav2vec2_fairseq_base_ls960.pth" in message and "--weights" in message and "checkpoints" in message
-    assert "tf32 needs an NVIDIA GPU" in fails(extract, *base, "--precision", "tf32")
+    monkeypatch.setattr(torchaudio.pipelines._wav2vec2.utils, "_get_state_dict", download)
+    message = fails(extract, *base, "--weights", "WAV2VEC2_BASE")
+    for says in ("wav2vec2_fairseq_base_ls960.pth", "--weights", "checkpoints"):
+        assert says in message
+    if not torch.cuda.is_available():
+        assert "sees no NVIDIA GPU" in fails(extract, *base, "--device", "cuda")
     assert not (tmp_path / "f").exists()
-    compared(9, "refusals")
+    compared(len(refusals) + 2, "refusals")
+
+
+def test_no_configuration_ends_in_a_traceback(demo, tmp_path, monkeypatch, compared):
+    """Every key of both files retyped or out of range: a backbone, or one line."""
+    folder, tried, stopped = shutil.copytree(demo / "backbone", tmp_path / "b"), 0, 0
+    clip = torch.zeros(1, 4000, dtype=torch.float64)
+    state = load_file(folder / "model.safetensors")
+    monkeypatch.setattr(weights, "read_state", lambda _: state)
+    for name, config in (("config.json", CONFIG), ("preprocessor_config.json", PROCESSOR)):
+        for key in config:
+            for value in (None, "x", -1, 0, 10**9, 1.5, True, [], [[]], {}, [0] * 7, float("nan")):
+                (folder / name).write_text(json.dumps({**config, key: value}))
+                try:
+                    backbone = Backbone(folder).to(Arithmetic("float32", "cpu"), 1)
+                except UserError:
+                    stopped += 1
+                else:
+                    assert len(backbone.hidden_states(clip)[0]) == 12
+                tried += 1
+        for text in ("", "[]", "null", "{", '"x"', "\0"):
+            (folder / name).write_text(text)
+            with pytest.raises(UserError):
+                Backbone(folder)
+            tried += 1
+        (folder / name).write_text(json.dumps(config))
+    assert stopped > tried / 2
+    compared(tried, "configurations")
+
+
+# ------------------------------------------------------------------------------- Hugging Face's hub
+
+MAIN, OTHER = "a" * 40, "b" * 40  # commits
+BACKBONES = """
+import sys, time; sys.path.insert(0, sys.argv[1])
+from common import Backbone, UserError
+time.sleep = lambda _: None  # the client waits before it tries again
+for name in sys.argv[2:]:
+    try:
+        backbone = Backbone(name)
+        print(name, backbone.digest, "from", *backbone.source.values())
+    except UserError as error:
+        print(name, "error:", error)
+"""
+
+
+@pytest.fixture(scope="module")
+def hub(demo, tmp_path_factory):
+    """A server on 127.0.0.1 that speaks what huggingface_hub asks for: (its address, the list of
+    what was asked for, a function that runs Python with it)."""
+    folder, asked = tmp_path_factory.mktemp("hub"), []
+    config, processor, file = (demo / "backbone" / name for name in (
+        "config.json", "preprocessor_config.json", "model.safetensors"))
+    good = {config.name: config.read_bytes(), processor.name: processor.read_bytes()}
+    state = load_file(file)
+    save_file({name: -value for name, value in state.items()}, folder / file.name)
+    torch.save(state, folder / "pytorch_model.bin")
+    files = {("demo/model", MAIN): {**good, file.name: file.read_bytes()},
+             ("demo/model", OTHER): {**good, file.name: (folder / file.name).read_bytes()},
+             ("demo/pickled", MAIN): {config.name: good[config.name], "pytorch_model.bin":
+                                      (folder / "pytorch_model.bin").read_bytes()},
+             ("demo/damaged", MAIN): {**good, file.name: file.read_bytes()[:-999]},
+             ("demo/empty", MAIN): good, ("demo/unknown", MAIN): {"README.md": b"a poem"}}
+    commits = {"main": MAIN, "v1": OTHER, MAIN: MAIN, OTHER: OTHER}
+
+    class Hub(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def answer(self):
+            asked.append((self.command, self.path))
+            found = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/([^/?]+)(\?.*)?", self.path)
+            name, revision, wanted = found.group(1, 2, 3) if found else ("", "", "")
+            commit, content = commits.get(revision, ""), None
+            if not any(name == repository for repository, _ in files):
+                problem = "RepoNotFound"
+            elif (name, commit) not in files:
+                problem = "RevisionNotFound"
+            else:
+                problem, content = "EntryNotFound", files[name, commit].get(wanted)
+            body = content or b"Entry not found"
+            self.send_response(404 if content is None else 200)
+            if content is None:
+                self.send_header("X-Error-Code", problem)
+            else:
+                self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+            self.send_header("X-Repo-Commit", commit)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        do_GET = do_HEAD = answer
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    surroundings = {name: value for name, value in os.environ.items() if not name.startswith("HF_")
+                    and not name.lower().endswith("_proxy")}
+
+    def python(*arguments, home, **more):
+        """Run Python with a home of its own (huggingface_hub reads its settings at import)."""
+        del asked[:]
+        done = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True,
+                              timeout=120, env={**surroundings, "HF_HOME": str(home), "HF_ENDPOINT":
+                              f"http://127.0.0.1:{server.server_port}", **more})
+        assert "Traceback" not in done.stderr, done.stderr
+        return done
+
+    yield asked, python
+    server.shutdown()
+    server.server_close()
+
+
+def test_repositories(demo, hub, tmp_path, compared):
+    asked, python = hub
+    own = Backbone(demo / "backbone").digest
+
+    def found(*names, **more):
+        done = python("-c", BACKBONES, ROOT, *names, home=tmp_path, **more)
+        lines = done.stdout.splitlines()
+        assert [line.split()[0] for line in lines] == list(names), done.stdout + done.stderr
+        return [line.split(" ", 1)[1] for line in lines]
+
+    names = "demo/model", "demo/model@v1", "demo/pickled"
+    bad = {"demo/empty": "no weights in demo/empty: it has neither model.safetensors nor pytorch_",
+           "demo/damaged": "is not a file of weights: damaged",
+           "demo/unknown": "is not a wav2vec2 repository: it has no config.json",
+           "demo/nowhere": "cannot get demo/nowhere from Hugging Face (",
+           "demo/model@v9": "cannot get demo/model@v9 from Hugging Face ("}
+    model, pinned, pickled, *errors = found(*names, *bad, *names)
+    assert model.startswith(f"{own} from demo/model {MAIN} model.safetensors ")
+    assert pickled.startswith(f"{own} from demo/pickled {MAIN} pytorch_model.bin ")
+    assert f" from demo/model {OTHER} model.safetensors " in pinned and not pinned.startswith(own)
+    for line, says in zip(errors, bad.values()):
+        assert line.startswith("error: ") and says in line
+    assert errors[len(bad):] == [model, pinned, pickled]  # again, from the cache:
+    downloads = [path for command, path in asked if command == "GET" and "/model.saf" in path]
+    assert len(downloads) == len(set(downloads)) == 3
+
+    offline = found(*names, f"demo/model@{OTHER}", "demo/nowhere", HF_HUB_OFFLINE="1")
+    assert offline[:4] == [model, pinned, pickled, pinned] and not asked
+    no_network = found(*names, "demo/nowhere", "demo/nowhere@v1", HF_ENDPOINT="http://127.0.0.1:9")
+    assert no_network[:3] == [model, pinned, pickled] and not asked
+    for line in offline[4:] + no_network[3:]:
+        assert "check the name and the network" in line and "pass the folder with --weights" in line
+    compared(3 + len(errors) + len(offline) + len(no_network), "answers")
+
+
+def test_a_manifest_remembers_the_revision(demo, hub, tmp_path, compared):
+    """What `demo/model` was at the time is what --verify fetches, whatever main is by then."""
+    asked, python = hub
+    song = read_json(demo / "splits.json", "")["train"][0]
+    command = [ROOT / "extract.py", *extraction(demo, tmp_path / "f", "--songs", song,
+                                                 "--precision", "float32")]
+    command[command.index("--weights") + 1] = "demo/model@v1"
+    done = python(*command, home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    source = read_json(tmp_path / "f/manifest.json", "")["source"]
+    assert (source["name"], source["revision"]) == ("demo/model", OTHER)
+    done = python(ROOT / "extract.py", "--verify", tmp_path / "f/manifest.json", "--deam",
+                  demo / "DEAM", "--device", "cpu", home=tmp_path, HF_HUB_OFFLINE="1")
+    assert done.returncode == 0 and "REPRODUCED: PCM and features of 1 of 1 songs" in done.stdout
+    assert "5 identical, 0 close, 0 different" in done.stdout and not asked
+    compared(5, "values of the manifest")
+
+
+# --------------------------------------------------------------------------- digests, threads, GPUs
 
 
 def test_digests(compared):
-    """Worked out by hand with hashlib alone: dtype, shape, little-endian bytes; sorted names."""
-    import hashlib
-
+    """Worked out with hashlib alone: dtype, shape, little-endian bytes; sorted names."""
     a = torch.tensor([[1.0, 2.0]])
-    by_hand = hashlib.sha256(b"float32 [1, 2]\n" + np.array([1, 2], ">f4").astype("<f4").tobytes()).hexdigest()
-    assert common.tensor_digest(a) == common.tensor_digest(a.numpy().astype(">f4")) == by_hand
-    assert common.tensor_digest(a.half()) != by_hand != common.tensor_digest(a.T)
+    data = np.array([1, 2], ">f4").astype("<f4").tobytes()
+    by_hand = hashlib.sha256(b"float32 [1, 2]\n" + data).hexdigest()
+    assert tensor_digest(a) == tensor_digest(a.numpy().astype(">f4")) == by_hand
+    assert tensor_digest(a.half()) != by_hand != tensor_digest(a.T)
     state = {"b": a, "a": a.half()}
     assert state_digest(state) == state_digest(dict(reversed(state.items())))
-    assert state_digest(state) == hashlib.sha256(f"a {common.tensor_digest(a.half())}\nb {by_hand}\n".encode()).hexdigest()
+    lines = f"a {tensor_digest(a.half())}\nb {by_hand}\n"
+    assert state_digest(state) == hashlib.sha256(lines.encode()).hexdigest()
     compared(5, "digests")
-
-
-def songs_of(folder):
-    return {song: entry["features"] for song, entry in read_json(folder / "manifest.json", "")["songs"].items()}
-
-
-@pytest.mark.parametrize("store", ["float32", "float16"])
-def test_threads_batches_and_workers_change_no_bit(demo, tmp_path, compared, store):
-    results = []
-    for threads, batch, workers in ((1, 1, 1), (2, 4, 2), (5, 3, 4)):
-        out = tmp_path / f"{threads}"
-        assert call(extract, "--deam", demo / "DEAM_demo", "--bundle", "DEMO", "--features", out, "--limit", 7, "--device", "cpu", "--threads", threads,
-                    "--batch-size", batch, "--workers", workers, "--store", store) == 0
-        results.append((songs_of(out), read_json(out / "manifest.json", "")["digest"]))
-    assert results[0] == results[1] == results[2] and len(results[0][0]) == 7
-    compared(7, "songs, three ways")
-
-
-@pytest.mark.parametrize("mode, bias", [("group_norm", False), ("layer_norm", True)])
-def test_float64_convolutions_in_chunks_equal_the_librarys(compared, mode, bias):
-    """Both kinds of extractor, clips of less than a chunk and of several, with an offset that a careless variance would
-    not survive; the same bits at any number of threads."""
-    torch.manual_seed(0)
-    params = {**common.DEMO, "extractor_mode": mode, "extractor_conv_bias": bias}
-    extractor = torchaudio.models.wav2vec2_model(**params).feature_extractor.double()
-    lengths = (400, 719, 720, 64 * 320 + 79, 64 * 320 + 80, 50_001)
-    for length in lengths:
-        waveform = 100 + 0.01 * torch.randn(1, length, dtype=torch.float64)
-        with torch.inference_mode():
-            expected, _ = extractor(waveform, None)
-            found, again = (common.convolve_in_chunks(extractor.conv_layers, waveform, threads) for threads in (1, 3))
-        assert found.shape == expected.shape and (found - expected).norm() < 1e-9 * expected.norm(), length
-        assert torch.equal(found, again)
-    compared(len(lengths), "clips")
-
-
-def loopback():
-    with socket.create_server(("127.0.0.1", 0)) as server, contextlib.suppress(OSError):
-        socket.create_connection(server.getsockname(), 1).close()
-        return True
-
-
-@pytest.mark.skipif(not loopback(), reason="torchrun's processes talk over 127.0.0.1, which is down here")
-def test_several_processes_share_the_songs(demo, tmp_path, compared):
-    """As `torchrun --nproc-per-node N` on N GPUs, here on the CPU: one manifest with the digests of one process; and the
-    songs that failed anywhere are named once."""
-    corpus = shutil.copytree(demo / "DEAM_demo", tmp_path / "corpus")
-    songs = sorted(common.DEAMHandler(corpus).audio)[:8]
-    (corpus / f"DEAM_audio/MEMD_audio/{songs[1]}.wav").write_bytes(b"")  # the second process's
-    command = ["--deam", corpus, "--bundle", "DEMO", "--songs", *songs, "--device", "cpu", "--threads", 1]
-    assert call(extract, *command, "--features", tmp_path / "one") == 1
-    both = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2", ROOT / "extract.py",
-                           *map(str, command), "--features", tmp_path / "two"], capture_output=True, text=True)
-    one, two = (read_json(tmp_path / name / "manifest.json", "") for name in ("one", "two"))
-    assert one["digest"] == two["digest"] and len(two["songs"]) == 7 and both.returncode == 1, both.stderr
-    assert both.stdout.count("failed:") == 1 == both.stdout.count(one["digest"]) and f"{songs[1]}.wav: empty file" in both.stdout
-    compared(len(two["songs"]), "songs")
 
 
 def test_each_process_has_its_gpu(monkeypatch, compared):
@@ -177,7 +373,7 @@ def test_each_process_has_its_gpu(monkeypatch, compared):
         monkeypatch.setenv("LOCAL_RANK", str(place))
         assert common.pick_device("auto") == torch.device("cuda", place)
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(common.UserError, match="process 3 has no GPU: torch sees 2"):
+    with pytest.raises(UserError, match="process 3 has no GPU: torch sees 2"):
         common.pick_device("cuda")
     assert chosen == [0, 1] and common.pick_device("cpu") == torch.device("cpu")
     compared(4, "processes")
@@ -193,25 +389,9 @@ def test_ahead_keeps_the_order_and_a_bound(compared):
         return n * n
 
     threads = torch.get_num_threads()
-    for n, result in enumerate(common.ahead(square, range(40), threads=3)):
+    for n, result in enumerate(ahead(square, range(40), threads=3)):
         assert result == n * n and len(begun) <= n + 8  # two for each thread beyond the one asked for
     assert torch.get_num_threads() == threads
     with pytest.raises(ZeroDivisionError):
-        list(common.ahead(lambda n: 1 / n, [1, 0, 1]))
+        list(ahead(lambda n: 1 / n, [1, 0, 1]))
     compared(len(begun), "results")
-
-
-def test_settings_are_not_mixed_in_one_folder(demo, tmp_path, fails):
-    shutil.copytree(demo / "DEAM_feats", tmp_path / "f")
-    message = fails(extract, "--deam", demo / "DEAM_demo", "--bundle", "DEMO", "--features", tmp_path / "f", "--layer", 11, "--device", "cpu", "--precision", "float64")
-    assert "layer 10 there, 11 now" in message and "store float16 there, float32 now" in message and "precision" not in message
-
-
-def test_layers_and_frames(demo, tmp_path, compared):
-    """Every stored tensor is [T, D] in the type asked for, about 50 frames a second."""
-    manifest = read_json(demo / "DEAM_feats/manifest.json", "")
-    for song, entry in manifest["songs"].items():
-        features = torch.load(demo / "DEAM_feats/songs" / f"{song}.pt", weights_only=True)
-        assert features.shape == (entry["frames"], 64) == (299, 64) and features.dtype == torch.float16
-        assert features.untyped_storage().nbytes() == features.numel() * 2
-    compared(len(manifest["songs"]), "feature files")
