@@ -121,7 +121,7 @@ class FeatureFolder:
         if differing := differences(then, now):
             raise UserError(f"{self.root} holds features made otherwise ({differing}): choose "
                             "another --features")
-        self.manifest["songs"] = there["songs"]
+        self.manifest |= {key: there[key] for key in ("songs", "digest")}
 
     def write(self, name, value, writer):
         """Write a file, unless it is there as it should be: the folder may be for reading only."""
