@@ -94,7 +94,8 @@ def write_file(path, data):
     """Write bytes or text so that the file is there whole or not at all, whatever happens meanwhile.
     Raises UserError where the disk is full or the folder may not be written."""
     path, data = Path(path), data.encode() if isinstance(data, str) else data
-    beside = path.with_name(f".{path.name}.part")
+    # torchrun's processes may write one manifest at once: each beside it, in a file of its own
+    beside = path.with_name(f".{path.name}.{os.environ.get('RANK', 0)}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(beside, "wb") as file:
@@ -231,23 +232,25 @@ def check_form(value, form, complaint):
 
 
 def lock(folder, name, what):
-    """Hold `folder` for this process until it ends, however it ends. Raises UserError, naming the
-    holder, where another process has it. A folder that may only be read needs no lock."""
+    """Hold `folder` as long as what this returns is kept, at most until the process ends, however it
+    ends. Raises UserError, naming the holder, where another has it. A folder that may only be read
+    needs no lock."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        file = os.open(Path(folder) / f".{name}.lock", os.O_RDWR | os.O_CREAT, 0o666)
+        path = Path(folder) / f".{name}.lock"
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
     except OSError:
         return None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        holder = os.pread(file, 200, 0).decode(errors="replace").strip() or "another process"
+        holder = file.read(200).decode(errors="replace").strip() or "another process"
         raise UserError(f"{what} {folder} is being written by {holder}: wait for it, or stop "
                         "it") from None
     except OSError:  # a file system without locks
         return None
-    os.ftruncate(file, 0)
-    os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+    file.truncate()
+    file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
     return file
 
 
