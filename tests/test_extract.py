@@ -1,0 +1,343 @@
+"""Extraction: what may not change a bit, what is resumed, stopped, shared, checked and verified."""
+
+import builtins
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, call, extraction
+
+import extract
+from cli import UserError
+from common import DEAMHandler, manifest_digest, read_manifest, read_splits, songs_of
+from files import read_json, tensor_digest
+
+FLOAT32 = ["--precision", "float32"]
+
+
+def songs_in(folder):
+    return read_manifest(folder / "manifest.json")["songs"]
+
+
+@pytest.fixture(scope="session")
+def ids(demo):
+    return sorted(songs_of(read_splits(demo / "splits.json")))
+
+
+@pytest.fixture
+def copy(features, tmp_path):
+    """A copy of the demo's features."""
+    return shutil.copytree(features, tmp_path / "DEAM_feats")
+
+
+@pytest.fixture
+def corpus(demo, tmp_path):
+    """A copy of the demo's DEAM."""
+    return shutil.copytree(demo / "DEAM", tmp_path / "DEAM")
+
+
+def test_layers_and_frames(features, ids, compared):
+    """Every stored tensor is [T, D], about 50 frames a second, and nothing besides."""
+    entries = songs_in(features)
+    assert [int(song) for song in entries] == ids
+    for song, entry in entries.items():
+        stored = torch.load(features / "songs" / f"{song}.pt", weights_only=True)
+        assert stored.shape == (entry["frames"], 64) == (299, 64) and stored.dtype == torch.float32
+        assert stored.untyped_storage().nbytes() == stored.numel() * 4
+        assert tensor_digest(stored) == entry["features"]
+    compared(len(entries), "feature files")
+
+
+@pytest.mark.parametrize("settings", [FLOAT32, ["--store", "float16"]])
+def test_threads_and_batches_change_no_bit(demo, ids, tmp_path, compared, settings):
+    manifests, threads = [], torch.get_num_threads()
+    for count, batch in ((1, 1), (3, 4)):
+        torch.set_num_threads(count)
+        folder = tmp_path / str(count)
+        assert call(extract, *extraction(demo, folder, *settings, "--batch-size", batch, "--songs",
+                                         *ids[:5])) == 0
+        manifests.append(read_manifest(folder / "manifest.json"))
+    torch.set_num_threads(threads)
+    assert manifests[0]["digest"] == manifests[1]["digest"] and len(manifests[0]["songs"]) == 5
+    compared(5, "songs, two ways")
+
+
+@pytest.mark.parametrize("settings, says", [
+    (["--layer", 11, "--store", "float16"], "layer 10 there, 11 now; store float32 there, float16"),
+    (["--precision", "exact"], "precision float32 there, exact now")])
+def test_settings_are_not_mixed_in_one_folder(demo, features, fails, compared, settings, says):
+    before = (features / "manifest.json").read_bytes()
+    assert says in fails(extract, *extraction(demo, features, *FLOAT32, *settings))
+    assert (features / "manifest.json").read_bytes() == before
+    compared(1, "refusals")
+
+
+def test_stopped_and_resumed(demo, features, ids, tmp_path, fails, compared):
+    """Ctrl-C, SIGTERM and SIGKILL, each as soon as some songs more are there, lose none of those and
+    change no bit. A second extraction into the folder meanwhile ends with a line that names the
+    first."""
+    folder, there = tmp_path / "f", 0
+    command = extraction(demo, folder, *FLOAT32)
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)):
+        with subprocess.Popen([sys.executable, ROOT / "extract.py", *map(str, command)],
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            while len(list(folder.glob("songs/*.json"))) < there + 4 and process.poll() is None:
+                time.sleep(0.02)
+            if number == signal.SIGTERM:
+                process.send_signal(signal.SIGSTOP)
+                assert f"is being written by process {process.pid} on " in fails(extract, *command)
+                process.send_signal(signal.SIGCONT)
+            process.send_signal(number)
+            output, errors = process.communicate()
+        assert process.returncode == code and "Traceback" not in errors, errors
+        assert f"{len(ids)} songs, {len(ids) - there} to do" in output
+        if code > 0:
+            assert errors.splitlines()[-1] == "interrupted: rerun the same command to resume"
+        there = len(list(folder.glob("songs/*.json")))
+        assert 4 <= there < len(ids)
+    written = {path: path.stat().st_mtime_ns for path in folder.glob("songs/*.json")}
+    first, second, third = sorted(written)[:3]
+    first.with_suffix(".pt").write_bytes(b"damaged")
+    second.write_text("{")
+    third.with_name(".999.pt.part").write_bytes(b"half a file")
+    assert call(extract, *command) == 0
+    redone = {path for path, then in written.items() if path.stat().st_mtime_ns != then}
+    assert redone == {first, second}  # the others stayed as they were
+    assert read_manifest(folder / "manifest.json")["digest"] == read_manifest(
+        features / "manifest.json")["digest"]
+    assert call(extract, "--check", folder) == 0
+    compared(len(ids), "songs, resumed three times")
+
+
+def test_a_bad_song_does_not_cost_the_others(demo, features, ids, corpus, tmp_path, capsys,
+                                             compared):
+    audio = DEAMHandler(corpus).audio
+    whole = audio[ids[1]].read_bytes()
+    audio[ids[1]].write_bytes(b"")
+    audio[ids[2]].write_bytes(whole[:5000])
+    command = extraction(demo, tmp_path / "f", *FLOAT32, "--deam", corpus, "--songs", *ids[:5])
+    assert call(extract, *command) == 1
+    output = capsys.readouterr().out
+    for song, reason in ((ids[1], "empty file"), (ids[2], "truncated")):
+        assert f"failed: {audio[song]}: {reason}" in output
+    expected = {song: entry for song, entry in songs_in(features).items() if int(song) in ids[:5]}
+    for song in ids[1:3]:
+        expected.pop(str(song))
+    assert songs_in(tmp_path / "f") == expected
+    assert call(extract, "--check", tmp_path / "f") == 0
+    for song in ids[1:3]:  # put right, they alone are extracted
+        shutil.copy(demo / "DEAM" / audio[song].relative_to(corpus), audio[song])
+    capsys.readouterr()
+    assert call(extract, *command) == 0 and "5 songs, 2 to do" in capsys.readouterr().out
+    compared(len(expected), "songs done beside two bad ones")
+
+
+def test_missing_audio_and_labels_stop_before_any_work(demo, ids, corpus, tmp_path, fails,
+                                                       compared):
+    for path in list(DEAMHandler(corpus).audio.values())[2:]:
+        path.unlink()
+    command = extraction(demo, tmp_path / "f", *FLOAT32, "--deam", corpus)
+    assert "58 of 60 songs have no audio" in fails(extract, *command)
+    assert "1 of 2 songs have no label" in fails(extract, *command, "--songs", ids[0], 3)
+    assert "1 of 1 songs have no audio" in fails(extract, *command, "--allow-missing", "--songs",
+                                                 next(song for song in ids if song not in
+                                                      DEAMHandler(corpus).audio))
+    assert not (tmp_path / "f").exists()
+    assert call(extract, *command, "--allow-missing") == 0 and len(songs_in(tmp_path / "f")) == 2
+    compared(2, "songs extracted with --allow-missing")
+
+
+def loopback():
+    with socket.create_server(("127.0.0.1", 0)) as server, contextlib.suppress(OSError):
+        socket.create_connection(server.getsockname(), 1).close()
+        return True
+
+
+@pytest.mark.skipif(not loopback(), reason="torchrun's processes talk over 127.0.0.1")
+def test_several_processes_share_the_songs(demo, features, ids, corpus, tmp_path, compared):
+    """As `torchrun --nproc-per-node N` on N GPUs, here on the CPU: one manifest with the digests of
+    one process; and the songs that failed anywhere are named once."""
+    DEAMHandler(corpus).audio[ids[1]].write_bytes(b"")  # the second process's
+    command = extraction(demo, tmp_path / "two", *FLOAT32, "--deam", corpus, "--songs", *ids[:8])
+    assert call(extract, *extraction(demo, tmp_path / "one", *FLOAT32, "--deam", corpus, "--songs",
+                                     *ids[:8])) == 1
+    both = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                           "--local-addr", "127.0.0.1", "--nproc-per-node", "2",
+                           ROOT / "extract.py", *map(str, command)], capture_output=True, text=True)
+    one, two = (read_manifest(tmp_path / name / "manifest.json") for name in ("one", "two"))
+    assert both.returncode == 1 and one["digest"] == two["digest"], both.stderr
+    assert len(two["songs"]) == 7 and two["songs"].items() <= songs_in(features).items()
+    assert both.stdout.count("failed:") == 1 == both.stdout.count(one["digest"])
+    assert f"{ids[1]}.wav: empty file" in both.stdout
+    compared(len(two["songs"]), "songs")
+
+
+def test_check_names_every_damage(copy, features, ids, capsys, fails, compared):
+    """Ten bytes flipped in turn, and files missing, of other types or of other songs."""
+    assert call(extract, "--check", features) == 0
+    assert "60 of 60 songs are as the manifest says" in capsys.readouterr().out
+    path = copy / "songs" / f"{ids[0]}.pt"
+    whole, value = path.read_bytes(), torch.load(path, weights_only=True)
+    data = whole.index(value.numpy().tobytes()[:64])  # the rest is the zip's own
+    flipped = [bytearray(whole) for _ in range(10)]
+    for n, each in enumerate(flipped):
+        each[data + n * value.numel() * 4 // 10] ^= 1
+    contents = [*map(bytes, flipped), b"", b"text", whole[:-100], None,
+                (copy / "songs" / f"{ids[1]}.pt").read_bytes()]
+    for content in contents:
+        path.write_bytes(content) if content is not None else path.unlink()
+        assert call(extract, "--check", copy) == 1
+        output = capsys.readouterr().out
+        assert str(path) in output and "59 of 60 songs" in output
+    for other in (value.bfloat16(), value[0], value * torch.nan, [value], {"a": value}):
+        torch.save(other, path)
+        assert call(extract, "--check", copy) == 1
+        assert str(path) in capsys.readouterr().out
+    path.write_bytes(whole)
+    (copy / "annotations.csv").write_text("song_id\n")
+    assert call(extract, "--check", copy) == 1 and "annotations.csv" in capsys.readouterr().out
+    assert "cannot read a manifest" in fails(extract, "--check", copy / "songs")
+    compared(len(contents) + 7, "damaged folders")
+
+
+def test_a_damaged_file_is_extracted_again(demo, copy, features, ids, capsys, compared):
+    """Of any kind, as the messages advise."""
+    paths = [copy / "songs" / f"{song}.pt" for song in ids[:6]]
+    value = torch.load(paths[0], weights_only=True)
+    for path, other in zip(paths, (value.bfloat16(), value + 1, value * torch.nan, [value])):
+        torch.save(other, path)
+    paths[4].unlink()
+    paths[5].write_bytes(b"")
+    assert call(extract, *extraction(demo, copy, *FLOAT32)) == 0
+    assert "60 songs, 6 to do" in capsys.readouterr().out
+    assert songs_in(copy) == songs_in(features) and call(extract, "--check", copy) == 0
+    compared(len(paths), "damaged files")
+
+
+def edited(manifest, change):
+    """The manifest after change(manifest), its own digest put right unless that was changed."""
+    manifest, before = json.loads(json.dumps(manifest)), manifest["digest"]
+    change(manifest)
+    if manifest.get("digest") == before:
+        with contextlib.suppress(KeyError):
+            manifest["digest"] = manifest_digest(manifest)
+    return json.dumps(manifest)
+
+
+def test_verify(demo, features, ids, tmp_path, capsys, fails, compared):
+    """Songs drawn at random, or named; whatever does not fit is said by name, and exit code 1."""
+    path, songs = tmp_path / "manifest.json", ids[3:5]
+    manifest = read_json(features / "manifest.json", "")
+    path.write_text(json.dumps(manifest))
+    command = ["--deam", demo / "DEAM", "--weights", demo / "backbone", "--device", "cpu",
+               "--verify", path]
+    assert call(extract, *command, "--sample", 2) == 0
+    output = capsys.readouterr().out
+    assert "2 of the 60 songs whose audio is here, drawn with seed " in output
+    assert "REPRODUCED: PCM and features of 2 of 60 songs, float32" in output
+    assert call(extract, *command, "--songs", *re.findall(r"--songs (\d+) (\d+)", output)[0]) == 0
+    tampered = {
+        f"song {songs[0]}: pcm": lambda m: m["songs"][str(songs[0])].update(pcm="0" * 64),
+        f"song {songs[1]}: features": lambda m: m["songs"][str(songs[1])].update(features="0" * 64),
+        f"song {songs[1]}: frames": lambda m: m["songs"][str(songs[1])].update(frames=298),
+        "weights": lambda m: m["settings"].update(weights="0" * 64),
+        "sample rate and z-score": lambda m: m["settings"].update(normalize_epsilon=1e-7)}
+    for name, change in tampered.items():
+        path.write_text(edited(manifest, change))
+        capsys.readouterr()
+        assert call(extract, *command, "--songs", *songs) == 1
+        output = capsys.readouterr().out
+        assert "7 identical, 0 close, 1 different" in output and "NOT REPRODUCED" in output
+        assert [line.split("  ")[1] for line in output.splitlines() if "DIFFERENT" in line] == [name]
+    path.write_text(json.dumps({**manifest, "annotations": "0" * 64}))
+    assert "does not match its own digest" in fails(extract, *command)
+    path.write_text(json.dumps(manifest))
+    assert "has no songs 3" in fails(extract, *command, "--songs", 3)
+    compared(len(tampered) + 4, "manifests and songs")
+
+
+def test_no_manifest_ends_in_a_traceback(features, tmp_path, compared):
+    """Every key removed and retyped, its digest put right."""
+    manifest, path, tried = read_json(features / "manifest.json", ""), tmp_path / "m.json", 0
+    song = next(iter(manifest["songs"]))
+    places = [(), ("settings",), ("songs",), ("songs", song), ("source",)]
+    for place in places:
+        inner = manifest
+        for key in place:
+            inner = inner[key]
+        for key in list(inner)[:12]:
+            if key == "environment" or place == ("source",) and key != "name":
+                continue  # beside the result, and not read
+            for value in ("removed", None, [], {}, "x", -1.5, True):
+                if isinstance(inner[key], type(value)) and not isinstance(value, (str, dict)) or (
+                        inner[key] is None and value is None):
+                    continue
+
+                def change(found):
+                    for each in place:
+                        found = found[each]
+                    found.pop(key) if value == "removed" else found.update({key: value})
+
+                path.write_text(edited(manifest, change))
+                try:
+                    read_manifest(path)
+                    assert (value == "removed" and place == ("songs",) or key in (
+                        "swapped_labels", "normalize_epsilon", "songs", "name")), (key, value)
+                except UserError as error:
+                    assert str(path) in str(error)
+                tried += 1
+    compared(tried, "manifests")
+
+
+@pytest.fixture
+def read_only(monkeypatch):
+    """read_only(folder): from now on nothing can be written in it, by root neither."""
+
+    def forbid(folder):
+        opened, created, replaced = builtins.open, os.open, os.replace
+
+        def refuse(path):
+            if str(path).startswith(str(folder)):
+                raise PermissionError(13, "Permission denied", str(path))
+
+        def open_file(path, mode="r", *rest, **more):
+            if set(mode) & set("wax+"):
+                refuse(path)
+            return opened(path, mode, *rest, **more)
+
+        def open_number(path, flags, *rest, **more):
+            if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+                refuse(path)
+            return created(path, flags, *rest, **more)
+
+        def replace(source, target):
+            refuse(target)
+            return replaced(source, target)
+
+        monkeypatch.setattr(builtins, "open", open_file)
+        monkeypatch.setattr(os, "open", open_number)
+        monkeypatch.setattr(os, "replace", replace)
+
+    return forbid
+
+
+def test_a_complete_folder_may_be_for_reading_only(demo, copy, ids, read_only, capsys, fails,
+                                                   compared):
+    (copy / ".extract-0.lock").unlink(missing_ok=True)
+    read_only(copy)
+    assert call(extract, *extraction(demo, copy, *FLOAT32)) == 0
+    assert "60 songs, 0 to do" in capsys.readouterr().out
+    assert call(extract, "--check", copy) == 0
+    (copy / "songs" / f"{ids[0]}.pt").unlink()
+    message = fails(extract, *extraction(demo, copy, *FLOAT32))
+    assert "cannot write" in message and "choose a folder that you may write to" in message
+    compared(len(ids), "songs")
