@@ -76,8 +76,8 @@ def test_any_file_and_bad_ones_beside_them(demo, trained, tmp_path, compared):
         shutil.copy(music / "stereo.flac", music / "locked.flac")
         (music / "locked.flac").chmod(0)
         bad["locked.flac"] = "not readable"
-    command = [trained, music, tmp_path / "nowhere.wav", "--csv", tmp_path / "songs.csv", "--weights",
-               demo / "backbone", "--device", "cpu"]
+    command = [trained, music, tmp_path / "nowhere.wav", "--csv", tmp_path / "songs.csv",
+               "--weights", demo / "backbone", "--device", "cpu"]
     done = subprocess.run([sys.executable, ROOT / "predict.py", *command], capture_output=True,
                           text=True, env={**os.environ, "PYTHONIOENCODING": "ascii"}, timeout=120)
     lines = done.stdout.splitlines()
@@ -96,8 +96,8 @@ def test_any_file_and_bad_ones_beside_them(demo, trained, tmp_path, compared):
     (45.05, 45, 15, 1), (67.5, 45, 15, 1), (68, 45, 15, 3), (200, 45, 15, 12), (100.001, 45, 45, 3),
     (12.3457, 2, 0.7, 16)])
 def test_windows_cover_every_sample(tmp_path, compared, seconds, window, hop, count):
-    """Windows of one length, `hop` apart, the last one aligned with the end; what is not much longer
-    than a window stays whole, as in training."""
+    """Windows of one length, `hop` apart, the last one aligned with the end; what is not much
+    longer than a window stays whole, as in training."""
     ramp = (np.arange(round(seconds * 4000)) / (seconds * 4000)).astype(np.float32)
     soundfile.write(tmp_path / "long.wav", ramp, 4000, subtype="FLOAT")
     covered, starts, lengths = np.zeros(len(ramp), bool), [], set()

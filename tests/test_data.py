@@ -154,7 +154,8 @@ def test_bad_clips_are_named(tmp_path, compared):
     soundfile.write(tmp_path / "slow.wav", np.zeros(16000), 3999)
     soundfile.write(tmp_path / "fast.wav", np.zeros(16000), 384_001)
     whole = (tmp_path / "whole.wav").read_bytes()
-    content = {"empty.mp3": b"", "text.mp3": b"not audio " * 100, "cut.wav": whole[:len(whole) // 2],
+    content = {"empty.mp3": b"", "text.mp3": b"not audio " * 100,
+               "cut.wav": whole[:len(whole) // 2],
                "cut.flac": (tmp_path / "whole.flac").read_bytes()[:30000],
                "cut.mp3": (tmp_path / "whole.mp3").read_bytes()[:20000]}
     for name, data in content.items():
@@ -199,7 +200,8 @@ def test_odd_rates_take_no_more_memory_than_others(tmp_path, compared):
         soundfile.write(tmp_path / f"{rate}.wav", np.zeros(rate), rate)
     script = ("import sys, resource; sys.path.insert(0, sys.argv[1]); import common; before = "
               "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-              "for path in sys.argv[2:]: assert len(common.read_waveform(path, 16000)[0]) == 16000\n"
+              "for path in sys.argv[2:]:\n"
+              "    assert len(common.read_waveform(path, 16000)[0]) == 16000\n"
               "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)")
     done = subprocess.run([sys.executable, "-c", script, ROOT, *(
         tmp_path / f"{rate}.wav" for rate in rates)], capture_output=True, text=True, check=True)
@@ -210,7 +212,8 @@ def test_odd_rates_take_no_more_memory_than_others(tmp_path, compared):
 def test_the_demo_is_like_deam(demo, splits, compared):
     deam, own = DEAMHandler(demo / "DEAM"), read_splits(demo / "splits.json")
     songs = [splits[name][:n] for name, n in (("train", 40), ("val", 10), ("test", 10))]
-    assert [own[name] for name in ("train", "val", "test")] == songs and "synthetic" in own["source"]
+    assert [own[name] for name in ("train", "val", "test")] == songs
+    assert "synthetic" in own["source"]
     songs = sum(songs, [])
     assert sorted(deam.annotations) == sorted(deam.audio) == sorted(songs)
     info = soundfile.info(deam.audio[songs[0]])

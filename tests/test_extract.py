@@ -64,11 +64,11 @@ def test_threads_and_batches_change_no_bit(demo, ids, tmp_path, compared, settin
         torch.set_num_threads(count)
         folder = tmp_path / str(count)
         assert call(extract, *extraction(demo, folder, *settings, "--batch-size", batch, "--songs",
-                                         *ids[:5])) == 0
+                                         *ids[:4])) == 0
         manifests.append(read_manifest(folder / "manifest.json"))
     torch.set_num_threads(threads)
-    assert manifests[0]["digest"] == manifests[1]["digest"] and len(manifests[0]["songs"]) == 5
-    compared(5, "songs, two ways")
+    assert manifests[0]["digest"] == manifests[1]["digest"] and len(manifests[0]["songs"]) == 4
+    compared(4, "songs, two ways")
 
 
 @pytest.mark.parametrize("settings, says", [
@@ -82,11 +82,11 @@ def test_settings_are_not_mixed_in_one_folder(demo, features, fails, compared, s
 
 
 def test_stopped_and_resumed(demo, features, ids, tmp_path, fails, compared):
-    """Ctrl-C, SIGTERM and SIGKILL, each as soon as some songs more are there, lose none of those and
-    change no bit. A second extraction into the folder meanwhile ends with a line that names the
+    """Ctrl-C, SIGTERM and SIGKILL, each as soon as some songs more are there, lose none of those
+    and change no bit. A second extraction into the folder meanwhile ends with a line that names the
     first."""
-    folder, there = tmp_path / "f", 0
-    command = extraction(demo, folder, *FLOAT32)
+    folder, there, ids = tmp_path / "f", 0, ids[:36]
+    command = extraction(demo, folder, *FLOAT32, "--songs", *ids)
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)):
         with subprocess.Popen([sys.executable, ROOT / "extract.py", *map(str, command)],
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -112,8 +112,8 @@ def test_stopped_and_resumed(demo, features, ids, tmp_path, fails, compared):
     assert call(extract, *command) == 0
     redone = {path for path, then in written.items() if path.stat().st_mtime_ns != then}
     assert redone == {first, second}  # the others stayed as they were
-    assert read_manifest(folder / "manifest.json")["digest"] == read_manifest(
-        features / "manifest.json")["digest"]
+    assert songs_in(folder) == {song: entry for song, entry in songs_in(features).items()
+                                if int(song) in ids}
     assert call(extract, "--check", folder) == 0
     compared(len(ids), "songs, resumed three times")
 
@@ -257,7 +257,7 @@ def test_verify(demo, features, ids, tmp_path, capsys, fails, compared):
         assert call(extract, *command, "--songs", *songs) == 1
         output = capsys.readouterr().out
         assert "7 identical, 0 close, 1 different" in output and "NOT REPRODUCED" in output
-        assert [line.split("  ")[1] for line in output.splitlines() if "DIFFERENT" in line] == [name]
+        assert re.findall(r"^  (\S.*?)  .*DIFFERENT", output, re.M) == [name]
     path.write_text(json.dumps({**manifest, "annotations": "0" * 64}))
     assert "does not match its own digest" in fails(extract, *command)
     path.write_text(json.dumps(manifest))
