@@ -310,6 +310,34 @@ def read_splits(path):
     return splits
 
 
+def own_splits(folder):
+    """The splits of a features folder: its own, or the kit's."""
+    own = Path(folder) / "splits.json"
+    return read_splits(own if own.exists() else HERE / "splits.json")
+
+
+def fold_splits(fold, own):
+    """Splits of folds.json, no artist in two of them: test is fold `fold` of ten, val the next one,
+    train the others; of the songs of `own`, the splits of a features folder. Raises UserError."""
+    content = read_json(HERE / "folds.json", "a file of folds", {"source": str, "folds": [[int]]})
+    folds, songs, source = content["folds"], set(songs_of(own)), content["source"]
+    if not songs >= set(sum(folds, [])):
+        folds = [[song for song in each if song in songs] for each in folds]
+        source = f"{own['source']}; {source}"
+    val = (fold + 1) % len(folds)
+    if not folds[fold] or not folds[val]:
+        raise UserError(f"--fold {fold}: none of these songs is in fold {fold} or in fold {val}")
+    train = [song for n, each in enumerate(folds) if n not in (fold, val) for song in each]
+    return {"source": source, "train": train, "val": folds[val], "test": folds[fold]}
+
+
+@functools.cache
+def read_artists():
+    """{song id: number of its artist}, facts about DEAM."""
+    content = read_json(HERE / "artists.json", "a file of artists", {"artist": {int: int}})
+    return {int(song): artist for song, artist in content["artist"].items()}
+
+
 def songs_of(splits):
     return splits["train"] + splits["val"] + splits["test"]
 
@@ -593,8 +621,7 @@ class DEAMFeatHandler:
         self.manifest = read_manifest(root / "manifest.json") if verified else UNVERIFIED
         self.settings, self.digest = self.manifest["settings"], self.manifest["digest"]
         self.annotations = self.read_labels(verified, labels)
-        own = root / "splits.json"
-        self.splits = splits or read_splits(own if own.exists() else HERE / "splits.json")
+        self.splits = splits or own_splits(root)
         self.ids = self.songs_there(allow_missing)
         self.complete = all(len(self.ids[name]) == len(self.splits[name]) for name in self.ids)
         self.summary = ", ".join(f"{len(self.ids[name])} of {len(self.splits[name])} {name}"

@@ -41,7 +41,7 @@ import figures
 from cli import Progress, UserError
 from common import (HERE, PARAMS, QUADRANTS, Arithmetic, DEAMFeatHandler, DEAMHandler,
                     EmotionModel, FrozenOutputs, collate, corrected, environment, label_statistics,
-                    quadrant, read_splits, songs_of, splits_digest)
+                    quadrant, read_artists, read_splits, songs_of, splits_digest)
 from files import (DIGEST, Verdict, ahead, differences, json_digest, load_tensors, read_json,
                    read_tensors, state_digest, write_csv, write_json)
 from train import CONFIG
@@ -232,13 +232,6 @@ def measure_split(annotations, splits, split, pred, ridge_pred):
             key: value for key, value in measure(annotations, new, known, pred, None).items()
             if key in ("metrics", "intervals")}}
     return numbers
-
-
-@functools.cache
-def read_artists():
-    """{song id: number of its artist}, facts about DEAM."""
-    content = read_json(HERE / "artists.json", "a file of artists", {"artist": {int: int}})
-    return {int(song): artist for song, artist in content["artist"].items()}
 
 
 # -------------------------------------------------------------------------------------------- evaluation

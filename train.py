@@ -2,6 +2,7 @@
 
   python train.py --finetune last1                      # the published configuration
   python train.py --finetune frozen --labels corrected --run runs/frozen-corrected
+  python train.py --finetune frozen --fold 3            # tested on artists it never heard
   python train.py --finetune last1 --resume             # after an interruption
   python train.py --verify runs/last1 --steps 2         # do the first steps give the same digests?
 
@@ -19,7 +20,7 @@ def parser():
     p = Parser(__doc__)
     p.share("--features", help="the folder that extract.py wrote")
     p.add_argument("--run", type=path, metavar="FOLDER",
-                   help="where the run goes (default: runs/ and the name of --finetune)")
+                   help="where the run goes (default: runs/ and the name of --finetune, with -foldK)")
     p.add_argument("--finetune", default="last1", metavar="frozen|last1|last2|…|lastN|all",
                    help="what trains: the heads alone; the top n layers with the norm and the heads; "
                         "all layers above the features'")
@@ -53,6 +54,9 @@ def parser():
                    help="MSE weighted by inverse quadrant frequency, without variance penalty")
     p.add_argument("--grad-clip", type=number(float, 0, 1e9, above=True), default=1.0, metavar="X",
                    help="largest norm of the gradient")
+    p.add_argument("--fold", type=number(int, 0, 9), metavar="K",
+                   help="splits of folds.json, every artist in one fold of ten: test is fold K, val "
+                        "the next one (default: the features folder's splits)")
     p.add_argument("--seed", type=number(int, 0, 2**62), default=0, metavar="N",
                    help="of heads, shuffling and dropout")
     p.add_argument("--select", choices=["last", "best"], default="last",
@@ -83,7 +87,7 @@ from torch.utils.data import DataLoader
 import figures
 from cli import Progress, UserError
 from common import (Arithmetic, DEAMFeatHandler, EmotionModel, FrozenOutputs, emotion_loss, environment,
-                    operations, quadrant_weights, read_manifest, read_splits,
+                    fold_splits, operations, own_splits, quadrant_weights, read_manifest, read_splits,
                     room_for_activations, say_if_slow, sin_pi, splits_digest, where_to_keep)
 from files import (DIGEST, Verdict, differences, lock, read_json, read_tensors, read_text,
                    state_digest, tensor_digest, write_csv, write_json, write_tensors)
@@ -275,7 +279,8 @@ def to_resume(args, config):
 
 
 def open_data(args, arithmetic):
-    data = DEAMFeatHandler(args.features, None, args.batch_size, args.seed + 1, args.allow_missing,
+    splits = None if args.fold is None else fold_splits(args.fold, own_splits(args.features))
+    data = DEAMFeatHandler(args.features, splits, args.batch_size, args.seed + 1, args.allow_missing,
                            args.labels)
     data.arithmetic = arithmetic
     data.used = {"source": data.splits["source"], **data.ids}
@@ -303,7 +308,8 @@ def run(args):
         raise UserError("training is for one process: run train.py without torchrun")
     if args.verify:
         return verify(args)
-    args.run = args.run or Path("runs") / args.finetune
+    fold = "" if args.fold is None else f"-fold{args.fold}"
+    args.run = args.run or Path("runs") / f"{args.finetune}{fold}"
     if args.precision != "exact":
         args.threads = args.threads or 8
     arithmetic = Arithmetic(args.precision, args.device, args.threads)
