@@ -2,12 +2,14 @@
 
   python audit.py                     # DEAM from Kaggle
   python audit.py PATH                # a folder with DEAM's annotations in it
+  python audit.py PATH --splits FILE  # other splits than the kit's
 
 Compares the static labels with the means of the annotations over time, by range of ids. DEAM was
-collected a year at a time, and an exchange of columns happens to a whole batch.
+collected a year at a time, and an exchange of columns happens to a whole batch. Then counts the test
+songs whose artist is also heard in train or val: a model can have learned the artist's sound.
 """
 
-from cli import Parser, execute, start
+from cli import Parser, execute, path, start
 
 RANGES = ((1, 1000), (1001, 2000))  # the songs of 2013 and 2014
 
@@ -16,6 +18,9 @@ def parser():
     p = Parser(__doc__)
     p.add_argument("deam", nargs="?", default="kaggle", metavar="kaggle|PATH",
                    help="kaggle downloads DEAM; PATH is a folder with its annotations in it")
+    p.add_argument("--splits", type=path, metavar="FILE",
+                   help="whose artists to count: JSON with the ids of train, val and test (default: "
+                        "the kit's)")
     return p
 
 
@@ -26,12 +31,14 @@ import csv
 import io
 import math
 import re
+import statistics
+import unicodedata
 
 import numpy as np
 
 from cli import UserError
-from common import DEAMHandler
-from files import read_text
+from common import HERE, DEAMHandler, read_artists, read_splits, songs_of
+from files import read_text, shortened
 
 
 def dynamic_means(path):
@@ -112,11 +119,84 @@ def print_audit(rows):
     print("; ".join(f"ids {row['low']}–{row['high']}: {said[row['swapped']]}" for row in rows) + ".")
 
 
+# ------------------------------------------------------------------------------------------ artists
+
+
+def plain(name):
+    """An artist's name without what varies: case, accents, punctuation, "the", featured guests."""
+    name = unicodedata.normalize("NFKD", name).casefold().replace("&", " and ")
+    name = re.sub(r"[\W_]+", " ", re.sub(r"[\u0300-\u036f'’]", "", name)).strip()
+    return re.split(r" (?:feat|ft|featuring) ", name.removeprefix("the "))[0]
+
+
+def artists_of(paths):
+    """{song id: plain artist name} from DEAM's tables of songs. Headers are song_id and Artist in
+    one, Id or id and Artist or artist in others, amid tabs and spaces; rows differ in length.
+    Raises UserError for a table without them."""
+    cells = {}
+    for table in paths:
+        text = table.read_bytes().decode("utf-8-sig", errors="replace")
+        try:
+            header, *rows = csv.reader(io.StringIO(text))
+            header = [re.sub(r"[\W_]", "", cell).lower() for cell in header]
+            song = header.index("songid" if "songid" in header else "id")
+            artist = header.index("artist")
+            cells |= {int(row[song]): row[artist] for row in rows if any(map(str.strip, row))}
+        except (ValueError, IndexError):
+            raise UserError(f"{table} is not a table of songs, their ids and artists; take it from a "
+                            "fresh copy of DEAM") from None
+    names, whole = {}, {plain(cell) for cell in cells.values()}
+    for number, cell in cells.items():
+        # "Kevin MacLeod-Night on the Docks" holds a title; "M-PeX" and "Cooper-Moore" do not.
+        start = re.split(r"(?<=\S)-", cell)[0].strip().removeprefix("The ")
+        known = " " in start or plain(start) in whole
+        names[number] = plain(start if known else cell) or cell.strip()
+    return names
+
+
+def otherwise_grouped(a, b):
+    """Songs, ascending, that {song id: artist} `a` and `b` group otherwise; none if they agree."""
+    songs, pairs = sorted(a.keys() & b.keys()), {}
+    for song in songs:
+        pairs.setdefault(("a", a[song]), []).append(b[song])
+        pairs.setdefault(("b", b[song]), []).append(a[song])
+    mostly = {artist: statistics.mode(others) for artist, others in pairs.items()}
+    return [song for song in songs
+            if mostly["a", a[song]] != b[song] or mostly["b", b[song]] != a[song]]
+
+
+def overlap(splits, artists):
+    """{"train": n, "val": n, "either": n}: test songs whose artist has a song there too."""
+    heard = {name: {artists[song] for song in splits[name]} for name in ("train", "val")}
+    heard["either"] = heard["train"] | heard["val"]
+    return {name: sum(artists[song] in there for song in splits["test"])
+            for name, there in heard.items()}
+
+
+def print_artists(splits, tables):
+    """The overlap of splits, where their artists are known; whether DEAM's own tables agree with
+    artists.json, where they are there."""
+    artists = read_artists()
+    if splits["test"] and artists.keys() >= set(songs_of(splits)):
+        shared = overlap(splits, artists)
+        print(f"{splits['source']}: of {len(splits['test'])} test songs {shared['train']} are by an "
+              f"artist who is also in train, {shared['val']} in val, {shared['either']} in either")
+    if tables:
+        names = artists_of(tables)
+        songs, other = names.keys() & artists.keys(), otherwise_grouped(names, artists)
+        there = ", ".join(table.name for table in tables)
+        print(f"artists.json against {there}: {len(songs)} songs, "
+              + (f"{len(other)} grouped otherwise: {shortened(other)}" if other else "they agree"))
+
+
 def run(args):
-    rows = audit_labels(DEAMHandler(args.deam))
+    splits = read_splits(args.splits or HERE / "splits.json")
+    deam = DEAMHandler(args.deam)
+    rows = audit_labels(deam)
     if not rows:
         raise UserError(f"too few songs with dynamic annotations in {args.deam} to compare")
     print_audit(rows)
+    print_artists(splits, deam.metadata)
     return 0
 
 
