@@ -111,7 +111,8 @@ def start(parser, advice):
 
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
-    if getattr(args, "precision", None) != "exact":
+    if getattr(args, "precision", None) != "exact" or getattr(args, "verify", None):
+        # what is verified says itself how it was computed, in a file that is not read yet
         os.environ.update(PINS)
     # no bits, but time: large tensors on large pages of memory
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

@@ -299,6 +299,18 @@ def save(training, folder, history, digests, best):
                                        "best": best})
 
 
+def best_so_far(best, training, loss):
+    """{"loss", "model"} of the epoch of lowest val loss, with --select best; else None."""
+    if training.config["select"] == "last" or best and not loss < best["loss"]:
+        return best
+    state = training.model.state_dict()
+    return {"loss": loss, "model": {name: value.cpu().clone() for name, value in state.items()}}
+
+
+def rounded_digest(pred):
+    return tensor_digest((pred * 1e6).round() / 1e6 + 0.0)  # six decimals, without minus zeros
+
+
 def power_of_two(step):
     return step & (step - 1) == 0
 
@@ -358,9 +370,7 @@ def run(args):
             digests.append([epoch, training.step, means[0], training.digest()])
             bar.say("epoch {:3d}  lr {:.2e}  train loss {:.4f} MSE {:.4f} MAE {:.4f}  val loss {:.4f} "
                     "MSE {:.4f} MAE {:.4f}".format(*history[-1]))
-            if args.select == "best" and (best is None or validation[0] < best["loss"]):
-                best = {"loss": validation[0], "model": {
-                    name: value.cpu().clone() for name, value in model.state_dict().items()}}
+            best = best_so_far(best, training, validation[0])
             save(training, args.run, history, digests, best)
 
     if best:
@@ -379,9 +389,8 @@ def finish(args, record, model, pred, data, history):
                f"{len(data.ids['val'])} val songs\n{data.splits['source']}")
     figures.draw_history([dict(zip(HISTORY, row)) for row in history], selected[0], lowest[0],
                          predict_the_mean(data), args.run, caption)
-    six_decimals = (pred * 1e6).round() / 1e6 + 0.0  # without minus zeros
     state = {name: value.cpu() for name, value in model.state_dict().items()}
-    record["digests"] |= {"model": state_digest(state), "val_predictions": tensor_digest(six_decimals)}
+    record["digests"] |= {"model": state_digest(state), "val_predictions": rounded_digest(pred)}
     write_tensors(args.run / "model.pt", {
         "config": record["config"], "settings": data.settings, "source": data.manifest["source"],
         "params": data.top_layers["params"], "layer": data.top_layers["layer"], "mean": data.mean,
@@ -403,19 +412,28 @@ def predict_the_mean(data):
 
 # ------------------------------------------------------------------------------------------- verify
 
-RECORD = {"config": CONFIG, "digests": {"initial_model": DIGEST}, "source": str}
+RECORD = {"config": CONFIG, "digests": {"initial_model": DIGEST}, "source": str,
+          "features_settings": {"layer": int}, "label_mean": [float], "label_std": [float]}
 
 
 def read_digests(path):
     """[[epoch, step, loss, state digest], …] of digests.csv. Raises UserError."""
+    rows = read_rows(path, DIGESTS, (int, int, float, str))
+    if not all(DIGEST.fullmatch(row[3]) for row in rows):
+        raise UserError(f"{path} is not a file that train.py wrote: not a sha256 in every line")
+    return rows
+
+
+def read_rows(path, names, kinds):
+    """The rows of a CSV file with these names above its columns, of these kinds. Raises UserError."""
     try:
-        header, *rows = csv.reader(io.StringIO(read_text(path, "the digests of a run")))
-        rows = [[int(epoch), int(step), float(loss), state] for epoch, step, loss, state in rows]
-        if header == DIGESTS and rows and all(DIGEST.fullmatch(row[3]) for row in rows):
+        header, *rows = csv.reader(io.StringIO(read_text(path, "a file of a run")))
+        rows = [[kind(cell) for kind, cell in zip(kinds, row, strict=True)] for row in rows]
+        if header == names and rows:
             return rows
-    except ValueError:
+    except (ValueError, csv.Error):
         pass
-    raise UserError(f"{path} is not a file of digests that train.py wrote")
+    raise UserError(f"{path} is not a file that train.py wrote")
 
 
 def verify(args):
@@ -424,19 +442,24 @@ def verify(args):
     folder = args.verify
     record = read_json(folder / "config.json", "a run's configuration", RECORD)
     config, rows = record["config"], read_digests(folder / "digests.csv")
+    history = read_rows(folder / "history.csv", HISTORY, (int, *[float] * 7))
     splits = read_splits(folder / "splits.json")
     arithmetic = Arithmetic(config["precision"], args.device, config["threads"] or args.threads)
     data = DEAMFeatHandler(args.features, splits, config["batch_size"], config["seed"] + 1, None,
                            config["labels"])
     verdict = Verdict(folder)
     verdict.compare("splits", config["splits"], splits_digest(splits))
+    for name, there in (("source", splits["source"]), ("label_mean", data.mean.tolist()),
+                        ("label_std", data.std.tolist()), ("features_settings", data.settings)):
+        verdict.compare(name.replace("_", " "), record[name], there)
     compare_features(verdict, data, folder, config)
     training = Training(config, data, arithmetic)
+    compare_tables(verdict, training, record, rows, history)
     steps = min(args.steps or training.steps, training.steps)
     need_songs(training, data, steps)
     verdict.compare("initial model", record["digests"]["initial_model"], training.digest())
     expected = {(epoch, step, end): (loss, state) for epoch, step, loss, state, end in with_ends(rows)}
-    epoch = 0
+    epoch, best, pred = 0, None, None
     bar = Progress(total=steps, desc="verify", unit="step")
     with bar, arithmetic.throughout():
         while training.step < steps:
@@ -449,10 +472,19 @@ def verify(args):
                 if training.step == steps and steps % len(training.train):
                     break
             else:
-                compare_line(verdict, expected, (epoch, training.step, True), training.means()[0],
+                means, (validation, pred) = training.means(), training.validate()
+                compare_line(verdict, expected, (epoch, training.step, True), means[0],
                              training.digest())
-    if training.step == training.steps and config["select"] == "last":
-        verdict.compare("model", record["digests"].get("model"), training.digest())
+                then = next((row for row in history if row[0] == epoch), [None] * len(HISTORY))
+                for name, *values in zip(HISTORY, then, [epoch, training.rate, *means, *validation]):
+                    verdict.compare(f"epoch {epoch}: {name}", *values)
+                best = best_so_far(best, training, validation[0])
+    if training.step == training.steps:
+        if best:
+            training.model.load_state_dict(best["model"])
+            _, pred = training.validate()
+        for name, value in (("model", training.digest()), ("val_predictions", rounded_digest(pred))):
+            verdict.compare(name.replace("_", " "), record["digests"].get(name), value)
     return verdict.finish(f"{training.step} of {training.steps} steps of {folder}, "
                           f"{config['precision']}")
 
@@ -461,6 +493,23 @@ def with_ends(rows):
     """The rows of digests.csv, each with whether it is the end of an epoch: the last of its epoch."""
     for n, row in enumerate(rows):
         yield *row, n + 1 == len(rows) or rows[n + 1][0] != row[0]
+
+
+def compare_tables(verdict, training, record, rows, history):
+    """What history.csv and digests.csv must say whatever was computed: their lines, the rates, the
+    same losses, and the result's digest at the end."""
+    config, length = training.config, len(training.train)
+    ends = [(epoch, epoch * length) for epoch in range(1, config["epochs"] + 1)]
+    early = [(1, step) for step in range(1, length + 1) if power_of_two(step)]
+    verdict.compare("lines of digests.csv", [(row[0], row[1]) for row in rows], early + ends)
+    verdict.compare("lines of history.csv", [row[0] for row in history], [n for n, _ in ends])
+    losses = {epoch: loss for epoch, _, loss, _, end in with_ends(rows) if end}
+    for epoch, rate, loss, *_ in history:
+        verdict.compare(f"epoch {epoch}: lr", rate,
+                        learning_rate(epoch * length - 1, training.steps, config))
+        verdict.compare(f"epoch {epoch}: loss in both files", loss, losses.get(epoch))
+    if config["select"] == "last":
+        verdict.compare("model at the end of digests.csv", record["digests"].get("model"), rows[-1][3])
 
 
 def compare_line(verdict, expected, place, loss, state):
@@ -494,6 +543,9 @@ def need_songs(training, data, steps):
     while len(needed) < steps:
         needed += [batch.tolist() for batch in batches]
     needed = dict.fromkeys(sum(needed[:steps], []))
+    if steps >= len(training.train):
+        ids = ids + data.ids["val"]
+        needed |= dict.fromkeys(data.ids["val"])
     there = {song for song in ids if (data.root / "songs" / f"{song}.pt").exists()}
     missing = [song for song in needed if song not in there]
     if missing:
