@@ -108,7 +108,7 @@ def clone(tmp_path_factory):
     surroundings = {key: value for key, value in os.environ.items() if key not in cli.PINS}
     done = subprocess.run(["bash", "tests/demo.sh"], cwd=folder, capture_output=True, text=True,
                           env={**surroundings, "PATH": path})
-    return folder, done.stdout + done.stderr
+    return folder, done.stdout if done.returncode == 0 else done.stdout + done.stderr
 
 
 @pytest.fixture(scope="session")

@@ -1,18 +1,19 @@
 """The numbers, the verdict, and what eval refuses."""
 
+import copy
 import csv
-import json
+import functools
 import shutil
 
 import numpy as np
 import pytest
-import torch
 from conftest import ROOT, call
 
 import common
 import eval as eval_script
-import extract
-from common import json_digest, read_json, read_tensors
+import train
+from conftest import QUICK
+from files import json_digest, read_json, write_json
 
 
 def random_labels(count=200):
@@ -60,7 +61,8 @@ def test_constant_predictions_have_numbers():
 def test_bootstrap_against_a_normal_approximation(compared):
     """For a mean over many songs the percentile interval is mean ± 1.96 standard errors; for r it is Fisher's."""
     true, pred = random_labels(2000)
-    intervals = eval_script.bootstrap(true, pred, np.ones(2))
+    metric = functools.partial(eval_script.all_metrics, std=np.ones(2))
+    intervals = eval_script.bootstrap(metric, true, pred)
     for n, name in enumerate(("valence", "arousal")):
         errors = (pred - true)[:, n]
         for key, values in (("mse", errors**2), ("mae", abs(errors))):
@@ -68,22 +70,11 @@ def test_bootstrap_against_a_normal_approximation(compared):
             assert intervals[name][key] == pytest.approx([values.mean() - half, values.mean() + half], abs=0.1 * half)
         z, half = np.arctanh(np.corrcoef(true[:, n], pred[:, n])[0, 1]), 1.96 / (len(true) - 3) ** 0.5
         assert np.arctanh(intervals[name]["pearson"]) == pytest.approx([z - half, z + half], abs=0.15 * half)
-    hits = (eval_script.quadrant(true) == eval_script.quadrant(pred)).mean()
+    hits = (eval_script.quadrant(true, 5) == eval_script.quadrant(pred, 5)).mean()
     half = 1.96 * (hits * (1 - hits) / len(true)) ** 0.5
     assert intervals["quadrant"]["accuracy"] == pytest.approx([hits - half, hits + half], abs=0.1 * half)
-    assert intervals == eval_script.bootstrap(true, pred, np.ones(2))  # a fixed seed
+    assert intervals == eval_script.bootstrap(metric, true, pred)  # a fixed seed
     compared(7, "intervals")
-
-
-def test_the_bootstrap_of_a_test_split_takes_well_under_a_few_seconds(compared):
-    """10,000 resamples of 175 songs, vectorised: a loop over them would take a minute."""
-    import time
-
-    true, pred = random_labels(175)
-    start = time.monotonic()
-    eval_script.bootstrap(true, pred, np.ones(2))
-    assert time.monotonic() - start < 10
-    compared(10_000, "resamples")
 
 
 def test_ceiling_of_a_constructed_case(compared):
@@ -93,7 +84,8 @@ def test_ceiling_of_a_constructed_case(compared):
     opinions = truth[:, None] + generator.normal(0, 1.5, (20000, 10, 2))
     labels, spread = opinions.mean(1), opinions.std(1, ddof=1)
     reached = 1 - ((labels - truth) ** 2).mean(0) / labels.var(0)
-    np.testing.assert_allclose(eval_script.ceiling(labels, spread), reached, atol=0.01)
+    np.testing.assert_allclose([eval_script.ceiling(labels, spread)[name] for name in eval_script.DIMENSIONS],
+                               reached, atol=0.01)
     compared(2, "dimensions")
 
 
@@ -115,9 +107,14 @@ def test_ridge_against_a_direct_solve(compared):
     compared(len(grid), "penalties")
 
 
-def test_the_published_protocol_is_for_deams_own_test_list(splits, compared):
-    assert json_digest(splits["test"]) == eval_script.PUBLISHED["test_songs"]
-    compared(len(splits["test"]), "ids, in order")
+def test_the_published_protocol_is_for_deams_own_splits(splits, compared):
+    assert common.splits_digest(splits) == eval_script.PUBLISHED["splits"]
+    annotations = {song: (1 + song % 8, 1.0, 1 + song % 7, 1.0) for song in common.songs_of(splits)}
+    pred = {str(song): [5 + song % 3, 5 - song % 2] for song in splits["test"]}
+    numbers = eval_script.measure_split(annotations, splits, "test", pred, None)
+    assert numbers["new_artists"]["songs"] == 56
+    assert 0 <= numbers["published_protocol"]["quadrants_right"] <= 160
+    compared(len(splits["test"]), "songs")
 
 
 @pytest.fixture
@@ -125,127 +122,145 @@ def run(trained, tmp_path):
     return shutil.copytree(trained, tmp_path / "run")
 
 
-def test_evaluation_on_cached_features(demo, run, monkeypatch, capsys, compared):
-    """No backbone, no audio: neither may be touched. predictions.csv, metrics.json and the printout agree."""
+def test_evaluation_on_cached_features(features, run, monkeypatch, capsys, compared):
+    """No backbone, no audio. predictions.csv, metrics.json and the printout agree."""
     monkeypatch.setattr(common, "Backbone", None)
     monkeypatch.setattr(common, "read_waveform", None)
-    assert call(eval_script, run, "--features", demo / "DEAM_feats", "--device", "cpu") == 0
-    output = capsys.readouterr().out
-    out = run / "eval-test"
-    figures = {"true_vs_predicted", "plane", "confusion", "histograms"}
-    names = {"metrics.json", "predictions.csv", *(f"{name}.png" for name in figures)}
-    assert {path.name for path in out.iterdir()} == names and all(path.stat().st_size > 200 for path in out.iterdir())
-    found = read_json(out / "metrics.json", "")
-    rows = list(csv.DictReader(open(out / "predictions.csv")))
-    pred = np.array([[float(row["valence_pred"]), float(row["arousal_pred"])] for row in rows])
-    true = np.array([[float(row["valence_true"]), float(row["arousal_true"])] for row in rows])
-    assert found["predictions"] == {row["song_id"]: list(p) for row, p in zip(rows, pred.tolist())}
-    assert found["metrics"]["valence"]["mse"] == pytest.approx(np.mean((pred - true)[:, 0] ** 2))
-    assert f"{found['metrics']['arousal']['ccc']:8.4f}" in output and "say nothing about DEAM" in output
-    assert "published_protocol" not in found["metrics"] and found["songs"] == 10
+    base = [run, "--features", features, "--device", "cpu"]
+    assert call(eval_script, *base) == 0
+    output, out = capsys.readouterr().out, run / "eval-test"
+    names = {"metrics.json", "predictions.csv", *(f"{name}.{kind}" for kind in ("png", "pdf") for name
+             in ("true_vs_predicted", "plane", "confusion", "histograms"))}
+    assert {path.name for path in out.iterdir()} == names
+    found, rows = read_json(out / "metrics.json", ""), [*csv.DictReader(open(
+        out / "predictions.csv"))]
+    pred, true = (np.array([[float(row[f"{name}_{kind}"]) for name in eval_script.DIMENSIONS]
+                            for row in rows]) for kind in ("pred", "true"))
+    assert found["predictions"] == {row["song_id"]: p for row, p in zip(rows, pred.tolist())}
+    metrics = found["numbers"]["metrics"]
+    assert metrics["valence"]["mse"] == pytest.approx(np.mean((pred - true)[:, 0] ** 2))
+    assert f"{metrics['arousal']['ccc']:8.4f}" in output and "say nothing about DEAM" in output
     for split, songs in (("train", 40), ("val", 10)):
-        assert call(eval_script, run, "--features", demo / "DEAM_feats", "--split", split, "--device", "cpu") == 0
+        assert call(eval_script, *base, "--split", split) == 0
         assert read_json(run / f"eval-{split}/metrics.json", "")["songs"] == songs
-    assert found["labels"] == "shipped" and set(found["intervals"]) >= {"valence", "arousal", "average", "quadrant"}
-    assert found["ceiling_r2"]["valence"] > 0.8 and set(found["baselines"]) == {"training mean", "ridge"}
-    assert found["baselines"]["ridge"]["arousal"]["r2"] > 0.4 > 0.1 > found["baselines"]["training mean"]["arousal"]["r2"]
-    call(eval_script, run, "--features", demo / "DEAM_feats", "--pdf", "--device", "cpu")
-    assert all((out / f"{name}.pdf").read_bytes().startswith(b"%PDF") for name in figures)
-    compared(len(rows) + len(names), "predictions and files")
+    assert call(eval_script, *base, "--labels", "corrected") == 0  # beside, not over
+    assert read_json(run / "eval-test-corrected/metrics.json", "")["labels"] == "corrected"
+    assert read_json(out / "metrics.json", "") == found
+    compared(len(rows), "songs")
 
 
-def test_a_table_of_several_runs(demo, run, capsys, compared):
-    other = shutil.copytree(run, run.parent / "last1")
-    assert call(eval_script, other, run, "--features", demo / "DEAM_feats", "--device", "cpu") == 0
-    table = capsys.readouterr().out.splitlines()[-3:]
-    assert table[0].split()[0] == "last1" and table[1].split()[0] == "run" and table[0].split()[1:] == table[1].split()[1:]
-    assert table[2].startswith("mean ± std") and table[2].count("± 0.0000") == 9
-    compared(9, "columns")
-
-
-def test_a_collapse_is_called_one(capsys):
-    true, _ = random_labels(50)
-    for copy, said in ((1.0, True), (0.0, False)):
-        pred = np.stack([true[:, 0], copy * true[:, 0] + (1 - copy) * true[:, 1]], 1) * 0.5 + 2
-        metrics = eval_script.mapped(float, eval_script.all_metrics(true, pred, np.ones(2)))
-        intervals = eval_script.bootstrap(true, pred, np.ones(2), 100)
-        eval_script.print_report(metrics, intervals, eval_script.confusion(true, pred), {"valence": 1, "arousal": 1, "average": 1}, {})
-        assert ("a collapse" in capsys.readouterr().out) == said
-
-
-def test_verdicts(demo, run, tmp_path, capsys, compared):
-    base = [run, "--features", demo / "DEAM_feats", "--device", "cpu"]
-    call(eval_script, *base)
-    earlier = read_json(run / "eval-test/metrics.json", "")
-    song = next(iter(earlier["predictions"]))
-    verdicts = {0.0: (0, "REPRODUCED"), 1e-6: (3, "CLOSE"), 0.0099: (3, "CLOSE"), 0.011: (1, "NOT REPRODUCED")}
-    for change, (code, verdict) in verdicts.items():
-        changed = json.loads(json.dumps(earlier))
-        changed["predictions"][song][0] += change
-        (tmp_path / "golden.json").write_text(json.dumps(changed))
-        capsys.readouterr()
-        assert call(eval_script, *base, "--verify", tmp_path / "golden.json", "--threads", 1) == code
-        lines = capsys.readouterr().out.splitlines()
-        assert lines[-1].startswith(verdict)
-        assert any(line.startswith("features ") and "identical" in line for line in lines)
-        assert any(line.startswith("predictions of 10 songs") and ("identical" in line) == (change == 0) for line in lines)
-    earlier["metrics"]["valence"]["mse"] += 1
-    earlier["model"] = "0" * 64
-    (tmp_path / "golden.json").write_text(json.dumps(earlier))
-    call(eval_script, *base, "--verify", tmp_path / "golden.json")
+def test_a_table_of_runs(features, trained, tmp_path, capsys, compared):
+    for name, options in (("b", ["--seed", 1]), ("c", ["--lr", 1e-4])):
+        assert call(train, "--features", features, "--run", tmp_path / name, *QUICK, *options) == 0
+    a, base = shutil.copytree(trained, tmp_path / "a"), ["--features", features, "--device", "cpu"]
+    capsys.readouterr()
+    assert call(eval_script, a, tmp_path / "b", *base) == 0
     output = capsys.readouterr().out
-    assert sum("DIFFERENT" in line for line in output.splitlines()) == 2
-    compared(len(verdicts), "verdicts")
+    assert "mean ± std" in output and "\nridge  " in output and "\nceiling  " in output
+    assert call(eval_script, a, tmp_path / "c", *base, "--against", tmp_path / "b") == 0
+    output = capsys.readouterr().out
+    assert "the runs differ in lr" in output and "mean ± std" not in output
+    assert "a less b, the same 10 songs" in output
+    compared(3, "runs")
 
 
-def test_golden_files_that_cannot_be_compared(demo, run, tmp_path, fails, compared):
-    base = [run, "--features", demo / "DEAM_feats", "--device", "cpu"]
-    call(eval_script, *base, "--split", "val")
-    assert "about other songs or labels" in fails(eval_script, *base, "--verify", run / "eval-val/metrics.json")
-    (tmp_path / "no.json").write_text("{}")
-    (tmp_path / "list.json").write_text("[]")
-    for name, says in (("no.json", "not a metrics.json"), ("list.json", "not a metrics.json"), ("none.json", "cannot read")):
-        assert says in fails(eval_script, *base, "--verify", tmp_path / name)
-    assert "only one" in fails(eval_script, run, *base, "--verify", run / "eval-val/metrics.json")
-    compared(5, "refusals")
+def test_folds_pool_songs_that_no_model_heard(features, tmp_path, capsys, compared):
+    runs = [tmp_path / f"frozen-fold{fold}" for fold in (0, 1)]
+    for fold, run in enumerate(runs):
+        assert call(train, "--features", features, "--run", run, *QUICK, "--finetune", "frozen",
+                    "--fold", fold, "--epochs", 1) == 0
+    capsys.readouterr()
+    assert call(eval_script, *runs, "--features", features, "--device", "cpu") == 0
+    found = read_json(tmp_path / "frozen-pooled/eval-pooled-folds/metrics.json", "")
+    tests = [read_json(run / "splits.json", "")["test"] for run in runs]
+    assert sorted(map(int, found["predictions"])) == sorted(sum(tests, []))
+    compared(found["songs"], "songs of two folds")
 
 
-class Bomb:
-    def __reduce__(self):
-        return (open, ("bomb-went-off", "w"))
+def test_ten_folds_by_artist(splits, compared):
+    import folds
+
+    content, artists = read_json(ROOT / "folds.json", ""), common.read_artists()
+    songs = sum(content["folds"], [])
+    assert sorted(songs) == sorted(common.songs_of(splits)) and len(songs) == 1744
+    by_fold = [{artists[song] for song in fold} for fold in content["folds"]]
+    assert sum(map(len, by_fold)) == len(set().union(*by_fold)) == 878
+    assert {len(fold) for fold in content["folds"]} == {174, 175}
+    assert folds.draw(artists, content["seed"]) == content["folds"]
+    compared(len(songs), "songs")
 
 
-def test_checkpoints_that_are_none(demo, run, tmp_path, fails, monkeypatch, compared):
-    monkeypatch.chdir(tmp_path)
-    base = [run, "--features", demo / "DEAM_feats", "--device", "cpu"]
-    good = read_tensors(run / "model.pt", "")
-    for content, says in ((Bomb(), "not a trained model"), ({**good, "extra": Bomb()}, "not a trained model"), ({"state": {}}, "not a model that train.py wrote"),
-                          ([1], "not a model that train.py wrote"), ({**good, "state": {"a": torch.zeros(1)}}, "not a model that train.py wrote")):
-        torch.save(content, run / "model.pt")
-        assert says in fails(eval_script, *base)
-    assert not (tmp_path / "bomb-went-off").exists()
-    (run / "model.pt").write_text("no")
-    assert "not a trained model" in fails(eval_script, *base)
-    (run / "model.pt").unlink()
-    assert "cannot read a trained model" in fails(eval_script, *base)
-    compared(7, "refusals")
+# ------------------------------------------------------------------------------------------- verdicts
 
 
-def test_features_that_are_not_the_runs(demo, run, tmp_path, fails, compared):
-    for name, settings in (("eleven", {"layer": 11}), ("other", {"precision": "float32"})):  # a manifest made so is a valid one
-        folder = shutil.copytree(demo / "DEAM_feats", tmp_path / name)
-        manifest = read_json(folder / "manifest.json", "")
-        manifest["settings"] |= settings
-        common.write_json(folder / "manifest.json", {**manifest, "digest": common.manifest_digest(manifest)})
-    assert "trained on DEMO layer 10" in fails(eval_script, run, "--features", tmp_path / "eleven")
-    assert "trained on features" in fails(eval_script, run, "--features", tmp_path / "other")
-    feats = shutil.copytree(demo / "DEAM_feats", tmp_path / "f")
-    song = common.DEAMFeatHandler(feats, ROOT / "splits.json").ids["test"][0]
-    features = read_tensors(feats / "songs" / f"{song}.pt", "")
-    features[0, 0] += 1
-    torch.save(features, feats / "songs" / f"{song}.pt")
-    assert f"{song}.pt is damaged" in fails(eval_script, run, "--features", feats)
-    assert call(extract, "--check", demo / "DEAM_feats") == 0 and call(extract, "--check", feats) == 1
-    (tmp_path / "other.json").write_text(json.dumps({name: ids[::-1] for name, ids in common.read_splits(ROOT / "splits.json").items()}))
-    assert "other splits" in fails(eval_script, run, "--features", demo / "DEAM_feats", "--splits", tmp_path / "other.json")
-    compared(5, "refusals")
+@pytest.fixture(scope="module")
+def record(clone, tmp_path_factory):
+    """The unpacked record of the demo's run, made as README says."""
+    import subprocess
+    import sys
+
+    folder, _ = clone
+    command = [sys.executable, folder / "tests/record.py", folder / "demo/run"]
+    digests = []
+    for name in ("one", "two"):
+        place = tmp_path_factory.mktemp(name)
+        digests.append(subprocess.run(command, cwd=place, check=True, capture_output=True,
+                                      text=True).stdout.splitlines()[1])
+    assert digests[0] == digests[1]  # the same tar
+    subprocess.run(["tar", "xf", "run.tar"], cwd=place, check=True)
+    return place / "run"
+
+
+def test_a_record_is_checked_at_every_depth(clone, record, compared):
+    demo, file = clone[0] / "demo", record / "eval-test/metrics.json"
+    assert call(eval_script, "--verify", file, "--deam", demo / "DEAM") == 0
+    import extract
+
+    assert call(extract, "--verify", record / "manifest.json", "--deam", demo / "DEAM", "--weights",
+                demo / "backbone", "--sample", 2, "--device", "cpu") == 0
+    assert call(train, "--verify", record, "--steps", 1, "--features", demo / "DEAM_feats",
+                "--device", "cpu") == 0
+    assert call(eval_script, demo / "run", "--features", demo / "DEAM_feats", "--verify", file,
+                "--device", "cpu") == 0
+    compared(4, "verdicts")
+
+
+def leaves(value, path=()):
+    if isinstance(value, (dict, list)) and value:
+        for key in (value if isinstance(value, dict) else range(len(value))):
+            yield from leaves(value[key], (*path, key))
+    else:
+        yield path
+
+
+@pytest.mark.parametrize("rehashed", [False, True])
+def test_no_edited_number_is_reproduced(clone, record, tmp_path, compared, rehashed):
+    """Every kind of field of metrics.json changed, its own digest left or made anew. Free text (the
+    run's name, the environment) decides nothing; a penalty is checked where there are features."""
+    from cli import UserError
+
+    run = shutil.copytree(record, tmp_path / "run")
+    file, demo = run / "eval-test/metrics.json", clone[0] / "demo"
+    whole, count = read_json(file, ""), 0
+    places = [path for path in leaves(whole) if path[0] not in ("run", "environment", "digest",
+                                                                "ridge_penalty", "swapped_labels")]
+    chosen = [path for n, path in enumerate(places) if n % (17 if rehashed else 60) == 0]
+    for path in chosen:
+        for change in (lambda value: value + 0.001 if isinstance(value, float) else "other",
+                       lambda value: {}):
+            content = copy.deepcopy(whole)
+            inner = content
+            for key in path[:-1]:
+                inner = inner[key]
+            inner[path[-1]] = change(inner[path[-1]])
+            if rehashed:
+                content.pop("digest")
+                content["digest"] = json_digest(content)
+            write_json(file, content)
+            try:
+                code = call(eval_script, "--verify", file, "--deam", demo / "DEAM")
+            except UserError:
+                code = 2
+            assert code in (1, 2), path
+            count += 1
+    compared(count, "edits")
