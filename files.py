@@ -32,6 +32,7 @@ from cli import UserError
 @functools.cache
 def pool(threads):
     """`threads` threads for the whole process, each with one CPU thread inside torch."""
+    torch.get_num_threads()  # settles this thread's own number, which else would become theirs: one
     return ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
 
 
