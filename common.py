@@ -527,9 +527,16 @@ def manifest_digest(manifest):
     return json_digest({key: manifest[key] for key in inside})
 
 
+def check_ranges(ranges, complaint):
+    """Raise UserError, beginning with `complaint`, where [[lowest id, highest id], …] is not that."""
+    if any(len(each) != 2 for each in ranges or []):
+        raise UserError(f"{complaint}: swapped_labels is not ranges of ids")
+
+
 def read_manifest(path):
     """A manifest.json. Raises UserError where it is none or was edited."""
     manifest = read_json(path, "a manifest", MANIFEST)
+    check_ranges(manifest["swapped_labels"], f"{path} is not a manifest")
     if manifest["digest"] != manifest_digest(manifest):
         raise UserError(f"{path} does not match its own digest: it was edited or damaged; restore "
                         "it, or delete the folder and extract again")

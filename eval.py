@@ -40,10 +40,11 @@ from torch.utils.data import DataLoader
 import figures
 from cli import Progress, UserError
 from common import (HERE, PARAMS, QUADRANTS, Arithmetic, DEAMFeatHandler, DEAMHandler,
-                    EmotionModel, FrozenOutputs, collate, corrected, environment, label_statistics,
-                    quadrant, read_artists, read_splits, songs_of, splits_digest)
-from files import (DIGEST, Verdict, ahead, differences, json_digest, load_tensors, read_json,
-                   read_tensors, state_digest, write_csv, write_json)
+                    EmotionModel, FrozenOutputs, check_ranges, collate, corrected, environment,
+                    label_statistics, quadrant, read_artists, read_manifest, read_splits, songs_of,
+                    splits_digest)
+from files import (DIGEST, Verdict, ahead, differences, json_digest, read_json, read_tensors,
+                   read_text, state_digest, table_text, write_file, write_json)
 from train import CONFIG
 
 DIMENSIONS = ("valence", "arousal")
@@ -85,6 +86,8 @@ def read_run(folder):
     splits = read_splits(folder / "splits.json")
     record = read_json(folder / "config.json", "a run's configuration",
                        {"config": CONFIG, "digests": {"model": DIGEST, "initial_model": DIGEST}})
+    if splits["source"] != content["splits_source"]:
+        raise UserError(f"{folder}: splits.json names another source than model.pt")
     content["digest"] = state_digest(content["state"])
     there = {"model": content["digest"], "initial_model": content["initial_model"],
              **content["config"]}
@@ -237,11 +240,15 @@ def measure_split(annotations, splits, split, pred, ridge_pred):
 # -------------------------------------------------------------------------------------------- evaluation
 
 
-@functools.cache
-def pooled_features(root, song):
-    """float64[D]: the mean over time of a song's features, which are verified already."""
-    features = load_tensors(root / "songs" / f"{song}.pt", "a feature file")
-    return features.double().mean(0).numpy()
+POOLED = {}  # by FeatDataset.key: for several runs a file is read once
+
+
+def pooled_features(dataset, index):
+    """float64[D]: the mean over time of a song's features."""
+    key = dataset.key(index)
+    if key not in POOLED:
+        POOLED[key] = dataset[index][0].double().mean(0).numpy()
+    return POOLED[key]
 
 
 def ridge_predictions(data, split):
@@ -251,10 +258,9 @@ def ridge_predictions(data, split):
     labels = {name: data.datasets[name].labels.numpy() for name in data.ids}
     x, std = {}, data.std.numpy()
     for name in dict.fromkeys(["train", "val", split]):
-        data.check(name)
-        ids = data.ids[name]
-        pooled = ahead(functools.partial(pooled_features, data.root), ids)
-        x[name] = np.stack([*Progress(pooled, total=len(ids), desc=f"ridge {name}", unit="song",
+        dataset = data.datasets[name]
+        pooled = ahead(functools.partial(pooled_features, dataset), range(len(dataset)))
+        x[name] = np.stack([*Progress(pooled, total=len(dataset), desc=f"ridge {name}", unit="song",
                                       leave=False)])
     predict, penalty = ridge(x["train"], labels["train"] / std, x["val"], labels["val"] / std)
     pred = (predict(x[split]) * std).round(6) + 0.0
@@ -306,6 +312,14 @@ def caption_of(found):
             f"{found['source']}")
 
 
+def predictions_table(found, annotations):
+    """The text of predictions.csv."""
+    return table_text(
+        ["song_id", "valence_true", "arousal_true", "valence_pred", "arousal_pred"],
+        [[song, *annotations[int(song)][::2], *(f"{value:.6f}" for value in pred)]
+         for song, pred in found["predictions"].items()])
+
+
 def write_report(found, folder, annotations, here):
     """metrics.json, predictions.csv and the figures; in a folder of their own where the labels are
     not those that the run was trained on."""
@@ -316,9 +330,7 @@ def write_report(found, folder, annotations, here):
     ids, numbers = list(found["predictions"]), found["numbers"]
     true = np.array([annotations[int(song)][::2] for song in ids])
     pred = np.array(list(found["predictions"].values()))
-    write_csv(out / "predictions.csv",
-              ["song_id", "valence_true", "arousal_true", "valence_pred", "arousal_pred"],
-              [[song, *t, *(f"{value:.6f}" for value in p)] for song, t, p in zip(ids, true, pred)])
+    write_file(out / "predictions.csv", predictions_table(found, annotations))
     figures.draw_report(true, pred, numbers["metrics"], numbers["intervals"], numbers["confusion"],
                         out, caption_of(found))
     return out
@@ -380,6 +392,14 @@ def table_row(metrics):
         metrics["quadrant"]["accuracy"], metrics["valence_arousal_correlation"]["predicted"]]
 
 
+def differing_settings(evaluated, *apart):
+    """"finetune, lr": in which settings, apart from some, evaluated runs differ; empty where in
+    none."""
+    settings = [config for _, config, _ in evaluated]
+    return ", ".join(key for key in settings[0] if key not in apart
+                     and any(each[key] != settings[0][key] for each in settings))
+
+
 def print_runs(evaluated):
     """One row a run; mean ± standard deviation (of the sample) over runs that differ in the seed
     alone; ridge and the ceiling of the first."""
@@ -389,11 +409,8 @@ def print_runs(evaluated):
     rows = np.array([table_row(each["numbers"]["metrics"]) for each in found])
     for each, row in zip(found, rows):
         print(f"{each['run'][:19]:20}" + "".join(f"{value:17.4f}" for value in row))
-    settings = [{**config, "seed": None, "labels evaluated": each["labels"],
-                 "songs": list(each["predictions"])[:3]} for each, config, _ in evaluated]
-    differing = {key for each in settings for key in each if each[key] != settings[0][key]}
-    if differing:
-        print(f"the runs differ in {', '.join(sorted(differing))}: no mean over them")
+    if differing := differing_settings(evaluated, "seed"):
+        print(f"the runs differ in {differing}: no mean over them")
     else:
         pairs = zip(rows.mean(0), rows.std(0, ddof=1))
         print(f"{'mean ± std':20}" + "".join(f"{f'{mean:.4f} ± {std:.4f}':>17}"
@@ -415,6 +432,10 @@ def read_metrics(file):
     digest = content.pop("digest")
     if digest != json_digest(content):
         raise UserError(f"{file} does not match its own digest: it was edited or damaged")
+    if unknown := content.keys() - METRICS.keys() - {"run", "environment"}:
+        raise UserError(f"{file} is not a metrics.json: {', '.join(sorted(unknown))} is nothing that "
+                        "eval.py writes")
+    check_ranges(content["swapped_labels"], f"{file} is not a metrics.json")
     songs = [content["predictions"], content["ridge_predictions"] or content["predictions"]]
     if any(len(values) != 2 for each in songs for values in each.values()) or (
             set(songs[0]) != set(songs[1]) or content["songs"] != len(songs[0])):
@@ -480,6 +501,14 @@ def verify_file(expected, file, deam):
                         "that the file is about")
     verdict = Verdict(file)
     compare_numbers(verdict, expected, annotations, splits)
+    table = file.with_name("predictions.csv")
+    if table.exists() and set(expected["predictions"]) <= set(map(str, annotations)):
+        verdict.compare("predictions.csv", read_text(table, "a table").splitlines(),
+                        predictions_table(expected, annotations).splitlines())
+    if (beside / "manifest.json").exists():
+        manifest = read_manifest(beside / "manifest.json")
+        verdict.compare("manifest.json", expected["features"], manifest["digest"])
+        verdict.compare("swapped labels", expected["swapped_labels"], manifest["swapped_labels"])
     if (beside / "config.json").exists():
         _, content, _ = read_run(beside)
         config = content["config"]
@@ -501,13 +530,21 @@ def disjoint(evaluated):
 
 
 def pool(evaluated):
-    """One report over runs with disjoint songs; intervals by resampling artists."""
+    """One report over runs with disjoint songs; intervals by resampling artists. Raises UserError
+    for runs that differ in more than their songs and seed."""
     found, _, data = evaluated[0]
+    if differing := differing_settings(evaluated, "seed", "splits", "songs"):
+        raise UserError(f"these runs have no song in common, and differ in {differing}: give the "
+                        "folds of one configuration, or one run at a time")
     merged = {key: {song: values for each, _, _ in evaluated for song, values in
                     (each[key] or {}).items()} for key in ("predictions", "ridge_predictions")}
     ids, annotations = list(map(int, merged["predictions"])), data.annotations
     name = found["run"].rstrip("0123456789").removesuffix("-fold")
-    return {**found, **merged, "run": f"{name}-pooled", "songs": len(ids), "split": "pooled folds",
+    digests = {each["run"]: {key: each.pop(key) for key in ("model", "initial_model", "splits",
+               "label_values", "ridge_penalty")} for each in (dict(each) for each, _, _ in evaluated)}
+    found = {key: value for key, value in found.items() if key not in digests[found["run"]]}
+    return {**found, **merged, "run": f"{name}-pooled", "songs": len(ids), "runs": digests,
+            "split": f"pooled {found['split']}",
             "numbers": measure(annotations, ids, ids, merged["predictions"],
                                merged["ridge_predictions"], groups=artist_groups(ids))}
 
@@ -564,7 +601,9 @@ def tell(found, data, folder, out):
         print(note)
     if found["labels"] != found["trained_on_labels"]:
         print(f"for comparison: the run was trained on {found['trained_on_labels']} labels")
-    print(f"features {found['features']}\nmodel    {found['model']}")
+    models = {found["run"]: found} if "model" in found else found["runs"]
+    print(f"features {found['features']}\n" + "".join(
+        f"model    {each['model']}  {name}\n" for name, each in models.items()), end="")
     print_report(found)
     print(f"written: {out}/metrics.json, predictions.csv and four figures")
 

@@ -17,6 +17,7 @@ import math
 import os
 import re
 import socket
+import sys
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -119,10 +120,15 @@ def write_json(path, value):
     write_file(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
-def write_csv(path, header, rows):
+def table_text(header, rows):
+    """The text of a CSV file."""
     table = io.StringIO()
     csv.writer(table, lineterminator="\n").writerows([header, *rows])
-    write_file(path, table.getvalue())
+    return table.getvalue()
+
+
+def write_csv(path, header, rows):
+    write_file(path, table_text(header, rows))
 
 
 def write_tensors(path, value):
@@ -210,7 +216,7 @@ def check_form(value, form, complaint):
             return first((key, problem(value[key], inner)) for key, inner in form.items())
         if form is float:
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            return None if number and abs(value) < math.inf else ([], "a finite number")
+            return None if number and abs(value) <= sys.float_info.max else ([], "a finite number")
         if form is torch.Tensor:
             fine = isinstance(value, form) and (not value.is_floating_point()
                                                 or bool(value.isfinite().all()))
