@@ -85,14 +85,16 @@ def read_run(folder):
     model, content = read_model(folder / "model.pt")
     splits = read_splits(folder / "splits.json")
     record = read_json(folder / "config.json", "a run's configuration",
-                       {"config": CONFIG, "digests": {"model": DIGEST, "initial_model": DIGEST}})
+                       {"config": CONFIG, "digests": {"model": DIGEST, "initial_model": DIGEST},
+                        "label_mean": [float], "label_std": [float]})
     if splits["source"] != content["splits_source"]:
         raise UserError(f"{folder}: splits.json names another source than model.pt")
     content["digest"] = state_digest(content["state"])
     there = {"model": content["digest"], "initial_model": content["initial_model"],
+             "label_mean": content["mean"].tolist(), "label_std": content["std"].tolist(),
              **content["config"]}
-    if differing := differences({**record["config"], **{key: record["digests"][key] for key in (
-            "model", "initial_model")}}, there):
+    recorded = {**record, **record["digests"], **record["config"]}
+    if differing := differences({key: recorded.get(key) for key in there}, there):
         raise UserError(f"{folder}: config.json and model.pt are not of one run ({differing})")
     if content["config"]["splits"] != splits_digest(splits):
         raise UserError(f"{folder}: splits.json is not the one that the run was trained on")
