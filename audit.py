@@ -5,8 +5,8 @@
   python audit.py PATH --splits FILE  # other splits than the kit's
 
 Compares the static labels with the means of the annotations over time, by range of ids. DEAM was
-collected a year at a time, and an exchange of columns happens to a whole batch. Then counts the test
-songs whose artist is also heard in train or val: a model can have learned the artist's sound.
+collected a year at a time, and an exchange of columns happens to a whole batch. Then counts the
+test songs whose artist is also in train or val: a model can have learned the artist's sound.
 """
 
 from cli import Parser, execute, path, start
@@ -19,8 +19,8 @@ def parser():
     p.add_argument("deam", nargs="?", default="kaggle", metavar="kaggle|PATH",
                    help="kaggle downloads DEAM; PATH is a folder with its annotations in it")
     p.add_argument("--splits", type=path, metavar="FILE",
-                   help="whose artists to count: JSON with the ids of train, val and test (default: "
-                        "the kit's)")
+                   help="whose artists to count: JSON with the ids of train, val and test "
+                        "(default: the kit's)")
     return p
 
 
@@ -143,8 +143,8 @@ def artists_of(paths):
             artist = header.index("artist")
             cells |= {int(row[song]): row[artist] for row in rows if any(map(str.strip, row))}
         except (ValueError, IndexError):
-            raise UserError(f"{table} is not a table of songs, their ids and artists; take it from a "
-                            "fresh copy of DEAM") from None
+            raise UserError(f"{table} is not a table of songs, their ids and artists; take it from "
+                            "a fresh copy of DEAM") from None
     names, whole = {}, {plain(cell) for cell in cells.values()}
     for number, cell in cells.items():
         # "Kevin MacLeod-Night on the Docks" holds a title; "M-PeX" and "Cooper-Moore" do not.
@@ -179,8 +179,9 @@ def print_artists(splits, tables):
     artists = read_artists()
     if splits["test"] and artists.keys() >= set(songs_of(splits)):
         shared = overlap(splits, artists)
-        print(f"{splits['source']}: of {len(splits['test'])} test songs {shared['train']} are by an "
-              f"artist who is also in train, {shared['val']} in val, {shared['either']} in either")
+        print(f"{splits['source']}: of {len(splits['test'])} test songs {shared['train']} are by "
+              f"an artist who is also in train, {shared['val']} in val, {shared['either']} in "
+              "either")
     if tables:
         names = artists_of(tables)
         songs, other = names.keys() & artists.keys(), otherwise_grouped(names, artists)

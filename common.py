@@ -528,7 +528,7 @@ def manifest_digest(manifest):
 
 
 def check_ranges(ranges, complaint):
-    """Raise UserError, beginning with `complaint`, where [[lowest id, highest id], …] is not that."""
+    """Raise UserError, beginning with `complaint`, for anything but [[low id, high id], …]."""
     if any(len(each) != 2 for each in ranges or []):
         raise UserError(f"{complaint}: swapped_labels is not ranges of ids")
 

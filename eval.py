@@ -435,8 +435,8 @@ def read_metrics(file):
     if digest != json_digest(content):
         raise UserError(f"{file} does not match its own digest: it was edited or damaged")
     if unknown := content.keys() - METRICS.keys() - {"run", "environment"}:
-        raise UserError(f"{file} is not a metrics.json: {', '.join(sorted(unknown))} is nothing that "
-                        "eval.py writes")
+        raise UserError(f"{file} is not a metrics.json: {', '.join(sorted(unknown))} is nothing "
+                        "that eval.py writes")
     check_ranges(content["swapped_labels"], f"{file} is not a metrics.json")
     songs = [content["predictions"], content["ridge_predictions"] or content["predictions"]]
     if any(len(values) != 2 for each in songs for values in each.values()) or (
@@ -484,7 +484,8 @@ def verify_run(expected, file, found, data):
         for name in {**then, **now}:
             verdict.compare(f"{kind.replace('_', ' ')} {name}", then.get(name), now.get(name),
                             limit, same)
-    verdict.compare("ridge penalty", expected["ridge_penalty"], found["ridge_penalty"], same=1e-3)
+    verdict.compare("ridge penalty", expected["ridge_penalty"], found["ridge_penalty"],
+                    same=1e-9 * (found["ridge_penalty"] or 0))
     return verdict.finish(f"features, model, predictions and numbers of {file}, "
                           f"{found['precision']}")
 
@@ -542,9 +543,9 @@ def pool(evaluated):
                     (each[key] or {}).items()} for key in ("predictions", "ridge_predictions")}
     ids, annotations = list(map(int, merged["predictions"])), data.annotations
     name = found["run"].rstrip("0123456789").removesuffix("-fold")
-    digests = {each["run"]: {key: each.pop(key) for key in ("model", "initial_model", "splits",
-               "label_values", "ridge_penalty")} for each in (dict(each) for each, _, _ in evaluated)}
-    found = {key: value for key, value in found.items() if key not in digests[found["run"]]}
+    own = "model", "initial_model", "splits", "label_values", "ridge_penalty"  # one run's each
+    digests = {each["run"]: {key: each[key] for key in own} for each, _, _ in evaluated}
+    found = {key: value for key, value in found.items() if key not in own}
     return {**found, **merged, "run": f"{name}-pooled", "songs": len(ids), "runs": digests,
             "split": f"pooled {found['split']}",
             "numbers": measure(annotations, ids, ids, merged["predictions"],

@@ -20,7 +20,8 @@ def parser():
     p = Parser(__doc__)
     p.share("--features", help="the folder that extract.py wrote")
     p.add_argument("--run", type=path, metavar="FOLDER",
-                   help="where the run goes (default: runs/ and the name of --finetune, with -foldK)")
+                   help="where the run goes (default: runs/ and the name of --finetune, or that and "
+                        "-foldK)")
     p.add_argument("--finetune", default="last1", metavar="frozen|last1|last2|…|lastN|all",
                    help="what trains: the heads alone; the top n layers with the norm and the heads; "
                         "all layers above the features'")
@@ -55,8 +56,8 @@ def parser():
     p.add_argument("--grad-clip", type=number(float, 0, 1e9, above=True), default=1.0, metavar="X",
                    help="largest norm of the gradient")
     p.add_argument("--fold", type=number(int, 0, 9), metavar="K",
-                   help="splits of folds.json, every artist in one fold of ten: test is fold K, val "
-                        "the next one (default: the features folder's splits)")
+                   help="splits of folds.json, every artist in one fold of ten: test is fold K, "
+                        "val the next one (default: the features folder's splits)")
     p.add_argument("--seed", type=number(int, 0, 2**62), default=0, metavar="N",
                    help="of heads, shuffling and dropout")
     p.add_argument("--select", choices=["last", "best"], default="last",
@@ -280,8 +281,8 @@ def to_resume(args, config):
 
 def open_data(args, arithmetic):
     splits = None if args.fold is None else fold_splits(args.fold, own_splits(args.features))
-    data = DEAMFeatHandler(args.features, splits, args.batch_size, args.seed + 1, args.allow_missing,
-                           args.labels)
+    data = DEAMFeatHandler(args.features, splits, args.batch_size, args.seed + 1,
+                           args.allow_missing, args.labels)
     data.arithmetic = arithmetic
     data.used = {"source": data.splits["source"], **data.ids}
     if len(data.ids["train"]) < args.batch_size:
@@ -425,7 +426,7 @@ def read_digests(path):
 
 
 def read_rows(path, names, kinds):
-    """The rows of a CSV file with these names above its columns, of these kinds. Raises UserError."""
+    """The rows of a CSV file with these columns, of these kinds. Raises UserError."""
     try:
         header, *rows = csv.reader(io.StringIO(read_text(path, "a file of a run")))
         rows = [[kind(cell) for kind, cell in zip(kinds, row, strict=True)] for row in rows]
@@ -476,14 +477,16 @@ def verify(args):
                 compare_line(verdict, expected, (epoch, training.step, True), means[0],
                              training.digest())
                 then = next((row for row in history if row[0] == epoch), [None] * len(HISTORY))
-                for name, *values in zip(HISTORY, then, [epoch, training.rate, *means, *validation]):
+                found = [epoch, training.rate, *means, *validation]
+                for name, *values in zip(HISTORY, then, found):
                     verdict.compare(f"epoch {epoch}: {name}", *values)
                 best = best_so_far(best, training, validation[0])
     if training.step == training.steps:
         if best:
             training.model.load_state_dict(best["model"])
             _, pred = training.validate()
-        for name, value in (("model", training.digest()), ("val_predictions", rounded_digest(pred))):
+        digests = {"model": training.digest(), "val_predictions": rounded_digest(pred)}
+        for name, value in digests.items():
             verdict.compare(name.replace("_", " "), record["digests"].get(name), value)
     return verdict.finish(f"{training.step} of {training.steps} steps of {folder}, "
                           f"{config['precision']}")
@@ -509,7 +512,8 @@ def compare_tables(verdict, training, record, rows, history):
                         learning_rate(epoch * length - 1, training.steps, config))
         verdict.compare(f"epoch {epoch}: loss in both files", loss, losses.get(epoch))
     if config["select"] == "last":
-        verdict.compare("model at the end of digests.csv", record["digests"].get("model"), rows[-1][3])
+        verdict.compare("model at the end of digests.csv", record["digests"].get("model"),
+                        rows[-1][3])
 
 
 def compare_line(verdict, expected, place, loss, state):

@@ -16,10 +16,15 @@ import cli
 
 os.environ.update(cli.PINS)  # before torch is imported: for the tests of float32
 
+import numpy as np
+import torch
+
 import audit
 import common
+import demo as demo_script
 import eval as eval_script
 import extract
+import files
 import predict
 import train
 
@@ -79,6 +84,52 @@ def extraction(demo, features, *more):
     """The command line that extracts the demo's songs into `features`."""
     return ["--deam", demo / "DEAM", "--weights", demo / "backbone", "--splits",
             demo / "splits.json", "--features", features, "--device", "cpu", *more]
+
+
+def made_features(folder, splits, noise=1.0):
+    """Write a features folder without audio: of each song of the splits 4 frames of 64 channels
+    from which its labels follow but for noise; of the demo's architecture, nothing above layer 12.
+    As in DEAM, valence and arousal are exchanged for ids up to 1000."""
+    generator, songs, table = np.random.default_rng(0), {}, [",".join(common.COLUMNS)]
+    (folder / "songs").mkdir(parents=True)
+    for song in common.songs_of(splits):
+        both = generator.normal(0, 0.7)
+        truth = (5 + generator.normal(both, 1, 2)).clip(1, 9).round(1)
+        clip = generator.normal(0, 2, (4, 64)) + np.repeat(truth - 5, 32)
+        clip = torch.from_numpy((clip + generator.normal(0, noise, 64)).astype(np.float32))
+        torch.save(clip, folder / f"songs/{song}.pt")
+        digest = files.tensor_digest(clip)
+        songs[str(song)] = {"pcm": digest, "features": digest, "frames": len(clip)}
+        valence, arousal = truth[::-1] if song <= 1000 else truth
+        table.append(f"{song},{valence},{1.2 + generator.random():.2f},{arousal},1.5")
+    table = "\n".join(table) + "\n"
+    state = {"norm.weight": torch.ones(64), "norm.bias": torch.zeros(64)}
+    manifest = {"settings": {"weights": "0" * 64, "layer": 12, "precision": "float32",
+                             "store": "float32", "sample_rate": 16000, "normalize_epsilon": None},
+                "annotations": files.sha256(table.encode()), "source": {"name": "made"},
+                "top_layers": files.state_digest(state), "swapped_labels": [[1, 1000]],
+                "songs": songs}
+    manifest["digest"] = common.manifest_digest(manifest)
+    files.write_file(folder / "annotations.csv", table)
+    files.write_json(folder / "splits.json", splits)
+    files.write_json(folder / "manifest.json", manifest)
+    files.write_tensors(folder / "top_layers.pt", {"params": demo_script.PARAMS, "layer": 12,
+                                                   "state": state})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def no_histories():
+    """Without pictures of training: they take most of a short run's time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.figures, "draw_history", lambda *_: None)
+        yield
+
+
+def few(splits):
+    """The demo's 60 songs."""
+    return {"source": "a few made songs", **{name: splits[name][:count] for name, count
+                                             in demo_script.SONGS.items()}}
 
 
 @pytest.fixture(scope="session")

@@ -1,92 +1,137 @@
-"""The numbers, the verdict, and what eval refuses."""
+"""The numbers, the report, the table of runs, and what eval refuses. Verdicts: test_record.py."""
 
-import copy
 import csv
-import functools
 import shutil
 
 import numpy as np
 import pytest
-from conftest import ROOT, call
+import torch
+from conftest import FLOAT32, call, few, made_features
 
 import common
 import eval as eval_script
+import extract
 import train
-from conftest import QUICK
-from files import json_digest, read_json, write_json
+from files import load_tensors, read_json, read_tensors, write_json, write_tensors
+
+DIMENSIONS = ("valence", "arousal")
+FROZEN = ["--finetune", "frozen", "--batch-size", "20", "--epochs", "1", *FLOAT32]
 
 
 def random_labels(count=200):
     generator = np.random.default_rng(0)
     true = generator.normal(5, 1.3, (count, 2)).clip(1, 9).round(1)
-    return true, (0.6 * true + 2 + generator.normal(0, 0.7, (count, 2)))
+    return true, 0.6 * true + 2 + generator.normal(0, 0.7, (count, 2))
+
+
+# ---------------------------------------------------------------------------------------- numbers
 
 
 def test_metrics_against_textbook_formulas(compared):
     true, pred = random_labels()
-    std = np.array([1.2, 1.4])
+    std, count = np.array([1.2, 1.4]), 0
     metrics = eval_script.all_metrics(true, pred, std)
-    count = 0
-    for n, name in enumerate(("valence", "arousal")):
+    for n, name in enumerate(DIMENSIONS):
         t, p = true[:, n], pred[:, n]
-        covariance = np.cov(t, p, ddof=0)
-        expected = {"mse": np.mean(np.square(t - p)), "rmse": np.sqrt(np.mean(np.square(t - p))), "mae": np.mean(np.abs(t - p)),
-                    "z_mse": np.mean(np.square((t - p) / std[n])), "z_rmse": np.sqrt(np.mean(np.square((t - p) / std[n]))), "z_mae": np.mean(np.abs(t - p) / std[n]),
-                    "r2": 1 - np.sum((t - p) ** 2) / np.sum((t - t.mean()) ** 2), "pearson": np.corrcoef(t, p)[0, 1],
-                    "ccc": 2 * covariance[0, 1] / (covariance[0, 0] + covariance[1, 1] + (t.mean() - p.mean()) ** 2)}
+        off, cov = p - t, np.cov(t, p, ddof=0)
+        expected = {
+            "mse": np.mean(off**2), "rmse": np.mean(off**2) ** 0.5, "mae": np.mean(abs(off)),
+            "z_mse": np.mean((off / std[n]) ** 2), "z_rmse": np.mean((off / std[n]) ** 2) ** 0.5,
+            "z_mae": np.mean(abs(off / std[n])), "pearson": np.corrcoef(t, p)[0, 1],
+            "r2": 1 - np.sum(off**2) / np.sum((t - t.mean()) ** 2),
+            "ccc": 2 * cov[0, 1] / (cov[0, 0] + cov[1, 1] + (t.mean() - p.mean()) ** 2)}
         assert metrics[name] == pytest.approx(expected, rel=1e-10)
         count += len(expected)
-    assert metrics["average"]["r2"] == pytest.approx((metrics["valence"]["r2"] + metrics["arousal"]["r2"]) / 2)
-    assert metrics["valence_arousal_correlation"] == pytest.approx({"true": np.corrcoef(true.T)[0, 1], "predicted": np.corrcoef(pred.T)[0, 1]})
-    compared(count, "metrics")
+    mean_r2 = (metrics["valence"]["r2"] + metrics["arousal"]["r2"]) / 2
+    assert metrics["average"]["r2"] == pytest.approx(mean_r2)
+    assert metrics["valence_arousal_correlation"] == pytest.approx(
+        {"true": np.corrcoef(true.T)[0, 1], "predicted": np.corrcoef(pred.T)[0, 1]})
+    compared(count + 3, "metrics")
 
 
 def test_quadrants_and_f1_counted_by_hand(compared):
     true = np.array([[6, 6], [6, 6], [4, 6], [4, 4], [6, 4], [5, 5]], float)  # 5 counts as high
     pred = np.array([[6, 6], [4, 6], [4, 6], [4, 4], [6, 6], [5, 4.999]], float)
-    assert eval_script.confusion(true, pred).tolist() == [[1, 1, 0, 1], [0, 1, 0, 0], [0, 0, 1, 0], [1, 0, 0, 0]]
+    assert eval_script.confusion(true, pred).tolist() == [
+        [1, 1, 0, 1], [0, 1, 0, 0], [0, 0, 1, 0], [1, 0, 0, 0]]
     q = eval_script.all_metrics(true, pred, np.ones(2))["quadrant"]
-    assert q["accuracy"] == 0.5
-    assert {name: float(value) for name, value in q["f1"].items()} == pytest.approx({"HV/HA": 2 / 5, "LV/HA": 2 / 3, "LV/LA": 1.0, "HV/LA": 0.0})
+    assert q["accuracy"] == 0.5 and q["macro_f1"] == pytest.approx((2 / 5 + 2 / 3 + 1) / 4)
+    assert {name: float(value) for name, value in q["f1"].items()} == pytest.approx(
+        {"HV/HA": 2 / 5, "LV/HA": 2 / 3, "LV/LA": 1.0, "HV/LA": 0.0})
     compared(len(true), "songs")
 
 
-def test_constant_predictions_have_numbers():
+def test_constant_predictions_have_numbers(compared):
     true, _ = random_labels(20)
     metrics = eval_script.all_metrics(true, np.full_like(true, 5.0), np.ones(2))
     assert metrics["valence"]["pearson"] == metrics["valence"]["ccc"] == 0
-    assert all(np.isfinite(value).all() for value in eval_script.flat(metrics).values())
+    numbers = eval_script.flat(metrics)
+    assert all(np.isfinite(value).all() for value in numbers.values())
+    compared(len(numbers), "numbers")
+
+
+def metric(true, pred):
+    return eval_script.all_metrics(true, pred, np.ones(2))
 
 
 def test_bootstrap_against_a_normal_approximation(compared):
-    """For a mean over many songs the percentile interval is mean ± 1.96 standard errors; for r it is Fisher's."""
-    true, pred = random_labels(2000)
-    metric = functools.partial(eval_script.all_metrics, std=np.ones(2))
+    """For a mean over many songs the interval is mean ± 1.96 standard errors; for r Fisher's."""
+    true, pred = random_labels(1000)
     intervals = eval_script.bootstrap(metric, true, pred)
-    for n, name in enumerate(("valence", "arousal")):
+    for n, name in enumerate(DIMENSIONS):
         errors = (pred - true)[:, n]
         for key, values in (("mse", errors**2), ("mae", abs(errors))):
-            half = 1.96 * values.std() / len(values) ** 0.5
-            assert intervals[name][key] == pytest.approx([values.mean() - half, values.mean() + half], abs=0.1 * half)
-        z, half = np.arctanh(np.corrcoef(true[:, n], pred[:, n])[0, 1]), 1.96 / (len(true) - 3) ** 0.5
-        assert np.arctanh(intervals[name]["pearson"]) == pytest.approx([z - half, z + half], abs=0.15 * half)
-    hits = (eval_script.quadrant(true, 5) == eval_script.quadrant(pred, 5)).mean()
+            mean, half = values.mean(), 1.96 * values.std() / len(values) ** 0.5
+            assert intervals[name][key] == pytest.approx([mean - half, mean + half], abs=0.1 * half)
+        z = np.arctanh(np.corrcoef(true[:, n], pred[:, n])[0, 1])
+        half = 1.96 / (len(true) - 3) ** 0.5
+        found = np.arctanh(intervals[name]["pearson"])
+        assert found == pytest.approx([z - half, z + half], abs=0.15 * half)
+    hits = (common.quadrant(true, 5) == common.quadrant(pred, 5)).mean()
     half = 1.96 * (hits * (1 - hits) / len(true)) ** 0.5
-    assert intervals["quadrant"]["accuracy"] == pytest.approx([hits - half, hits + half], abs=0.1 * half)
-    assert intervals == eval_script.bootstrap(metric, true, pred)  # a fixed seed
+    assert intervals["quadrant"]["accuracy"] == pytest.approx([hits - half, hits + half],
+                                                              abs=0.1 * half)
     compared(7, "intervals")
 
 
+def test_the_bootstrap_repeats_itself_and_takes_seconds(compared):
+    """10,000 resamples of 175 songs, vectorised: a loop over them would take a minute."""
+    import time
+
+    true, pred = random_labels(175)
+    start = time.monotonic()
+    intervals = eval_script.bootstrap(metric, true, pred)
+    assert time.monotonic() - start < 10
+    assert intervals == eval_script.bootstrap(metric, true, pred)
+    compared(10_000, "resamples")
+
+
+def test_resampling_groups_sees_that_copies_are_not_new_songs(compared):
+    """Every song four times over: resampled as songs the interval is half as wide as it should be;
+    resampled in groups it is that of the songs without their copies."""
+    true, pred = random_labels(150)
+    copies = np.repeat(true, 4, 0), np.repeat(pred, 4, 0)
+    width = {}
+    for name, data, groups in (("once", (true, pred), None), ("copies", copies, None),
+                               ("groups", copies, np.repeat(np.arange(150), 4))):
+        low, high = eval_script.bootstrap(metric, *data, groups=groups)["valence"]["mse"]
+        width[name] = high - low
+    assert width["groups"] == pytest.approx(width["once"], rel=0.1)
+    assert width["copies"] == pytest.approx(width["once"] / 2, rel=0.1)
+    compared(3, "intervals")
+
+
 def test_ceiling_of_a_constructed_case(compared):
-    """Labels that are a truth plus the mean of ten noisy opinions: predicting the truth reaches the ceiling."""
+    """Labels that are a truth and the mean of ten noisy opinions: the truth reaches the ceiling."""
     generator = np.random.default_rng(0)
     truth = generator.normal(5, [1.0, 1.5], (20000, 2))
     opinions = truth[:, None] + generator.normal(0, 1.5, (20000, 10, 2))
     labels, spread = opinions.mean(1), opinions.std(1, ddof=1)
     reached = 1 - ((labels - truth) ** 2).mean(0) / labels.var(0)
-    np.testing.assert_allclose([eval_script.ceiling(labels, spread)[name] for name in eval_script.DIMENSIONS],
-                               reached, atol=0.01)
-    compared(2, "dimensions")
+    top = eval_script.ceiling(labels, spread)
+    np.testing.assert_allclose([top[name] for name in DIMENSIONS], reached, atol=0.01)
+    assert top["average"] == pytest.approx((top["valence"] + top["arousal"]) / 2)
+    compared(3, "ceilings")
 
 
 def test_ridge_against_a_direct_solve(compared):
@@ -98,169 +143,268 @@ def test_ridge_against_a_direct_solve(compared):
 
     def direct(penalty):
         z, z_val = ((rows - x.mean(0)) / x.std(0) for rows in (x, x_val))
-        return z_val @ np.linalg.solve(z.T @ z + penalty * np.eye(20), z.T @ (y - y.mean(0))) + y.mean(0)
+        solved = np.linalg.solve(z.T @ z + penalty * np.eye(20), z.T @ (y - y.mean(0)))
+        return z_val @ solved + y.mean(0)
 
     np.testing.assert_allclose(predict(x_val), direct(penalty), atol=1e-10)
     grid = 10.0 ** np.arange(-2, 7.5, 0.5)
-    errors = [((direct(other) - y_val) ** 2).mean() for other in grid]
-    assert penalty == grid[int(np.argmin(errors))] and 0 < np.argmin(errors) < len(grid) - 1
+    best = int(np.argmin([((direct(other) - y_val) ** 2).mean() for other in grid]))
+    assert penalty == grid[best] and 0 < best < len(grid) - 1
     compared(len(grid), "penalties")
 
 
-def test_the_published_protocol_is_for_deams_own_splits(splits, compared):
-    assert common.splits_digest(splits) == eval_script.PUBLISHED["splits"]
-    annotations = {song: (1 + song % 8, 1.0, 1 + song % 7, 1.0) for song in common.songs_of(splits)}
-    pred = {str(song): [5 + song % 3, 5 - song % 2] for song in splits["test"]}
-    numbers = eval_script.measure_split(annotations, splits, "test", pred, None)
-    assert numbers["new_artists"]["songs"] == 56
-    assert 0 <= numbers["published_protocol"]["quadrants_right"] <= 160
-    compared(len(splits["test"]), "songs")
-
-
-@pytest.fixture
-def run(trained, tmp_path):
-    return shutil.copytree(trained, tmp_path / "run")
-
-
-def test_evaluation_on_cached_features(features, run, monkeypatch, capsys, compared):
-    """No backbone, no audio. predictions.csv, metrics.json and the printout agree."""
-    monkeypatch.setattr(common, "Backbone", None)
-    monkeypatch.setattr(common, "read_waveform", None)
-    base = [run, "--features", features, "--device", "cpu"]
-    assert call(eval_script, *base) == 0
-    output, out = capsys.readouterr().out, run / "eval-test"
-    names = {"metrics.json", "predictions.csv", *(f"{name}.{kind}" for kind in ("png", "pdf") for name
-             in ("true_vs_predicted", "plane", "confusion", "histograms"))}
-    assert {path.name for path in out.iterdir()} == names
-    found, rows = read_json(out / "metrics.json", ""), [*csv.DictReader(open(
-        out / "predictions.csv"))]
-    pred, true = (np.array([[float(row[f"{name}_{kind}"]) for name in eval_script.DIMENSIONS]
-                            for row in rows]) for kind in ("pred", "true"))
-    assert found["predictions"] == {row["song_id"]: p for row, p in zip(rows, pred.tolist())}
-    metrics = found["numbers"]["metrics"]
-    assert metrics["valence"]["mse"] == pytest.approx(np.mean((pred - true)[:, 0] ** 2))
-    assert f"{metrics['arousal']['ccc']:8.4f}" in output and "say nothing about DEAM" in output
-    for split, songs in (("train", 40), ("val", 10)):
-        assert call(eval_script, *base, "--split", split) == 0
-        assert read_json(run / f"eval-{split}/metrics.json", "")["songs"] == songs
-    assert call(eval_script, *base, "--labels", "corrected") == 0  # beside, not over
-    assert read_json(run / "eval-test-corrected/metrics.json", "")["labels"] == "corrected"
-    assert read_json(out / "metrics.json", "") == found
-    compared(len(rows), "songs")
-
-
-def test_a_table_of_runs(features, trained, tmp_path, capsys, compared):
-    for name, options in (("b", ["--seed", 1]), ("c", ["--lr", 1e-4])):
-        assert call(train, "--features", features, "--run", tmp_path / name, *QUICK, *options) == 0
-    a, base = shutil.copytree(trained, tmp_path / "a"), ["--features", features, "--device", "cpu"]
-    capsys.readouterr()
-    assert call(eval_script, a, tmp_path / "b", *base) == 0
-    output = capsys.readouterr().out
-    assert "mean ± std" in output and "\nridge  " in output and "\nceiling  " in output
-    assert call(eval_script, a, tmp_path / "c", *base, "--against", tmp_path / "b") == 0
-    output = capsys.readouterr().out
-    assert "the runs differ in lr" in output and "mean ± std" not in output
-    assert "a less b, the same 10 songs" in output
-    compared(3, "runs")
-
-
-def test_folds_pool_songs_that_no_model_heard(features, tmp_path, capsys, compared):
-    runs = [tmp_path / f"frozen-fold{fold}" for fold in (0, 1)]
-    for fold, run in enumerate(runs):
-        assert call(train, "--features", features, "--run", run, *QUICK, "--finetune", "frozen",
-                    "--fold", fold, "--epochs", 1) == 0
-    capsys.readouterr()
-    assert call(eval_script, *runs, "--features", features, "--device", "cpu") == 0
-    found = read_json(tmp_path / "frozen-pooled/eval-pooled-folds/metrics.json", "")
-    tests = [read_json(run / "splits.json", "")["test"] for run in runs]
-    assert sorted(map(int, found["predictions"])) == sorted(sum(tests, []))
-    compared(found["songs"], "songs of two folds")
-
-
-def test_ten_folds_by_artist(splits, compared):
-    import folds
-
-    content, artists = read_json(ROOT / "folds.json", ""), common.read_artists()
-    songs = sum(content["folds"], [])
-    assert sorted(songs) == sorted(common.songs_of(splits)) and len(songs) == 1744
-    by_fold = [{artists[song] for song in fold} for fold in content["folds"]]
-    assert sum(map(len, by_fold)) == len(set().union(*by_fold)) == 878
-    assert {len(fold) for fold in content["folds"]} == {174, 175}
-    assert folds.draw(artists, content["seed"]) == content["folds"]
-    compared(len(songs), "songs")
-
-
-# ------------------------------------------------------------------------------------------- verdicts
+# ------------------------------------------------------------------------------------- evaluation
 
 
 @pytest.fixture(scope="module")
-def record(clone, tmp_path_factory):
-    """The unpacked record of the demo's run, made as README says."""
-    import subprocess
-    import sys
-
-    folder, _ = clone
-    command = [sys.executable, folder / "tests/record.py", folder / "demo/run"]
-    digests = []
-    for name in ("one", "two"):
-        place = tmp_path_factory.mktemp(name)
-        digests.append(subprocess.run(command, cwd=place, check=True, capture_output=True,
-                                      text=True).stdout.splitlines()[1])
-    assert digests[0] == digests[1]  # the same tar
-    subprocess.run(["tar", "xf", "run.tar"], cwd=place, check=True)
-    return place / "run"
+def small(splits, no_histories, tmp_path_factory):
+    """(features of 60 made songs, [three runs: seeds 0 and 1, and another learning rate])."""
+    folder = tmp_path_factory.mktemp("small")
+    features, runs = made_features(folder / "DEAM_feats", few(splits)), []
+    for name, more in (("seed0", []), ("seed1", ["--seed", "1"]), ("lr", ["--lr", "4e-5"])):
+        runs.append(folder / name)
+        assert call(train, "--features", features, "--run", runs[-1], *FROZEN, *more) == 0
+    return features, runs
 
 
-def test_a_record_is_checked_at_every_depth(clone, record, compared):
-    demo, file = clone[0] / "demo", record / "eval-test/metrics.json"
-    assert call(eval_script, "--verify", file, "--deam", demo / "DEAM") == 0
-    import extract
+@pytest.fixture
+def run(small, tmp_path):
+    return shutil.copytree(small[1][0], tmp_path / "run")
 
-    assert call(extract, "--verify", record / "manifest.json", "--deam", demo / "DEAM", "--weights",
-                demo / "backbone", "--sample", 2, "--device", "cpu") == 0
-    assert call(train, "--verify", record, "--steps", 1, "--features", demo / "DEAM_feats",
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Figures take most of an evaluation's time."""
+    monkeypatch.setattr(eval_script.figures, "draw_report", lambda *_: None)
+
+
+FIGURES = {f"{name}.{kind}" for name in ("true_vs_predicted", "plane", "confusion", "histograms")
+           for kind in ("png", "pdf")}
+
+
+def test_evaluation_on_cached_features(features, trained, tmp_path, monkeypatch, capsys, compared):
+    """No backbone, no audio: neither may be touched. predictions.csv, metrics.json and the printout
+    agree; every split can be evaluated."""
+    for name in ("Backbone", "read_waveform"):
+        monkeypatch.setattr(common, name, None)
+    run = shutil.copytree(trained, tmp_path / "run")
+    base = run, "--features", features, "--device", "cpu"
+    assert call(eval_script, *base) == 0
+    output, out = capsys.readouterr().out, run / "eval-test"
+    assert {path.name for path in out.iterdir()} == {"metrics.json", "predictions.csv", *FIGURES}
+    heads = {"png": b"\x89PNG", "pdf": b"%PDF"}
+    assert all((out / name).read_bytes().startswith(heads[name[-3:]]) for name in FIGURES)
+    found = read_json(out / "metrics.json", "", eval_script.METRICS)
+    rows = list(csv.DictReader(open(out / "predictions.csv")))
+    pred, true = (np.array([[float(row[f"{name}_{kind}"]) for name in DIMENSIONS] for row in rows])
+                  for kind in ("pred", "true"))
+    assert found["predictions"] == {row["song_id"]: each for row, each in zip(rows, pred.tolist())}
+    numbers = found["numbers"]
+    assert numbers["metrics"]["valence"]["mse"] == pytest.approx(np.mean((pred - true)[:, 0] ** 2))
+    assert f"{numbers['metrics']['arousal']['ccc']:8.4f}" in output
+    assert "say nothing about DEAM" in output and "say nothing about DEAM" in found["source"]
+    assert set(numbers["baselines"]) == {"training mean", "ridge"} and found["songs"] == 10
+    assert numbers["ceiling_r2"]["valence"] > 0.8
+    assert not {"published_protocol", "new_artists"} & set(numbers)  # not the published splits
+    r2 = {name: values["arousal"]["r2"] for name, values in numbers["baselines"].items()}
+    assert r2["ridge"] > 0.4 > 0.1 > r2["training mean"]
+    monkeypatch.setattr(eval_script.figures, "draw_report", lambda *_: None)
+    for split, songs in (("train", 40), ("val", 10)):
+        assert call(eval_script, *base, "--split", split) == 0
+        assert read_json(run / f"eval-{split}/metrics.json", "")["songs"] == songs
+    compared(len(rows) + len(FIGURES), "predictions and figures")
+
+
+def test_other_labels_are_written_beside(small, run, undrawn, capsys, compared):
+    """Evaluating with other labels than the run's leaves its own evaluation as it is."""
+    base = run, "--features", small[0], "--device", "cpu"
+    call(eval_script, *base)
+    kept = (run / "eval-test/metrics.json").read_bytes()
+    capsys.readouterr()
+    assert call(eval_script, *base, "--labels", "corrected") == 0
+    assert "for comparison: the run was trained on shipped labels" in capsys.readouterr().out
+    assert (run / "eval-test/metrics.json").read_bytes() == kept
+    own, other = (read_json(run / name / "metrics.json", "")
+                  for name in ("eval-test", "eval-test-corrected"))
+    assert (other["labels"], other["trained_on_labels"]) == ("corrected", "shipped")
+    assert own["labels"] == "shipped" and own["predictions"] == other["predictions"]
+    assert own["numbers"]["confusion"] != other["numbers"]["confusion"]
+    compared(2, "reports")
+
+
+def test_published_protocol_and_new_artists(splits, undrawn, tmp_path, capsys, compared):
+    """On DEAM's own splits, and no others: the first 160 test songs as published, and a row of the
+    songs by artists that are not in train or val."""
+    features = made_features(tmp_path / "DEAM_feats", splits)
+    run = tmp_path / "run"
+    call(train, "--features", features, "--run", run, *FROZEN, "--labels", "corrected",
+         "--batch-size", "300")
+    capsys.readouterr()
+    assert call(eval_script, run, "--features", features, "--device", "cpu") == 0
+    output = capsys.readouterr().out
+    found = read_json(run / "eval-test/metrics.json", "")
+    artists, rows = common.read_artists(), list(csv.DictReader(open(
+        run / "eval-test/predictions.csv")))
+    pred, true = (np.array([[float(row[f"{name}_{kind}"]) for name in DIMENSIONS] for row in rows])
+                  for kind in ("pred", "true"))
+    known = splits["train"] + splits["val"]
+    labels = common.corrected(common.read_annotations(features / "annotations.csv"), [[1, 1000]])
+    std = np.array([labels[song][::2] for song in known]).std(0)
+    protocol = found["numbers"]["published_protocol"]
+    assert protocol["z_mse"] == pytest.approx(np.mean(((pred - true) / std)[:160] ** 2))
+    assert protocol["quadrants_right"] == ((pred >= 5) == (true >= 5)).all(1)[:160].sum()
+    assert f"z-scored MSE {protocol['z_mse']:.4f} (published 0.4945)" in output
+    heard = {artists[song] for song in known}
+    new = np.array([artists[int(row["song_id"])] not in heard for row in rows])
+    row = found["numbers"]["new_artists"]
+    assert row["songs"] == new.sum() == 56
+    assert row["metrics"]["arousal"]["pearson"] == pytest.approx(
+        np.corrcoef(true[new, 1], pred[new, 1])[0, 1])
+    low, high = row["intervals"]["valence"]["r2"]
+    assert low < row["metrics"]["valence"]["r2"] < high
+    assert output.count("  56 songs by artists not in train or val: R² ") == 3
+    compared(len(rows), "test songs")
+
+
+# ------------------------------------------------------------------------------------------ table
+
+
+def table_of(small, names, capsys):
+    """(rows of numbers by name, all lines) of the table that eval prints of some runs."""
+    features, runs = small
+    assert call(eval_script, *[run for run in runs if run.name in names], "--features", features,
                 "--device", "cpu") == 0
-    assert call(eval_script, demo / "run", "--features", demo / "DEAM_feats", "--verify", file,
-                "--device", "cpu") == 0
-    compared(4, "verdicts")
+    lines = capsys.readouterr().out.splitlines()
+    start = max(n for n, line in enumerate(lines) if line.startswith("run "))
+    return {line[:20].strip(): line[20:].split() for line in lines[start:]}, lines
 
 
-def leaves(value, path=()):
-    if isinstance(value, (dict, list)) and value:
-        for key in (value if isinstance(value, dict) else range(len(value))):
-            yield from leaves(value[key], (*path, key))
-    else:
-        yield path
+def test_mean_and_deviation_over_seeds_alone(small, undrawn, capsys, compared):
+    rows, _ = table_of(small, ("seed0", "seed1"), capsys)
+    numbers = np.array([rows["seed0"], rows["seed1"]], float)
+    assert rows["run"][-2:] == ["pred.", "r"] and numbers.shape == (2, 10)
+    mean, std = (np.array(rows["mean ± std"][n::3], float) for n in (0, 2))
+    np.testing.assert_allclose(mean, numbers.mean(0), atol=2e-4)
+    np.testing.assert_allclose(std, numbers.std(0, ddof=1), atol=2e-4)
+    assert len(rows["ridge"]) == 10 and len(rows["ceiling"]) == 2  # of R² alone
+    found = read_json(small[1][0] / "eval-test/metrics.json", "")["numbers"]
+    assert rows["ridge"][-1] == \
+        f"{found['baselines']['ridge']['valence_arousal_correlation']['predicted']:.4f}"
+    assert rows["ceiling"][0] == f"{found['ceiling_r2']['valence']:.4f}"
+    compared(numbers.size + 22, "numbers")
 
 
-@pytest.mark.parametrize("rehashed", [False, True])
-def test_no_edited_number_is_reproduced(clone, record, tmp_path, compared, rehashed):
-    """Every kind of field of metrics.json changed, its own digest left or made anew. Free text (the
-    run's name, the environment) decides nothing; a penalty is checked where there are features."""
-    from cli import UserError
+def test_no_mean_over_runs_that_differ_otherwise(small, undrawn, capsys, compared):
+    rows, lines = table_of(small, ("seed0", "lr"), capsys)
+    assert "the runs differ in lr: no mean over them" in lines and "mean ± std" not in rows
+    assert {"seed0", "lr", "ridge", "ceiling"} <= set(rows)
+    compared(2, "runs")
 
-    run = shutil.copytree(record, tmp_path / "run")
-    file, demo = run / "eval-test/metrics.json", clone[0] / "demo"
-    whole, count = read_json(file, ""), 0
-    places = [path for path in leaves(whole) if path[0] not in ("run", "environment", "digest",
-                                                                "ridge_penalty", "swapped_labels")]
-    chosen = [path for n, path in enumerate(places) if n % (45 if rehashed else 150) == 0]
-    for path in chosen:
-        for change in (lambda value: value + 0.001 if isinstance(value, float) else "other",
-                       lambda value: {}):
-            content = copy.deepcopy(whole)
-            inner = content
-            for key in path[:-1]:
-                inner = inner[key]
-            inner[path[-1]] = change(inner[path[-1]])
-            if rehashed:
-                content.pop("digest")
-                content["digest"] = json_digest(content)
-            write_json(file, content)
-            try:
-                code = call(eval_script, "--verify", file, "--deam", demo / "DEAM")
-            except UserError:
-                code = 2
-            assert code in (1, 2), path
-            count += 1
-    compared(count, "edits")
+
+def test_files_are_read_once_for_several_runs(small, undrawn, monkeypatch, compared):
+    """Train and val once, for ridge; of the test split once more a run: its layers differ."""
+    features, runs = small
+    read = []
+    monkeypatch.setattr(common, "VERIFIED", set())
+    monkeypatch.setattr(eval_script, "POOLED", {})
+    monkeypatch.setattr(common, "load_tensors",
+                        lambda path, what: read.append(path.stem) or load_tensors(path, what))
+    call(eval_script, *runs, "--features", features, "--device", "cpu")
+    splits = common.read_splits(features / "splits.json")
+    assert sorted(each for each in read if int(each) not in splits["test"]) == sorted(
+        map(str, splits["train"] + splits["val"]))
+    compared(len(read), "reads")
+
+
+def report(pred, true, ridge_pred=None):
+    """A report over songs 1, 2, … as evaluate makes it, for print_report."""
+    spread = np.ones(len(true))
+    annotations = dict(enumerate(np.stack([true[:, 0], spread, true[:, 1], spread], 1).tolist(), 1))
+    ids = list(annotations)
+    preds = [values if values is None else dict(zip(map(str, ids), values.tolist()))
+             for values in (pred, ridge_pred)]
+    return {"songs": len(ids), "numbers": eval_script.measure(annotations, ids, ids, *preds)}
+
+
+@pytest.mark.parametrize("copy, said", [(1.0, True), (0.0, False)])
+def test_a_collapse_is_called_one(capsys, compared, copy, said):
+    true, _ = random_labels(50)
+    pred = np.stack([true[:, 0], copy * true[:, 0] + (1 - copy) * true[:, 1]], 1) * 0.5 + 2
+    eval_script.print_report(report(pred, true))
+    assert ("a collapse" in capsys.readouterr().out) == said
+    compared(1, "line")
+
+
+def test_where_ridge_does_better_a_line_says_so(capsys, compared):
+    true, pred = random_labels(50)
+    better = np.stack([true[:, 0], np.full(50, 3.0)], 1)  # in valence alone
+    eval_script.print_report(report(pred, true, better))
+    output = capsys.readouterr().out
+    assert "ridge on the same features does better than the network for valence (R² 1.00" in output
+    assert "arousal (R²" not in output and ", ridge's 0.0000" in output  # its predicted correlation
+    compared(2, "dimensions")
+
+
+# --------------------------------------------------------------------------------------- refusals
+
+
+class Bomb:
+    def __reduce__(self):
+        return (open, ("bomb-went-off", "w"))
+
+
+def test_checkpoints_that_are_none(small, run, tmp_path, fails, monkeypatch, compared):
+    monkeypatch.chdir(tmp_path)
+    base, file = (run, "--features", small[0], "--device", "cpu"), run / "model.pt"
+    good = read_tensors(file, "", eval_script.MODEL)
+    for content, says in ((Bomb(), "is not a trained model"),
+                          ({**good, "extra": Bomb()}, "is not a trained model"),
+                          ([1], "no digest"), (good, "no digest"),
+                          ({**good, "digest": "0" * 64}, "is damaged")):
+        torch.save(content, file)
+        assert says in fails(eval_script, *base)
+    assert not (tmp_path / "bomb-went-off").exists()
+    for content, says in (({"state": {}}, "is not a trained model"),  # of the right digest
+                          ({**good, "state": {"a": torch.zeros(1)}}, "not a model that train.py"),
+                          ({**good, "mean": torch.zeros(3)}, "not a model that train.py")):
+        write_tensors(file, content)
+        assert says in fails(eval_script, *base)
+    file.write_text("no")
+    assert "is not a trained model" in fails(eval_script, *base)
+    file.unlink()
+    assert "is not finished: train.py with --resume" in fails(eval_script, *base)
+    (run / "last.pt").unlink()
+    assert "cannot read a trained model" in fails(eval_script, *base)
+    compared(11, "refusals")
+
+
+def test_files_that_are_not_of_one_run(small, run, fails, compared):
+    base = run, "--features", small[0], "--device", "cpu"
+    for name, says in (("config.json", "lr 4e-05 there, 3e-05 now"), ("model.pt", "of one run")):
+        kept = (run / name).read_bytes()
+        shutil.copy(small[1][2] / name, run)
+        assert says in fails(eval_script, *base)
+        (run / name).write_bytes(kept)
+    splits = read_json(run / "splits.json", "")
+    for change, says in (({"test": splits["test"][::-1]}, "not the one that the run was trained"),
+                         ({"source": "DEAM"}, "names another source")):
+        write_json(run / "splits.json", {**splits, **change})
+        assert says in fails(eval_script, *base)
+    compared(4, "refusals")
+
+
+def test_features_that_are_not_the_runs(small, run, tmp_path, fails, compared):
+    features = shutil.copytree(small[0], tmp_path / "f")
+    song = read_json(features / "splits.json", "")["test"][0]
+    file = features / "songs" / f"{song}.pt"
+    states = load_tensors(file, "")
+    torch.save(states + 1, file)
+    assert f"{song}.pt is damaged" in fails(eval_script, run, "--features", features)
+    assert call(extract, "--check", small[0]) == 0 and call(extract, "--check", features) == 1
+    torch.save(states, file)
+    manifest = read_json(features / "manifest.json", "")
+    manifest["settings"]["precision"] = "exact"  # a manifest made so is a valid one
+    write_json(features / "manifest.json",
+               {**manifest, "digest": common.manifest_digest(manifest)})
+    assert "was trained on features" in fails(eval_script, run, "--features", features)
+    compared(4, "features")
