@@ -64,12 +64,12 @@ def dynamic_means(path):
 def audit_labels(deam):
     """Compare a DEAMHandler's static labels with the song means of its dynamic ones. One dict a
     range: low, high, songs, r (2×2: static valence, arousal × dynamic valence, arousal), evidence:
-    mean correlation crosswise minus straight, its 99.9 % bootstrap interval over songs, and swapped:
-    True, False, or None where the interval holds 0. Raises UserError where there is nothing to
-    compare with."""
+    mean correlation crosswise minus straight, its 99.9 % bootstrap interval over songs, and
+    swapped: True, False, or None where the interval holds 0. Raises UserError where there is
+    nothing to compare with."""
     if len(deam.dynamic) < 2:
-        raise UserError(f"no dynamic annotations in {deam.root} to compare with: unpack the whole of "
-                        "DEAM_Annotations there")
+        raise UserError(f"no dynamic annotations in {deam.root} to compare with: unpack the whole "
+                        "of DEAM_Annotations there")
     valence, arousal = (dynamic_means(deam.dynamic[name]) for name in ("valence", "arousal"))
     rows, generator = [], np.random.default_rng(0)
     for low, high in RANGES:
@@ -116,7 +116,8 @@ def print_audit(rows):
               f"{av:9.3f}   {row['evidence']:+.3f} [{low:+.3f}, {high:+.3f}]")
     said = {True: "valence and arousal are swapped", False: "the labels are right",
             None: "the data do not tell"}
-    print("; ".join(f"ids {row['low']}–{row['high']}: {said[row['swapped']]}" for row in rows) + ".")
+    print("; ".join(f"ids {row['low']}–{row['high']}: {said[row['swapped']]}" for row in rows)
+          + ".")
 
 
 # ------------------------------------------------------------------------------------------ artists

@@ -1,4 +1,4 @@
-"""The command line that all scripts share: options said once, errors in one line, signals, progress.
+"""The command line that all scripts share: options, errors in one line, signals, progress.
 
 Imports no torch: a script reads its arguments before it imports anything slow, so that --help and a
 mistyped option are answered at once and Ctrl-C is one line from the start.
@@ -131,7 +131,7 @@ def execute(run, args):
     except OSError as error:  # a file's errors are caught where it is read or written
         if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EIO):
             raise
-        code = fail(f"cannot print: {error.strerror}; results on disk are complete as far as it got")
+        code = fail(f"cannot print: {error.strerror}; what was written to disk is complete")
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":
             raise
@@ -149,7 +149,7 @@ def fail(message):
     return 2
 
 
-# ------------------------------------------------------------------------------------------ progress
+# ----------------------------------------------------------------------------------------- progress
 
 
 class Progress(tqdm):

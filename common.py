@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
 import exact
-from cli import Progress, UserError
+from cli import UserError
 from exact import Exact
 from files import (DIGEST, ahead, json_digest, load_tensors, read_json, read_tensors,
                    read_text, sha256, shortened, state_digest, tensor_digest)
@@ -77,7 +77,8 @@ class Arithmetic:
         """A new context each time: one autocast entered twice, nested, would stay on for good."""
         if self.precision == "exact":
             return Exact()
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
+        bfloat16 = self.precision == "bfloat16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16)
 
 
 def pick_device(name):
@@ -106,8 +107,8 @@ def say_if_slow(arithmetic, operations):
         seconds.append(time.perf_counter() - begin)
     hours = 1.5 * operations * min(seconds) / (2 * 1024**3) / 3600
     if hours > 1:
-        print(f"about {hours:.0f} hours here in exact arithmetic; --precision float32 is faster, and "
-              "gives the same bits on one make of CPU or one GPU model only", flush=True)
+        print(f"about {hours:.0f} hours here in exact arithmetic; --precision float32 is faster, "
+              "and gives the same bits on one make of CPU or one GPU model only", flush=True)
 
 
 def operations(params, layers, convolutions=True, samples=45 * 16000):
@@ -269,12 +270,14 @@ def read_annotations(path):
     """Static annotations: {song id: (valence, its standard deviation, arousal, its standard
     deviation)}, floats on DEAM's 1–9 scale. Other columns, stray spaces and CRLF are fine; missing
     columns, gaps, NaN, labels outside 1–9 and double ids raise UserError."""
+    text = read_text(path, "the annotations")
     rows = [[cell.strip() for cell in row]
-            for row in csv.reader(io.StringIO(read_text(path, "the annotations").replace("\0", "")))]
+            for row in csv.reader(io.StringIO(text.replace("\0", "")))]
     header, songs = rows[0] if rows else [], {}
     if missing := [name for name in COLUMNS if name not in header]:
         raise UserError(f"{path}: no column {', '.join(missing)}; it needs {', '.join(COLUMNS)}")
-    places, fresh = [header.index(name) for name in COLUMNS], "take the file from a fresh copy of DEAM"
+    places = [header.index(name) for name in COLUMNS]
+    fresh = "take the file from a fresh copy of DEAM"
     for line, row in enumerate(rows[1:], 2):
         if not any(row):
             continue
@@ -351,16 +354,16 @@ class DEAMHandler:
     path} of the annotations over time where they are there, `metadata` its tables of songs; `audio`
     {song id: path}; `get_waveform`.
 
-    root: the folder, in any layout (Kaggle's, the original zip files', spaces or underscores): it is
-    searched for the static annotations and for files named <song id>.mp3 (.wav, .flac, .ogg).
+    root: the folder, in any layout (Kaggle's, the original zip files', spaces or underscores): it
+    is searched for the static annotations and for files named <song id>.mp3 (.wav, .flac, .ogg).
     "kaggle" downloads version 1. Raises UserError where there is no DEAM.
     """
 
     def __init__(self, root):
         root = Path(download_deam() if str(root) == "kaggle" else root)
         if not root.is_dir():
-            raise UserError(f"no folder {root}: give DEAM's with --deam PATH, or kaggle to download "
-                            "it")
+            raise UserError(f"no folder {root}: give DEAM's with --deam PATH, or kaggle to "
+                            "download it")
         files = files_below(root)
         tables = [path for path in files if path.name.replace(" ", "_") == STATIC]
         if not tables:
@@ -559,8 +562,8 @@ VERIFIED = set()  # the feature files of which this process knows that they are 
 
 class FeatDataset(Dataset):
     """Yields (features[T, D] as stored, label[2] float64: valence, arousal on 1–9). A file is
-    compared with the manifest's digest when it is first read. Raises UserError naming a file that is
-    missing, damaged or not [T, D]."""
+    compared with the manifest's digest when it is first read. Raises UserError naming a file that
+    is missing, damaged or not [T, D]."""
 
     def __init__(self, root, ids, annotations, songs, dimension):
         self.root, self.ids, self.songs, self.dimension = Path(root), ids, songs, dimension
@@ -636,7 +639,8 @@ class DEAMFeatHandler:
         dimension = self.top_layers["params"]["encoder_embed_dim"]
         self.datasets = {name: FeatDataset(root, ids, self.annotations, self.manifest["songs"],
                                            dimension) for name, ids in self.ids.items()}
-        self.mean, self.std = label_statistics(self.annotations, self.ids["train"] + self.ids["val"])
+        known = self.ids["train"] + self.ids["val"]
+        self.mean, self.std = label_statistics(self.annotations, known)
         self.batch_size, self.shuffle = batch_size, torch.Generator().manual_seed(seed)
         for name in self.ids:
             setattr(self, name, self.loader(name, self.datasets[name]))
@@ -648,8 +652,8 @@ class DEAMFeatHandler:
             raise UserError(f"{path} is not the file of the manifest; run extract.py again")
         swapped = self.manifest["swapped_labels"]
         if labels == "corrected" and swapped is None:
-            raise UserError(f"{self.root} does not say which labels are swapped: extract again from "
-                            "a DEAM folder with its dynamic annotations")
+            raise UserError(f"{self.root} does not say which labels are swapped: extract again "
+                            "from a DEAM folder with its dynamic annotations")
         return corrected(annotations, swapped) if labels == "corrected" else annotations
 
     def songs_there(self, allow_missing):
@@ -665,9 +669,9 @@ class DEAMFeatHandler:
                  and (root / "songs" / f"{song}.pt").exists()}
         missing = [song for song in everything if song not in there]
         if missing and not allow_missing or not there:
-            raise UserError(f"{len(missing)} of {len(everything)} songs have no features in {root}: "
-                            f"{shortened(missing)}; extract them, or add --allow-missing to work on "
-                            "those that are there")
+            raise UserError(f"{len(missing)} of {len(everything)} songs have no features in "
+                            f"{root}: {shortened(missing)}; extract them, or add --allow-missing "
+                            "to work on those that are there")
         return {name: [song for song in self.splits[name] if song in there]
                 for name in ("train", "val", "test")}
 
@@ -697,19 +701,10 @@ class DEAMFeatHandler:
         swapped = self.manifest["swapped_labels"]
         if swapped and self.labels == "shipped":
             ranges = ", ".join(f"{low}–{high}" for low, high in swapped)
-            yield (f"original labels (as shipped): for ids {ranges} valence and arousal are swapped "
-                   "(see audit.py; --labels corrected)")
+            yield (f"original labels (as shipped): for ids {ranges} valence and arousal are "
+                   "swapped (see audit.py; --labels corrected)")
         if not self.complete:
             yield f"working on {self.summary}"
-
-    def check(self, split):
-        """Compare the files of a split that were not yet read with the manifest. Raises UserError
-        naming a damaged one."""
-        dataset = self.datasets[split]
-        unread = [index for index in range(len(dataset)) if dataset.key(index) not in VERIFIED]
-        for _ in Progress(dataset.__getitems__(unread), total=len(unread), desc=f"check {split}",
-                          unit="song", disable=not unread):
-            pass
 
 
 def corrected(annotations, swapped):
@@ -728,7 +723,7 @@ def label_statistics(annotations, songs):
     return mean, std
 
 
-# ----------------------------------------------------------------------------------- model and heads
+# ---------------------------------------------------------------------------------- model and heads
 
 
 class Head(nn.Sequential):
@@ -753,8 +748,8 @@ def layers_to_train(finetune, available, layer):
     if trained > layers:
         raise UserError(f"--finetune {finetune}: the backbone has {layers} layers")
     if trained > available:
-        raise UserError(f"--finetune {finetune} needs features of layer {layers - trained} or below,"
-                        f" these are of layer {layer}: extract with --layer {layers - trained}")
+        raise UserError(f"--finetune {finetune} needs features of layer {layers - trained} or "
+                        f"below, these are of layer {layer}: extract with --layer {layers - trained}")
     return trained
 
 
@@ -810,9 +805,9 @@ class EmotionModel(nn.Module):
     @torch.no_grad()
     def frozen(self, features):
         """One clip's features[T, D] through the layers that do not train → states[T, D] on the
-        model's device, the features as they are if all train; where none trains, on through norm and
-        mean: pooled[1, D]. Clip by clip, so that it can be kept or computed again, whichever memory
-        allows, without changing a bit."""
+        model's device, the features as they are if all train; where none trains, on through norm
+        and mean: pooled[1, D]. Clip by clip, so that it can be kept or computed again, whichever
+        memory allows, without changing a bit."""
         weight = self.valence[0].weight
         if self.all_train:
             return features.to(weight.device)
@@ -828,7 +823,7 @@ class EmotionModel(nn.Module):
         return (self.norm(states) if self.trains_layers else states).mean(1)
 
     def forward(self, clips, micro_batch=1):
-        """[states of `frozen`, …], of any lengths → z-scored predictions [B, 2]: valence, arousal."""
+        """[states of `frozen`, …], of any lengths → z-scored [B, 2]: valence, arousal."""
         pooled = self.pool_clips(clips, micro_batch)
         return torch.cat([self.valence(pooled), self.arousal(pooled)], 1)
 

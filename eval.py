@@ -2,9 +2,9 @@
 
   python eval.py runs/last1                                # no backbone, no audio, no network
   python eval.py runs/seed0 runs/seed1 runs/seed2          # and a table, mean ± standard deviation
-  python eval.py runs/last1 --verify metrics.json          # does this run give the published numbers?
-  python eval.py --verify metrics.json --deam PATH         # do they follow from its predictions?
-  python eval.py runs/last1-fold* --against runs/frozen-fold*    # all songs, each in one fold's test
+  python eval.py runs/last1 --verify metrics.json          # does it give the published numbers?
+  python eval.py --verify metrics.json --deam PATH         # do they follow from the predictions?
+  python eval.py runs/last1-fold* --against runs/frozen-fold*     # all songs, and the difference
 
 A verdict is REPRODUCED (exit code 0), CLOSE (3) or NOT REPRODUCED (1).
 """
@@ -101,8 +101,9 @@ def read_run(folder):
     return model, content, splits
 
 
-# ------------------------------------------------------------------------------------------------ metrics
-# All of them work on [..., N] or [..., N, 2] arrays over the songs, so that 1000 resamples take one call.
+# ------------------------------------------------------------------------------------------ metrics
+# All of them work on [..., N] or [..., N, 2] arrays over the songs, so that 1000 resamples take one
+# call.
 
 
 def divide(a, b):
@@ -175,7 +176,8 @@ def bootstrap(measure, true, *preds, resamples=10_000, groups=None):
             songs = np.concatenate([members[group] for group in drawn])
             found = measure(true[songs], *(pred[songs] for pred in preds))
             parts.append(mapped(lambda value: np.asarray(value)[None], found))
-    return mapped(lambda *values: np.quantile(np.concatenate(values), [0.025, 0.975]).tolist(), *parts)
+    edges = [0.025, 0.975]
+    return mapped(lambda *values: np.quantile(np.concatenate(values), edges).tolist(), *parts)
 
 
 def ceiling(true, spread):
@@ -215,8 +217,10 @@ def measure(annotations, ids, known, pred, ridge_pred, train=None, groups=None):
     return {"label_mean": mean.tolist(), "label_std": std.tolist(),
             "metrics": mapped(float, metric(true, pred)),
             "intervals": bootstrap(metric, true, pred, groups=groups),
-            "confusion": confusion(true, pred).tolist(), "ceiling_r2": ceiling(true, labels[:, 1::2]),
-            "baselines": {name: mapped(float, metric(true, other)) for name, other in others.items()}}
+            "confusion": confusion(true, pred).tolist(),
+            "ceiling_r2": ceiling(true, labels[:, 1::2]),
+            "baselines": {name: mapped(float, metric(true, other))
+                          for name, other in others.items()}}
 
 
 def measure_split(annotations, splits, split, pred, ridge_pred):
@@ -239,7 +243,7 @@ def measure_split(annotations, splits, split, pred, ridge_pred):
     return numbers
 
 
-# -------------------------------------------------------------------------------------------- evaluation
+# --------------------------------------------------------------------------------------- evaluation
 
 
 POOLED = {}  # by FeatDataset.key: for several runs a file is read once
@@ -277,12 +281,11 @@ def evaluate(args, folder, arithmetic, open_features):
     data = open_features(labels, splits)
     if config["features"] != data.digest:
         raise UserError(f"{folder} was trained on features {str(config['features'])[:16]}…, "
-                        f"{data.root} holds {str(data.digest)[:16]}…: name its own with --features, "
-                        "or extract them again with its settings")
+                        f"{data.root} holds {str(data.digest)[:16]}…: name its own with "
+                        "--features, or extract them again with its settings")
     ids = data.ids[args.split]
     if len(ids) < 2:
         raise UserError(f"{data.summary}: too few {args.split} songs to evaluate on")
-    data.check(args.split)
     model.to(arithmetic.device, arithmetic.dtype)
     clips = DataLoader(FrozenOutputs(data.datasets[args.split], model, arithmetic), 1,
                        collate_fn=collate)
@@ -295,7 +298,8 @@ def evaluate(args, folder, arithmetic, open_features):
     found = {"run": folder.name, "finetune": config["finetune"], "precision": config["precision"],
              "source": splits["source"], "split": args.split, "labels": labels,
              "trained_on_labels": config["labels"], "songs": len(ids), "features": data.digest,
-             "splits": splits_digest(splits), "label_values": label_digest(data.annotations, splits),
+             "splits": splits_digest(splits),
+             "label_values": label_digest(data.annotations, splits),
              "swapped_labels": data.manifest["swapped_labels"],
              "initial_model": content["initial_model"], "model": content["digest"],
              "numbers": measure_split(data.annotations, splits, args.split, pred, other),
@@ -366,8 +370,8 @@ def print_report(found):
         print(f"{name:8}" + "".join(f"{count:8d}" for count in row) + f"{q['f1'][name]:8.4f}")
     print_correlation(metrics, intervals, numbers["baselines"])
     if p := numbers.get("published_protocol"):
-        print(f"published protocol (first 160 test songs): z-scored MSE {p['z_mse']:.4f} (published "
-              f"{PUBLISHED['mse']}), quadrants right {p['quadrants_right']} (published "
+        print(f"published protocol (first 160 test songs): z-scored MSE {p['z_mse']:.4f} "
+              f"(published {PUBLISHED['mse']}), quadrants right {p['quadrants_right']} (published "
               f"{PUBLISHED['quadrants']})")
 
 
@@ -425,7 +429,7 @@ def print_runs(evaluated):
     print(f"{'ceiling':20}" + "".join(f"{value:17.4f}" if value else " " * 17 for value in tops))
 
 
-# ----------------------------------------------------------------------------------------------- verdict
+# ------------------------------------------------------------------------------------------ verdict
 
 
 def read_metrics(file):
@@ -491,8 +495,8 @@ def verify_run(expected, file, found, data):
 
 
 def verify_file(expected, file, deam):
-    """Do the numbers of a metrics.json follow from its predictions and DEAM's labels? Beside a run's
-    other files, are its digests theirs? The exit code."""
+    """Do the numbers of a metrics.json follow from its predictions and DEAM's labels? Beside a
+    run's other files, are its digests theirs? The exit code."""
     annotations = DEAMHandler(deam).annotations
     if expected["labels"] == "corrected":
         annotations = corrected(annotations, expected["swapped_labels"] or [])
@@ -500,8 +504,8 @@ def verify_file(expected, file, deam):
     own = beside / "splits.json"
     splits = read_splits(own if own.exists() else HERE / "splits.json")
     if unknown := [song for song in songs_of(splits) if song not in annotations]:
-        raise UserError(f"{deam} has no labels of {len(unknown)} songs of the splits: give the DEAM "
-                        "that the file is about")
+        raise UserError(f"{deam} has no labels of {len(unknown)} songs of the splits: give the "
+                        "DEAM that the file is about")
     verdict = Verdict(file)
     compare_numbers(verdict, expected, annotations, splits)
     table = file.with_name("predictions.csv")
@@ -516,14 +520,15 @@ def verify_file(expected, file, deam):
         _, content, _ = read_run(beside)
         config = content["config"]
         for key, there in (("model", content["digest"]), ("features", config["features"]),
-                           ("initial_model", content["initial_model"]), ("source", splits["source"]),
+                           ("initial_model", content["initial_model"]),
+                           ("source", splits["source"]),
                            ("finetune", config["finetune"]), ("precision", config["precision"]),
                            ("trained_on_labels", config["labels"])):
             verdict.compare(key.replace("_", " "), expected[key], there)
     return verdict.finish(f"the numbers of {file} follow from its predictions and DEAM's labels")
 
 
-# ------------------------------------------------------------------------------------- folds, comparisons
+# ------------------------------------------------------------------------------- folds, comparisons
 
 
 def disjoint(evaluated):
@@ -569,8 +574,8 @@ def print_difference(first, second, annotations):
 
     def difference(true, a, b):
         one, two = (all_metrics(true, each, np.ones(2)) for each in (a, b))
-        return {name: {key: one[name][key] - two[name][key] for key in ("mse", "r2", "pearson", "ccc")}
-                for name in DIMENSIONS}
+        return {name: {key: one[name][key] - two[name][key]
+                       for key in ("mse", "r2", "pearson", "ccc")} for name in DIMENSIONS}
 
     intervals = bootstrap(difference, true, a, b, groups=artist_groups(ids))
     print(f"\n{first['run']} less {second['run']}, the same {len(ids)} songs, 95 % over artists")
@@ -580,7 +585,7 @@ def print_difference(first, second, annotations):
             for key, value in values.items()))
 
 
-# ------------------------------------------------------------------------------------------------- run
+# ---------------------------------------------------------------------------------------------- run
 
 
 def feature_folders(args):
@@ -639,7 +644,8 @@ def run(args):
         print_runs(evaluated)
     if args.against:
         others = [evaluate(args, folder, arithmetic, open_features) for folder in args.against]
-        first, second = (pool(each) if disjoint(each) else each[0][0] for each in (evaluated, others))
+        first, second = (pool(each) if disjoint(each) else each[0][0]
+                         for each in (evaluated, others))
         print_difference(first, second, evaluated[0][2].annotations)
     if expected:
         return verify_run(expected, args.verify, *evaluated[0][::2])

@@ -10,21 +10,22 @@
 Floating-point results differ between machines for two reasons, and both are removed.
 
 1. Sums are taken in different orders. Here the terms of every sum are first rounded to integers
-   times a power of two, with so few bits that no partial sum exceeds 2^53. float64 adds such numbers
-   without rounding, so that no order, blocking or fused multiply-add can change the result.
+   times a power of two, with so few bits that no partial sum exceeds 2^53. float64 adds such
+   numbers without rounding, so that no order, blocking or fused multiply-add can change the result.
 2. exp, log and their like come from different libraries. Here they are tables and short polynomials
-   in + - * / and square root, which IEEE 754 defines to the last bit; one operation at a time, since
-   compilers may fuse two. The tables are themselves computed so.
+   in + - * / and square root, which IEEE 754 defines to the last bit; one operation at a time,
+   since compilers may fuse two. The tables are themselves computed so.
 
 A torch dispatch mode puts these rules in the place of torch's operations, below autograd: models,
 losses and optimizers stay as they are. What has no rule raises by name.
 
-It is for float64. The relative error of a product is some 2^-21, that of the features of a transformer
-with ten layers 2e-6. Grids belong to single rows, heads or stretches of a clip: what is computed for an
-element of a batch does not depend on the others, except for gradients of weights, which sum over them.
-NaN and infinity stay visible (which of a NaN's bit patterns is not defined). Denormal numbers count as
-IEEE 754 says, flush-to-zero is switched off. Out of scope: torch.compile, random numbers drawn on a GPU,
-and what Python computes itself (check() tests the powers that Adam takes).
+It is for float64. The relative error of a product is some 2^-21, that of the features of a
+transformer with ten layers 2e-6. Grids belong to single rows, heads or stretches of a clip: what is
+computed for an element of a batch does not depend on the others, except for gradients of weights,
+which sum over them. NaN and infinity stay visible (which of a NaN's bit patterns is not defined).
+Denormal numbers count as IEEE 754 says, flush-to-zero is switched off. Out of scope: torch.compile,
+random numbers drawn on a GPU, and what Python computes itself (check() tests the powers that Adam
+takes).
 """
 
 import contextlib
@@ -42,11 +43,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import (
     TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode_stack)
 
-CACHED = 1 << 15  # float64 values that a chain of operations takes at a time, to stay in a core's cache
+# float64 values that a chain of operations takes at a time, to stay in a core's cache
+CACHED = 1 << 15
 LARGE = 1 << 18  # the same for chains that contain a matrix product
 aten, torch_attention = torch.ops.aten, F.scaled_dot_product_attention
 
-# --------------------------------------------------------------------------------------------- slices
+# ------------------------------------------------------------------------------------------- slices
 
 
 @functools.cache
@@ -56,8 +58,9 @@ def workers(threads, process):
 
 
 def in_slices(work, count, step, device):
-    """Call work(slice) for slices of `step` rows of `count`, independent of each other. On a CPU threads
-    share them out, each slice small enough for its cache; a GPU takes them one after another."""
+    """Call work(slice) for slices of `step` rows of `count`, independent of each other. On a CPU
+    threads share them out, each slice small enough for its cache; a GPU takes them one after
+    another."""
     slices = [slice(start, min(start + step, count)) for start in range(0, count, step)]
     if device.type == "cpu" and len(slices) > 1 and torch.get_num_threads() > 1:
         pool = workers(torch.get_num_threads(), os.getpid())
@@ -87,7 +90,7 @@ def elementwise(function):
     return sliced
 
 
-# ---------------------------------------------------------------------------------------------- grids
+# -------------------------------------------------------------------------------------------- grids
 
 
 def bits_for(count):
@@ -108,7 +111,8 @@ def power_of_two(exponent):
 def grid(top, bits):
     """Powers of two (up, down, rest) for numbers of magnitude up to `top`: |x·up| <= 2^bits and
     up·down·rest = 1. `down` is kept within 2^±200, lest products of two overflow or underflow; what
-    that leaves, nearly always 1, is `rest`. A `top` below 2^(bits - 1022), zero too, counts as that."""
+    that leaves, nearly always 1, is `rest`. A `top` below 2^(bits - 1022), zero too, counts as
+    that."""
     exponent = (top.contiguous().view(torch.int64) >> 52).clamp_(min=bits)
     down = exponent - (bits - 1)
     near = down.clamp(1023 - 200, 1023 + 200)
@@ -116,7 +120,8 @@ def grid(top, bits):
 
 
 def scaled(x, *rests):
-    """x, in place, times those `rests` that are not all 1 (on a GPU asking costs more than multiplying)."""
+    """x, in place, times those `rests` that are not all 1 (on a GPU asking costs more than
+    multiplying)."""
     for rest in rests:
         if rest.device.type != "cpu" or bool((rest != 1).any()):
             x.mul_(rest)
@@ -124,9 +129,10 @@ def scaled(x, *rests):
 
 
 def to_grid(x, bits, dim):
-    """x[…, M, K] rounded to integers of at most 2^bits times a power of two for each slice along dim,
-    -1 or -2. Returns (integers times `down`, down, rest)."""
-    if x.stride(-1) != 1 and x.stride(-2) == 1:  # a transposed matrix: the other way round in memory
+    """x[…, M, K] rounded to integers of at most 2^bits times a power of two for each slice along
+    dim, -1 or -2. Returns (integers times `down`, down, rest)."""
+    # a transposed matrix: the other way round in memory
+    if x.stride(-1) != 1 and x.stride(-2) == 1:
         return tuple(t.mT for t in to_grid(x.mT, bits, -3 - dim))
     shape = x.shape
     if dim == -1:
@@ -147,7 +153,7 @@ def to_grid(x, bits, dim):
     return out.view(shape), down.view(small), rest.view(small)
 
 
-# ----------------------------------------------------------------------------------------------- sums
+# --------------------------------------------------------------------------------------------- sums
 
 
 def listed(x, dim):
@@ -235,7 +241,7 @@ def embedding_backward(dy, index, count, padding_idx, scale_by_frequency):
     return index_add(dy.new_zeros(count, dy.shape[-1]), 0, index.reshape(-1), rows.flatten(0, -2))
 
 
-# ------------------------------------------------------------------------------------------- products
+# ----------------------------------------------------------------------------------------- products
 
 _recent = {}  # dim -> the operand that was rounded last: q, k and v are projections of one input
 _frozen = {}  # storage -> {place and grid -> a weight's integers}, for weights that do not train
@@ -248,9 +254,10 @@ def forget(x):
 
 
 def kept_grid(x, bits, dim, weight=False):
-    """to_grid for an operand that may come again. A `weight` that does not train is kept from the second
-    time on, as float32, which holds its integers. Valid while its storage lives and is not written to:
-    torch's version counter tells, and the mode sees what the counter does not (`.data`)."""
+    """to_grid for an operand that may come again. A `weight` that does not train is kept from the
+    second time on, as float32, which holds its integers. Valid while its storage lives and is not
+    written to: torch's version counter tells, and the mode sees what the counter does not
+    (`.data`)."""
     storage = x.untyped_storage()
     version = -1 if x.is_inference() else x._version
     key = storage._cdata, version, x.storage_offset(), x.shape, x.stride(), bits, dim
@@ -307,8 +314,8 @@ def frames_of(x, terms):
 
 def convolution(x, w, bias, stride, padding, dilation, transposed=False, _output_padding=0, groups=1,
                 *_flags):
-    """Conv1d as products of windows: x[B, C, L], w[O, C / groups, kernel], bias[O] → [B, O, T]. What a
-    BLOCK of frames sees is on one grid."""
+    """Conv1d as products of windows: x[B, C, L], w[O, C / groups, kernel], bias[O] → [B, O, T].
+    What a BLOCK of frames sees is on one grid."""
     if x.ndim != 3 or transposed:
         raise NotImplementedError("exact arithmetic has one convolution, Conv1d")
     outputs, channels, kernel = w.shape
@@ -370,7 +377,7 @@ def convolution_backward(dy, x, w, _bias, stride, padding, dilation, _transposed
     return dx, dw, total(dy, [0, 2]) if mask[2] else None
 
 
-# ------------------------------------------------------------------------------------------ functions
+# ---------------------------------------------------------------------------------------- functions
 
 
 def np_exp(x):
@@ -390,7 +397,8 @@ def np_log(x):
 
 
 def np_normal(x):
-    """The standard normal distribution function: its series near 0, its continued fraction far out."""
+    """The standard normal distribution function: its series near 0, its continued fraction far
+    out."""
     a = np.abs(x) * 0.7071067811865476
     term = series = a
     for n in range(1, 120):
@@ -414,8 +422,8 @@ def table(name, device):
     elif name == "attention":  # e^-x in steps of 2^-16 to 16, as integers of 20 bits: the last is 0
         values = np.rint(np_exp(-(np.arange(1 << 20) + 0.5) / 65536) * 2.0**20)
         values[0], values[-1] = 2.0**20, 0
-    else:  # of -8.5, … 8.5 in steps of 2^-10; beyond, the distribution is 0 or 1
-        x = np.arange(-8704, 8705) / 1024
+    else:  # of -8.5, … 8.5 in steps of 2^-12; beyond, the distribution is 0 or 1
+        x = np.arange(-34816, 34817) / 4096
         inside = np.abs(x) < 8.5
         density = np_exp(-0.5 * x * x) * 0.3989422804014327
         values = np.where(inside, np_normal(x), x > 0) if name == "normal" else density * inside
@@ -468,9 +476,10 @@ def log(x):
 def near_normal(x):
     """The nearest x of the normal table, how far x is from it, and its place."""
     y = x.clamp(-8.5, 8.5)
-    steps = (y * 1024.0).round_()
-    centre = steps * 2.0**-10
-    return centre, y.sub_(centre), steps.add_(8704.0).to(torch.int32).clamp_(0, 17408)  # NaN: anything
+    steps = (y * 4096.0).round_()
+    centre = steps * 2.0**-12
+    # NaN: anything
+    return centre, y.sub_(centre), steps.add_(34816.0).to(torch.int32).clamp_(0, 69632)
 
 
 @elementwise
@@ -577,11 +586,12 @@ def mse_loss_backward(dy, x, y, reduction):
     return (x - y) * 2.0 * (dy * (1.0 / x.numel()) if reduction == 1 else dy)
 
 
-# ---------------------------------------------------------------------------------------------- norms
+# -------------------------------------------------------------------------------------------- norms
 
 
 def standardised(x, eps, out):
-    """x[rows, n] → out: (x - mean) / sqrt(variance + eps); returns means and 1 / sqrt(…), [rows, 1]."""
+    """x[rows, n] → out: (x - mean) / sqrt(variance + eps); returns means and 1 / sqrt(…), [rows,
+    1]."""
     m = mean(x, 1, True)
     torch.sub(x, m, out=out)
     r = reciprocal(sqrt(mean(out * out, 1, True) + eps))
@@ -647,7 +657,7 @@ def group_norm_backward(dy, x, m, r, w, batch, channels, length, groups, mask):
     return dx, dw, total(dy, [0, 3]).view(-1) if mask[2] else None
 
 
-# -------------------------------------------------------------------------------------------- dropout
+# ------------------------------------------------------------------------------------------ dropout
 
 
 def new_key():
@@ -656,8 +666,8 @@ def new_key():
 
 
 def dropped(key, first, rows, length, p, device):
-    """bool[rows, length]: rows `first`, … of the mask of `key`, True with probability p (in steps of
-    2^-16). A hash of the position (splitmix64) in integer arithmetic; four values from each."""
+    """bool[rows, length]: rows `first`, … of the mask of `key`, True with probability p (in steps
+    of 2^-16). A hash of the position (splitmix64) in integer arithmetic; four values from each."""
     words = -(-length // 4)
     x = torch.arange(first * words, (first + rows) * words, device=device)
     x.mul_(-7046029254386353131).add_(key)
@@ -696,7 +706,7 @@ def dropout_backward(dy, kept, scale):
     return dy * (kept.to(dy.dtype) * scale)  # bool times a number would be float32
 
 
-# ------------------------------------------------------------------------------------------ attention
+# ---------------------------------------------------------------------------------------- attention
 
 
 def finite(x):
@@ -713,7 +723,8 @@ def score_factors(q, k, scale):
 
 
 def score_slices(work, n, rows, columns, device):
-    """Call work(heads, rows) for all of n × rows, in parts whose scores fit a cache or a GPU's memory."""
+    """Call work(heads, rows) for all of n × rows, in parts whose scores fit a cache or a GPU's
+    memory."""
     values = LARGE if device.type == "cpu" else 1 << 27
     step = max(1, min(rows, values // columns))
     heads = max(1, values // (rows * columns)) if device.type != "cpu" else 1
@@ -723,7 +734,8 @@ def score_slices(work, n, rows, columns, device):
 
 
 def attention_weights(q, k, mask, causal, heads, rows, top=None):
-    """Integers of at most 2^20 for some heads and rows, and the rows' largest scores (or `top`, known)."""
+    """Integers of at most 2^20 for some heads and rows, and the rows' largest scores (or `top`,
+    known)."""
     x = q[heads, rows] @ k[heads].mT
     if mask is not None:
         part = mask[heads, rows]
@@ -738,13 +750,15 @@ def attention_weights(q, k, mask, causal, heads, rows, top=None):
 
 
 def drop(key, heads, rows, length, columns, p, device):
-    """bool[heads, rows, columns]: which weights dropout takes; position (head, row, column) of a mask."""
+    """bool[heads, rows, columns]: which weights dropout takes; position (head, row, column) of a
+    mask."""
     return torch.stack([dropped(key, head * length + rows.start, rows.stop - rows.start, columns, p, device)
                         for head in range(heads.start, heads.stop)])
 
 
 def attention_forward(q, k, v, mask, causal, p, scale, key):
-    """The output[N, T, E], and for each row the largest score and the sum of the weights, [N, T, 1]."""
+    """The output[N, T, E], and for each row the largest score and the sum of the weights, [N, T,
+    1]."""
     (q, bad_q), (k, bad_k) = finite(q), finite(k)
     (n, length, _), columns = q.shape, k.shape[1]
     q, k = score_factors(q, k, scale)
@@ -758,7 +772,8 @@ def attention_forward(q, k, v, mask, causal, p, scale, key):
             weights.masked_fill_(drop(key, heads, rows, length, columns, p, q.device), 0.0)
         out[heads, rows] = weights @ v[heads]
 
-    look_up("attention", torch.zeros(1, dtype=torch.int32, device=q.device))  # made once, not by each thread
+    # made once, not by each thread
+    look_up("attention", torch.zeros(1, dtype=torch.int32, device=q.device))
     score_slices(work, n, length, columns, q.device)
     sums.clamp_(min=1.0)
     out = scaled(out, rest_v).div_(sums).mul_(1.0 / (1.0 - p) if p < 1 else 0.0)
@@ -766,8 +781,8 @@ def attention_forward(q, k, v, mask, causal, p, scale, key):
 
 
 def attention_backward(dout, q, k, v, mask, out, top, sums, causal, p, scale, key):
-    """Gradients of q, k and v. With weights W (integers), their row sums s and probabilities P = W / s:
-    dV = Pᵀ dO, dS = P ∘ (dO Vᵀ - rowsum(dO ∘ O)), dQ = scale · dS K, dK = scale · dSᵀ Q."""
+    """Gradients of q, k and v. With weights W (integers), their row sums s and probabilities P = W
+    / s: dV = Pᵀ dO, dS = P ∘ (dO Vᵀ - rowsum(dO ∘ O)), dQ = scale · dS K, dK = scale · dSᵀ Q."""
     (q, bad_q), (k, bad_k) = finite(q), finite(k)
     (n, length, _), columns, device = q.shape, k.shape[1], q.device
     inner = div(total(dout * out, [2], True), sums)
@@ -814,13 +829,13 @@ def attention_backward(dout, q, k, v, mask, out, top, sums, causal, p, scale, ke
 
 
 class Attention(torch.autograd.Function):
-    """softmax(scale · q kᵀ + mask) v for q[N, T, D], k[N, S, D], v[N, S, E]: N heads, each on its own
-    grids. No T × S matrix is kept: the backward pass computes the weights again, part by part.
+    """softmax(scale · q kᵀ + mask) v for q[N, T, D], k[N, S, D], v[N, S, E]: N heads, each on its
+    own grids. No T × S matrix is kept: the backward pass computes the weights again, part by part.
 
-    A score is an integer times a power of two of its row and column. Its distance from the row's largest, in steps
-    of 2^-16, is a place in a table of e^-x, in integers of 20 bits. So the weights, their sums and their
-    products with v are exact, and what is divided by the sums is the output.
-    """
+    A score is an integer times a power of two of its row and column. Its distance from the row's
+    largest, in steps of 2^-16, is a place in a table of e^-x, in integers of 20 bits. So the
+    weights, their sums and their products with v are exact, and what is divided by the sums is the
+    output."""
 
     @staticmethod
     def forward(ctx, q, k, v, mask, causal, p, scale):
@@ -839,8 +854,9 @@ class Attention(torch.autograd.Function):
 
 def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
               enable_gqa=False):
-    """F.scaled_dot_product_attention: exact where the calling thread is in an Exact context, else torch's.
-    A floating-point mask that trains, holds NaN or is +infinity takes torch's formula, in exact steps."""
+    """F.scaled_dot_product_attention: exact where the calling thread is in an Exact context, else
+    torch's. A floating-point mask that trains, holds NaN or is +infinity takes torch's formula, in
+    exact steps."""
     if not in_exact():
         return torch_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale,
                                enable_gqa=enable_gqa)
@@ -859,7 +875,7 @@ def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False,
     return out.view(*lead, q.shape[1], v.shape[2])
 
 
-# --------------------------------------------------------------------------------- table of operations
+# ------------------------------------------------------------------------------ table of operations
 
 
 def div(x, y, *, rounding_mode=None):
@@ -915,7 +931,8 @@ def uniform_(x, low=0.0, high=1.0, *, generator=None):
 
 
 def normal_(x, mean=0.0, std=1.0, *, generator=None):
-    """Normally distributed numbers by Box and Muller's formula; torch's own follow the CPU's vectors."""
+    """Normally distributed numbers by Box and Muller's formula; torch's own follow the CPU's
+    vectors."""
     if x.device.type != "cpu":
         raise NotImplementedError("random numbers drawn on a GPU are not a CPU's: draw there, then .to()")
     u, turn = torch.rand(2, *x.shape, dtype=torch.float64, generator=generator)
@@ -960,23 +977,24 @@ ANY_FLOAT = {"add", "sub", "rsub", "div", "reciprocal", "index_put", "_index_put
              "normal_", "randn_like"}
 # Exact as they are: they move, compare or select numbers, or are one IEEE operation.
 EXACT = set("""
-view _unsafe_view _reshape_alias reshape view_as expand expand_as as_strided t transpose permute movedim
-squeeze unsqueeze flatten unflatten select slice narrow diagonal split split_with_sizes unsafe_split
-unsafe_split_with_sizes chunk unbind unfold flip roll repeat cat stack tril triu constant_pad_nd
-clone contiguous copy detach alias lift lift_fresh lift_fresh_copy _to_copy set resize _pin_memory is_pinned
-record_stream _local_scalar_dense is_same_size _has_same_storage_numel select_backward slice_backward
-select_scatter slice_scatter as_strided_scatter index index_select index_fill index_copy gather scatter
-take embedding masked_fill masked_scatter masked_select where nonzero
-empty empty_like empty_strided empty_permuted new_empty new_empty_strided zeros zeros_like new_zeros ones
-ones_like new_ones full full_like new_full fill zero scalar_tensor arange eye
-neg abs mul sign sgn signbit copysign relu leaky_relu leaky_relu_backward threshold threshold_backward
-hardtanh hardtanh_backward clamp clamp_min clamp_max maximum minimum fmax fmin amax amin max min aminmax
-argmax argmin round floor ceil trunc nan_to_num isnan isinf isfinite eq ne lt le gt ge equal
-logical_and logical_or logical_not logical_xor all any is_nonzero
+view _unsafe_view _reshape_alias reshape view_as expand expand_as as_strided t transpose permute
+movedim squeeze unsqueeze flatten unflatten select slice narrow diagonal split split_with_sizes
+unsafe_split unsafe_split_with_sizes chunk unbind unfold flip roll repeat cat stack tril triu
+constant_pad_nd clone contiguous copy detach alias lift lift_fresh lift_fresh_copy _to_copy set
+resize _pin_memory is_pinned record_stream _local_scalar_dense is_same_size _has_same_storage_numel
+select_backward slice_backward select_scatter slice_scatter as_strided_scatter index index_select
+index_fill index_copy gather scatter take embedding masked_fill masked_scatter masked_select where
+nonzero empty empty_like empty_strided empty_permuted new_empty new_empty_strided zeros zeros_like
+new_zeros ones ones_like new_ones full full_like new_full fill zero scalar_tensor arange eye
+neg abs mul sign sgn signbit copysign relu leaky_relu leaky_relu_backward threshold
+threshold_backward hardtanh hardtanh_backward clamp clamp_min clamp_max maximum minimum fmax fmin
+amax amin max min aminmax argmax argmin round floor ceil trunc nan_to_num isnan isinf isfinite eq ne
+lt le gt ge equal logical_and logical_or logical_not logical_xor all any is_nonzero
 """.split())
-RANDOM = {"rand", "rand_like", "random", "randint", "randint_like", "randperm", "uniform"}  # of a CPU
+# of a CPU
+RANDOM = {"rand", "rand_like", "random", "randint", "randint_like", "randperm", "uniform"}
 
-# ----------------------------------------------------------------------------------------------- mode
+# --------------------------------------------------------------------------------------------- mode
 
 
 def floats_in(values):
@@ -996,11 +1014,11 @@ def in_exact():
 class Exact(TorchDispatchMode):
     """The context in which float64 torch programs give the same bits on any machine.
 
-    Forward, backward and optimizer step belong inside; so do backward threads, checkpointing, no_grad and
-    inference_mode, and it may be entered again inside itself. Enter it once around a program rather than
-    for every step: what is kept of weights that do not train is dropped when it is left.
-    Raises NotImplementedError, naming it, for an operation without a rule and for float32 sums.
-    """
+    Forward, backward and optimizer step belong inside; so do backward threads, checkpointing,
+    no_grad and inference_mode, and it may be entered again inside itself. Enter it once around a
+    program rather than for every step: what is kept of weights that do not train is dropped when it
+    is left. Raises NotImplementedError, naming it, for an operation without a rule and for float32
+    sums."""
 
     def __init__(self):
         super().__init__()
@@ -1065,11 +1083,11 @@ class Exact(TorchDispatchMode):
         hint = ": pass foreach=False, fused=False" if "foreach" in name or "fused" in name else ""
         hint = ": draw on the CPU, then move" if name in RANDOM else hint
         raise NotImplementedError(
-            f"no exact arithmetic for {func}{hint}. To add it, write a function of its arguments with the "
-            "sums and products of exact.py and enter it in RULES")
+            f"no exact arithmetic for {func}{hint}. To add it, write a function of its arguments "
+            "with the sums and products of exact.py and enter it in RULES")
 
 
-# ---------------------------------------------------------------------------------- known-answer check
+# ------------------------------------------------------------------------------- known-answer check
 
 
 def sample(device, *shape):
@@ -1109,7 +1127,7 @@ KNOWN = {
     "denormal numbers": "b67fe9fe254a",
     "exp": "a58f73ce2591",
     "log": "63c8543d6f22",
-    "gelu": "7d2df1fb3e29",
+    "gelu": "9a120eb2d55d",
     "softmax": "296f9a5f202c",
     "layer norm": "15cdbc6b039a",
     "convolution": "896f917840dc",
@@ -1130,8 +1148,8 @@ def answers(device):
 
 
 def check(device="cpu"):
-    """Compute known answers on a device, in milliseconds once it is warm. Raises ArithmeticError, which
-    names the first operation whose bits are others."""
+    """Compute known answers on a device, in milliseconds once it is warm. Raises ArithmeticError,
+    which names the first operation whose bits are others."""
     for name, digest in answers(torch.device(device)).items():
         if digest != KNOWN[name]:
             raise ArithmeticError(f"{name} on {device} gives other bits than it must ({digest}, not "

@@ -2,10 +2,10 @@
 
   python extract.py                                     # DEAM from Kaggle, WAV2VEC2_BASE, layer 10
   python extract.py --deam PATH --weights ALM/wav2vec2-base-audioset
-  python extract.py --precision float32                 # faster, and the same bits on fewer machines
-  torchrun --nproc-per-node 4 extract.py                # four GPUs share the songs, one folder
+  python extract.py --precision float32                 # faster; the same bits on fewer machines
+  torchrun --nproc-per-node 4 extract.py                # four GPUs share the songs and one folder
   python extract.py --check DEAM_feats                  # are the files those of the manifest?
-  python extract.py --verify manifest.json --deam PATH --sample 5    # does this machine get the same?
+  python extract.py --verify manifest.json --deam PATH  # does this machine get the same features?
 
 Rerun the same command to resume after an interruption: verified songs are skipped.
 """
@@ -61,11 +61,12 @@ import torch
 
 from audit import audit_labels
 from cli import Progress, UserError
-from common import (COLUMNS, ENTRY, HERE, Arithmetic, Backbone, BadClip, DEAMHandler, check_features,
-                    environment, manifest_digest, operations, read_manifest, read_splits,
-                    say_if_slow, songs_of)
+from common import (COLUMNS, ENTRY, HERE, Arithmetic, Backbone, BadClip, DEAMHandler,
+                    check_features, environment, manifest_digest, operations, read_manifest,
+                    read_splits, say_if_slow, songs_of)
 from files import (Verdict, ahead, differences, load_tensors, lock, read_json, sha256, shortened,
                    state_digest, tensor_digest, write_file, write_json, write_tensors)
+from weights import weights_name
 
 RANK = int(os.environ.get("RANK", 0))  # torchrun's number of this process, and how many there are
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
@@ -78,8 +79,8 @@ def choose_songs(args, deam, splits):
     """The ids to extract, ascending. Raises UserError for songs without label or audio."""
     ids = sorted(set(args.songs or songs_of(splits)))
     if unlabelled := [song for song in ids if song not in deam.annotations]:
-        raise UserError(f"{len(unlabelled)} of {len(ids)} songs have no label in these annotations: "
-                        f"{shortened(unlabelled)}")
+        raise UserError(f"{len(unlabelled)} of {len(ids)} songs have no label in these "
+                        f"annotations: {shortened(unlabelled)}")
     missing = [song for song in ids if song not in deam.audio]
     if missing and not args.allow_missing or len(missing) == len(ids):
         raise UserError(f"{len(missing)} of {len(ids)} songs have no audio: {shortened(missing)}; "
@@ -142,13 +143,7 @@ class FeatureFolder:
     def missing(self, ids):
         """Those of the ids whose features are not there, or not as their records say."""
         def intact(song):
-            try:
-                features = load_tensors(self.root / "songs" / f"{song}.pt", "a feature file")
-                check_features(features, "")
-                entry = self.record(song)
-                return entry is not None and entry.get("features") == tensor_digest(features)
-            except UserError:
-                return False
+            return damage(self.root, song, self.record(song) or {}) is None
         known = [song for song in ids if (self.root / "songs" / f"{song}.pt").exists()]
         checked = Progress(ahead(intact, known), total=len(known), desc="check", unit="song",
                            disable=not known)
@@ -229,28 +224,28 @@ def decoder(deam, sample_rate):
     return decode
 
 
+def damage(root, song, entry):
+    """What is wrong with a song's feature file, given its entry; None where nothing is."""
+    path = root / "songs" / f"{song}.pt"
+    try:
+        features = load_tensors(path, "a feature file")
+        check_features(features, path)
+    except UserError as error:
+        return str(error)
+    return None if tensor_digest(features) == entry.get("features") else f"{path} is damaged"
+
+
 def check(root):
     """Print what in a features folder is not as its manifest says; 0 where all is, else 1."""
     manifest = read_manifest(root / "manifest.json")
-
-    def damage(song):
-        path = root / "songs" / f"{song}.pt"
-        try:
-            features = load_tensors(path, "a feature file")
-            check_features(features, path)
-        except UserError as error:
-            return str(error)
-        same = tensor_digest(features) == manifest["songs"][song]["features"]
-        return None if same else f"{path} is damaged"
-
-    songs = list(manifest["songs"])
-    bad = [line for line in Progress(ahead(damage, songs), total=len(songs), desc="check",
-                                     unit="song") if line]
+    songs = manifest["songs"]
+    found = ahead(lambda song: damage(root, song, songs[song]), songs)
+    bad = [line for line in Progress(found, total=len(songs), desc="check", unit="song") if line]
     count, table = len(songs) - len(bad), root / "annotations.csv"
     if not table.is_file() or sha256(table.read_bytes()) != manifest["annotations"]:
         bad.append(f"damaged or missing: {table}")
-    print("".join(f"{line}\n" for line in bad) + f"{root}: {count} of {len(songs)} songs are as the "
-          f"manifest says; root digest {manifest['digest']}")
+    print("".join(f"{line}\n" for line in bad) + f"{root}: {count} of {len(songs)} songs are as "
+          f"the manifest says; root digest {manifest['digest']}")
     return 1 if bad else 0
 
 
@@ -270,24 +265,24 @@ def verify(args):
               f"for the same ones again: --songs {' '.join(map(str, ids))}")
     if missing := [song for song in ids if song not in deam.audio]:
         raise UserError(f"no audio of {shortened(missing)} in {args.deam}")
-    revision = f"@{source['revision']}" if source.get("revision") else ""
     arithmetic = Arithmetic(settings["precision"], args.device)
-    backbone = Backbone(args.weights or source["name"] + revision)
+    backbone = Backbone(args.weights or weights_name(source))
     verdict = Verdict(args.verify)
     verdict.compare("weights", settings["weights"], backbone.digest)
     verdict.compare("sample rate and z-score", [settings["sample_rate"],
                     settings["normalize_epsilon"]], [backbone.sample_rate, backbone.epsilon])
     backbone.to(arithmetic, settings["layer"])
     decode = decoder(deam, backbone.sample_rate)
-    for song in Progress(ids, desc="verify", unit="song"):
-        expected, (_, waveform, pcm) = manifest["songs"][str(song)], decode(song)
-        found = {"pcm": pcm, "features": "none", "frames": 0}
-        if waveform is not None:
-            features = backbone.hidden_states(waveform[None])[0]
-            features = features.to(getattr(torch, settings["store"])).cpu()
-            found |= {"features": tensor_digest(features), "frames": len(features)}
-        for key in ENTRY:
-            verdict.compare(f"song {song}: {key}", expected[key], found[key])
+    with arithmetic.throughout():
+        for song in Progress(ids, desc="verify", unit="song"):
+            expected, (_, waveform, pcm) = manifest["songs"][str(song)], decode(song)
+            found = {"pcm": pcm, "features": "none", "frames": 0}
+            if waveform is not None:
+                features = backbone.hidden_states(waveform[None])[0]
+                features = features.to(getattr(torch, settings["store"])).cpu()
+                found |= {"features": tensor_digest(features), "frames": len(features)}
+            for key in ENTRY:
+                verdict.compare(f"song {song}: {key}", expected[key], found[key])
     return verdict.finish(f"PCM and features of {len(ids)} of {len(manifest['songs'])} songs, "
                           f"{settings['precision']}")
 
@@ -311,8 +306,8 @@ def run(args):
     settings = {"weights": backbone.digest, "layer": args.layer, "precision": args.precision,
                 "store": args.store, "sample_rate": backbone.sample_rate,
                 "normalize_epsilon": backbone.epsilon}
-    folder = FeatureFolder(args.features, ids, deam.annotations, splits, backbone, settings, swapped,
-                           environment(arithmetic.device))
+    folder = FeatureFolder(args.features, ids, deam.annotations, splits, backbone, settings,
+                           swapped, environment(arithmetic.device))
     todo = folder.missing(ids[RANK::PROCESSES])
     print(f"{len(ids)} songs, {len(todo)} to do; {backbone.source['name']} layer {args.layer} of "
           f"{layers}; weights {backbone.digest[:16]}; {args.precision} on {arithmetic.device.type}"

@@ -1,7 +1,7 @@
 """Every picture the kit draws, as PNG and PDF, legible at the width of one column (8.5 cm).
 
-Captions say what was run, on which songs; colours are Okabe and Ito's, distinct for the colour-blind
-and in grey.
+Captions say what was run, on which songs; colours are Okabe and Ito's, distinct for the
+colour-blind and in grey.
 """
 
 import io
@@ -51,8 +51,8 @@ def signed(value):
 
 @plt.rc_context(STYLE)
 def draw_history(history, selected, lowest, level, folder, caption):
-    """history.png: loss, MSE and MAE over epochs; the selected epoch and that of the lowest val loss
-    marked; `level` {"mse", "mae"}: where predicting the mean label stands on val."""
+    """history.png: loss, MSE and MAE over epochs; the selected epoch and that of the lowest val
+    loss marked; `level` {"mse", "mae"}: where predicting the mean label stands on val."""
     figure, axes = plt.subplots(3, 1, figsize=(COLUMN, 4.6), sharex=True)
     epochs = [row["epoch"] for row in history]
     for axis, name, title in zip(axes, ("loss", "mse", "mae"), ("loss", "MSE (z-scored)",
@@ -75,7 +75,7 @@ def draw_history(history, selected, lowest, level, folder, caption):
 
 
 @plt.rc_context(STYLE)
-def draw_true_vs_predicted(true, pred, metrics, intervals, folder, caption, name="true_vs_predicted"):
+def draw_true_vs_predicted(true, pred, metrics, intervals, folder, caption):
     figure, axes = plt.subplots(1, 2, figsize=(2 * COLUMN, 3.75))
     for n, (axis, dimension) in enumerate(zip(axes, DIMENSIONS)):
         m, edges = metrics[dimension], intervals[dimension]
@@ -88,7 +88,7 @@ def draw_true_vs_predicted(true, pred, metrics, intervals, folder, caption, name
         axis.set_title(f"R² {signed(m['r2'])} {between(edges['r2'])}   "
                        f"r {signed(m['pearson'])} {between(edges['pearson'])}   "
                        f"CCC {signed(m['ccc'])} {between(edges['ccc'])}", fontsize=5.5)
-    save(figure, folder, name, caption + " · [95 % bootstrap intervals]")
+    save(figure, folder, "true_vs_predicted", caption + " · [95 % bootstrap intervals]")
 
 
 def point_size(count):
@@ -162,8 +162,8 @@ def draw_report(true, pred, metrics, intervals, counts, folder, caption):
 
 @plt.rc_context(STYLE)
 def draw_song(times, values, spread, folder, name, caption):
-    """One song: valence and arousal over time, values[windows, 2] at `times` (seconds, the middle of
-    each window), a band of ± their spread[2] over windows; and the path through the plane."""
+    """One song: valence and arousal over time, values[windows, 2] at `times` (seconds, the middle
+    of each window), a band of ± their spread[2] over windows; and the path through the plane."""
     figure, (over_time, plane) = plt.subplots(2, 1, figsize=(COLUMN, 5.6),
                                               height_ratios=[1, 1.6])
     for n, (dimension, style) in enumerate(zip(DIMENSIONS, ("-o", "--s"))):
@@ -180,7 +180,8 @@ def draw_song(times, values, spread, folder, name, caption):
     points = plane.scatter(*values.T, c=times, cmap="viridis", s=14, zorder=3)
     for place, word in ((0, "start"), (-1, "end")):
         if len(values) > 1 or place == 0:
-            plane.annotate(word, values[place], textcoords="offset points", xytext=(4, 4), fontsize=6)
+            plane.annotate(word, values[place], textcoords="offset points", xytext=(4, 4),
+                           fontsize=6)
     plane.set(xlabel="valence (1–9)", ylabel="arousal (1–9)", **SCALE)
     if len(values) > 1:
         figure.colorbar(points, label="time (s)", shrink=0.7)

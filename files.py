@@ -61,7 +61,7 @@ def sha256(data):
 
 
 def tensor_digest(tensor):
-    """sha256 over dtype, shape and little-endian bytes: never over a file format, which may change."""
+    """sha256 over dtype, shape and little-endian bytes, never over a file's format."""
     array = tensor.detach().cpu().numpy() if isinstance(tensor, torch.Tensor) else tensor
     array = np.ascontiguousarray(array)
     digest = hashlib.sha256(f"{array.dtype.name} {list(array.shape)}\n".encode())
@@ -93,8 +93,8 @@ def content_digest(value):
 
 
 def write_file(path, data):
-    """Write bytes or text so that the file is there whole or not at all, whatever happens meanwhile.
-    Raises UserError where the disk is full or the folder may not be written."""
+    """Write bytes or text so that the file is there whole or not at all, whatever happens
+    meanwhile. Raises UserError where the disk is full or the folder may not be written."""
     path, data = Path(path), data.encode() if isinstance(data, str) else data
     # torchrun's processes may write one manifest at once: each beside it, in a file of its own
     beside = path.with_name(f".{path.name}.{os.environ.get('RANK', 0)}.part")
@@ -239,9 +239,9 @@ def check_form(value, form, complaint):
 
 
 def lock(folder, name, what):
-    """Hold `folder` as long as what this returns is kept, at most until the process ends, however it
-    ends. Raises UserError, naming the holder, where another has it. A folder that may only be read
-    needs no lock."""
+    """Hold `folder` as long as what this returns is kept, at most until the process ends, however
+    it ends. Raises UserError, naming the holder, where another has it. A folder that may only be
+    read needs no lock."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         path = Path(folder) / f".{name}.lock"
@@ -285,7 +285,8 @@ class Verdict:
         self.close, self.different = self.close + near, self.different + (not near)
         shown = [f"{value:.9g}" if isinstance(value, float) else str(value)[:24]
                  for value in (expected, found)]
-        print(f"  {name:42} {'close' if near else 'DIFFERENT'}: expected {shown[0]}, found {shown[1]}")
+        word = "close" if near else "DIFFERENT"
+        print(f"  {name:42} {word}: expected {shown[0]}, found {shown[1]}")
 
     def finish(self, what):
         print(f"  {self.identical} identical, {self.close} close, {self.different} different")
@@ -297,7 +298,7 @@ class Verdict:
 
 
 def differences(then, now):
-    """"key a there, b now; …" for the settings in which two dicts differ; empty where they do not."""
+    """"key a there, b now; …" where two dicts of settings differ; empty where they do not."""
     return "; ".join(f"{key} {then.get(key)} there, {now.get(key)} now"
                      for key in {**then, **now} if then.get(key) != now.get(key))
 

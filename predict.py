@@ -46,8 +46,10 @@ from cli import Progress, UserError
 from common import QUADRANTS, Arithmetic, Backbone, BadClip, files_below, quadrant, read_windows
 from eval import read_model
 from figures import MOODS
+from weights import weights_name
 
-READABLE = {f".{name.lower()}" for name in soundfile.available_formats()} | {".aif", ".oga", ".opus"}
+READABLE = {".aif", ".oga", ".opus", *(f".{name.lower()}" for name in
+                                       soundfile.available_formats())}
 OTHERS = {".m4a", ".aac", ".mp4", ".wma", ".webm", ".mka", ".ape", ".wv", ".mpc", ".ac3", ".dsf"}
 SONGS = ["song", "valence", "arousal", "valence_spread", "arousal_spread", "windows", "quadrant",
          "mood"]
@@ -92,8 +94,7 @@ class Predictor:
     def __init__(self, args):
         self.model, content = read_model(args.run / "model.pt")
         settings, source = content["settings"], content["source"]
-        revision = f"@{source['revision']}" if source.get("revision") else ""
-        backbone = Backbone(args.weights or source["name"] + revision)
+        backbone = Backbone(args.weights or weights_name(source))
         wanted = settings.get("weights", backbone.digest)
         if backbone.digest != wanted:
             raise UserError(f"the features of {args.run} were made by other weights, of "
@@ -140,8 +141,8 @@ def run(args):
     files = find_songs(args.songs)
     if args.figure and len(files) > 1:
         raise UserError(f"--figure draws one song, and these are {len(files)}")
+    predictor, failed = Predictor(args), 0  # first: wrong weights are not to cost an older table
     songs, windows = Table(args.csv, SONGS), Table(args.windows_csv, WINDOWS)
-    predictor, failed = Predictor(args), 0
     print(f"{'valence':>8}{'arousal':>9}   {'quadrant':24}{'spread over windows':>20}   song")
     bar = Progress(files, desc="predict", unit="song", disable=len(files) < 2)
     for file in bar:

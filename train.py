@@ -1,4 +1,4 @@
-"""Fine-tune the top layers and two regression heads on extracted features: DEAM_feats/ → runs/NAME/.
+"""Fine-tune the top layers and two regression heads on features: DEAM_feats/ → runs/NAME/.
 
   python train.py --finetune last1                      # the published configuration
   python train.py --finetune frozen --labels corrected --run runs/frozen-corrected
@@ -20,11 +20,11 @@ def parser():
     p = Parser(__doc__)
     p.share("--features", help="the folder that extract.py wrote")
     p.add_argument("--run", type=path, metavar="FOLDER",
-                   help="where the run goes (default: runs/ and the name of --finetune, or that and "
-                        "-foldK)")
+                   help="where the run goes (default: runs/ and the name of --finetune, or that "
+                        "and -foldK)")
     p.add_argument("--finetune", default="last1", metavar="frozen|last1|last2|…|lastN|all",
-                   help="what trains: the heads alone; the top n layers with the norm and the heads; "
-                        "all layers above the features'")
+                   help="what trains: the heads alone; the top n layers with the norm and the "
+                        "heads; all layers above the features'")
     p.add_argument("--epochs", type=number(int, 1, 10**6), default=20, metavar="N",
                    help="passes over the training songs")
     p.add_argument("--lr", type=number(float, 0, 10, above=True), default=3e-5, metavar="RATE",
@@ -32,8 +32,8 @@ def parser():
     p.add_argument("--max-lr", type=number(float, 0, 10, above=True), metavar="RATE",
                    help="highest learning rate of the other schedules (default: 0.001)")
     p.add_argument("--schedule", choices=["triangular2", "cosine", "constant"],
-                   default="triangular2", help="learning rate over steps: cyclic, its height halved "
-                   "each cycle; or one fall from --max-lr to --lr; or --lr")
+                   default="triangular2", help="learning rate over steps: cyclic, its height "
+                   "halved each cycle; or one fall from --max-lr to --lr; or --lr")
     p.add_argument("--step-size-up", type=number(int, 1, 10**9), default=100, metavar="N",
                    help="steps of triangular2 from the lowest rate to the highest")
     p.add_argument("--batch-size", type=number(int, 2, 10**6), default=32, metavar="N",
@@ -87,14 +87,16 @@ from torch.utils.data import DataLoader
 
 import figures
 from cli import Progress, UserError
-from common import (Arithmetic, DEAMFeatHandler, EmotionModel, FrozenOutputs, emotion_loss, environment,
-                    fold_splits, operations, own_splits, quadrant_weights, read_manifest, read_splits,
-                    room_for_activations, say_if_slow, sin_pi, splits_digest, where_to_keep)
+from common import (Arithmetic, DEAMFeatHandler, EmotionModel, FrozenOutputs, emotion_loss,
+                    environment, fold_splits, operations, own_splits, quadrant_weights,
+                    read_manifest, read_splits, room_for_activations, say_if_slow, sin_pi,
+                    splits_digest, where_to_keep)
 from files import (DIGEST, Verdict, differences, lock, read_json, read_tensors, read_text,
                    state_digest, tensor_digest, write_csv, write_json, write_tensors)
 
 HISTORY = ["epoch", "lr", "train_loss", "train_mse", "train_mae", "val_loss", "val_mse", "val_mae"]
-DIGESTS = ["epoch", "step", "loss", "state"]  # after steps 1, 2, 4, … of epoch 1 and after each epoch
+# after steps 1, 2, 4, … of epoch 1 and after each epoch
+DIGESTS = ["epoch", "step", "loss", "state"]
 CONFIG = {  # all that decides the result: a run may be resumed only where it is the same
     "finetune": str, "epochs": int, "lr": float, "max_lr": (None, float),
     "schedule": ("triangular2", "cosine", "constant"), "step_size_up": int, "batch_size": int,
@@ -109,7 +111,7 @@ STATE = {"config": CONFIG, "model": {str: torch.Tensor}, "optimizer": {"state": 
          "rng": torch.Tensor, "best": (None, {"loss": float, "model": {str: torch.Tensor}})}
 
 
-def configuration(args, data):
+def configuration(args, data, arithmetic):
     """The CONFIG of a command line; what decides nothing is None. Raises UserError for options that
     contradict each other."""
     exact = args.precision == "exact"
@@ -125,8 +127,8 @@ def configuration(args, data):
     own = {"max_lr": max_lr, "lambda_var": None if args.weight_loss else
            0.05 if args.lambda_var is None else args.lambda_var,
            "threads": None if exact else args.threads,
-           "device": None if exact else data.arithmetic.device.type,
-           "features": data.digest, "splits": splits_digest(data.used),
+           "device": None if exact else arithmetic.device.type,
+           "features": data.digest, "splits": splits_digest(data.ids),
            "songs": {name: len(ids) for name, ids in data.ids.items()}}
     return {name: own[name] if name in own else getattr(args, name) for name in CONFIG}
 
@@ -151,7 +153,7 @@ class Training:
     def __init__(self, config, data, arithmetic):
         self.config, self.data, self.arithmetic = config, data, arithmetic
         self.step, self.device, exact = 0, arithmetic.device, config["precision"] == "exact"
-        self.foreach = False if exact else None  # exact arithmetic has rules for one tensor at a time
+        self.foreach = False if exact else None  # exact has rules for one tensor at a time
         top = data.top_layers
         self.model = EmotionModel(top["params"], top["layer"], config["finetune"],
                                   config["attention_dropout"])
@@ -225,7 +227,7 @@ class Training:
         return [number.item() for number in numbers], pred
 
     def means(self):
-        """Mean (loss, MSE, MAE) over the epoch's steps. Raises UserError where training diverged."""
+        """Mean (loss, MSE, MAE) over the epoch's steps. Raises UserError if training diverged."""
         if not self.sums.isfinite().all():
             raise UserError("the loss is not finite: lower --max-lr, or --lr with --schedule "
                             "constant")
@@ -259,12 +261,12 @@ def to_resume(args, config):
     last, done = args.run / "last.pt", args.run / "model.pt"
     if not last.exists():
         if done.exists():
-            raise UserError(f"{args.run} holds a finished run (without {last.name}, to resume from): "
-                            "choose another --run, or delete it")
+            raise UserError(f"{args.run} holds a finished run (without {last.name}, to resume "
+                            "from): choose another --run, or delete it")
         return None
     if not args.resume:
-        raise UserError(f"{args.run} holds a run already: add --resume to resume it, choose another "
-                        "--run, or delete it")
+        raise UserError(f"{args.run} holds a run already: add --resume to resume it, choose "
+                        "another --run, or delete it")
     state = read_tensors(last, "a training state", STATE)
     epochs = len(state["history"])
     then = dict(state["config"])
@@ -279,12 +281,10 @@ def to_resume(args, config):
     return state
 
 
-def open_data(args, arithmetic):
+def open_data(args):
     splits = None if args.fold is None else fold_splits(args.fold, own_splits(args.features))
     data = DEAMFeatHandler(args.features, splits, args.batch_size, args.seed + 1,
                            args.allow_missing, args.labels)
-    data.arithmetic = arithmetic
-    data.used = {"source": data.splits["source"], **data.ids}
     if len(data.ids["train"]) < args.batch_size:
         raise UserError(f"{data.summary}: no full batch of {args.batch_size} to train on; lower "
                         "--batch-size")
@@ -326,11 +326,11 @@ def run(args):
     if args.precision != "exact":
         args.threads = args.threads or 8
     arithmetic = Arithmetic(args.precision, args.device, args.threads)
-    data = open_data(args, arithmetic)
-    config = configuration(args, data)
+    data = open_data(args)
+    config = configuration(args, data, arithmetic)
     for note in data.notes():
         print(note)
-    held = lock(args.run, "train", "the run")  # until this process ends
+    held = lock(args.run, "train", "the run")  # as long as this name is there
     state = to_resume(args, config)
     training = Training(config, data, arithmetic)
     model, initial = training.model, training.digest()
@@ -341,7 +341,7 @@ def run(args):
           flush=True)
     say_if_slow(arithmetic, 3 * (training.steps - training.step) * args.batch_size * operations(
         data.top_layers["params"], len(model.layers) - model.first_trained, convolutions=False))
-    history, digests, best = [], [], None
+    history, digests, best, pred = [], [], None, None
     if state:
         history, digests, best = state["history"], state["digests"], state["best"]
         try:
@@ -354,7 +354,7 @@ def run(args):
               "label_mean": data.mean.tolist(), "label_std": data.std.tolist(),
               "digests": {"initial_model": initial}, "environment": environment(arithmetic.device)}
     write_json(args.run / "config.json", record)
-    write_json(args.run / "splits.json", data.used)
+    write_json(args.run / "splits.json", {"source": data.splits["source"], **data.ids})
     if data.digest:
         write_json(args.run / "manifest.json", data.manifest)
 
@@ -376,7 +376,8 @@ def run(args):
 
     if best:
         model.load_state_dict(best["model"])
-    _, pred = training.validate()
+    if best or pred is None:
+        _, pred = training.validate()
     finish(args, record, model, pred, data, history)
     return 0
 
@@ -406,7 +407,7 @@ def finish(args, record, model, pred, data, history):
 
 
 def predict_the_mean(data):
-    """{loss name: its value on val where every prediction is the labels' mean}: the level to beat."""
+    """{loss name: its value on val if every prediction were the labels' mean}."""
     true = (data.datasets["val"].labels - data.mean) / data.std
     return {"mse": true.square().mean().item(), "mae": true.abs().mean().item()}
 
@@ -438,8 +439,7 @@ def read_rows(path, names, kinds):
 
 
 def verify(args):
-    """Repeat a run with its own settings and compare line by line, writing nothing; the exit code of
-    a verdict."""
+    """Repeat a run with its own settings, compare line by line, write nothing; a verdict's code."""
     folder = args.verify
     record = read_json(folder / "config.json", "a run's configuration", RECORD)
     config, rows = record["config"], read_digests(folder / "digests.csv")
@@ -459,7 +459,8 @@ def verify(args):
     steps = min(args.steps or training.steps, training.steps)
     need_songs(training, data, steps)
     verdict.compare("initial model", record["digests"]["initial_model"], training.digest())
-    expected = {(epoch, step, end): (loss, state) for epoch, step, loss, state, end in with_ends(rows)}
+    expected = {(epoch, step, end): (loss, state)
+                for epoch, step, loss, state, end in with_ends(rows)}
     epoch, best, pred = 0, None, None
     bar = Progress(total=steps, desc="verify", unit="step")
     with bar, arithmetic.throughout():
@@ -493,7 +494,7 @@ def verify(args):
 
 
 def with_ends(rows):
-    """The rows of digests.csv, each with whether it is the end of an epoch: the last of its epoch."""
+    """The rows of digests.csv, each with whether it is the last of its epoch."""
     for n, row in enumerate(rows):
         yield *row, n + 1 == len(rows) or rows[n + 1][0] != row[0]
 

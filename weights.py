@@ -1,5 +1,5 @@
-"""Where a backbone's weights come from: a torchaudio bundle, a Hugging Face repository or folder, or a
-file. Architecture and waveform normalisation are read from what stands beside the weights.
+"""Where a backbone's weights come from: a torchaudio bundle, a Hugging Face repository or folder,
+or a file. Architecture and waveform normalisation are read from what stands beside the weights.
 """
 
 import hashlib
@@ -45,7 +45,7 @@ def find_weights(name):
             raise UserError(f"{name} is a WavLM: its layers share one position bias, so the top "
                             "layers cannot be run on cached states; choose a WAV2VEC2_… or "
                             "HUBERT_… bundle")
-        # torchaudio's z-score is layer_norm's, with its epsilon; the Hugging Face processor's is 1e-7
+        # torchaudio's z-score has layer_norm's epsilon; the Hugging Face processor's is 1e-7
         epsilon = 1e-5 if bundle._normalize_waveform else None
         params = {**bundle._params, "aux_num_out": None}
         return params, downloaded(bundle, name), int(bundle.sample_rate), epsilon, {"name": name}
@@ -80,6 +80,11 @@ def find_weights(name):
     return (params, from_hugging_face(read_state(file)), processor["sampling_rate"],
             1e-7 if processor["do_normalize"] else None,
             source_of(file, name.partition("@")[0] if revision else folder.name, revision))
+
+
+def weights_name(source):
+    """What --weights is to be to find a manifest's `source` again."""
+    return source["name"] + (f"@{source['revision']}" if source.get("revision") else "")
 
 
 def source_of(file, name, revision):
@@ -138,7 +143,7 @@ def fetch_repository(name):
         fetch("model.safetensors") or fetch("pytorch_model.bin")
     except UserError:
         raise
-    except Exception as error:  # the hub's own, its HTTP client's and the system's, in many versions
+    except Exception as error:  # the hub's own, its HTTP client's, the system's: many kinds
         reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
         raise UserError(f"cannot get {name} from Hugging Face ({reason[:150]}): check the name and "
                         "the network, or download its files elsewhere and pass the folder with "

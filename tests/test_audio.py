@@ -10,7 +10,6 @@ import tracemalloc
 import numpy as np
 import pytest
 import soundfile
-import torch
 from conftest import ROOT, call
 
 import eval as eval_script

@@ -9,7 +9,6 @@ import pytest
 from conftest import ROOT, SCRIPTS
 
 import cli
-import extract
 from files import read_json
 
 README = (ROOT / "README.md").read_text()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import FLOAT32, call, extraction, few, made_features
+from conftest import FLOAT32, call, few, made_features
 
 import cli
 import eval as eval_script

@@ -16,7 +16,6 @@ from conftest import FLOAT32, QUICK, ROOT, call
 
 import common
 import eval as eval_script
-import extract
 import train
 from cli import UserError
 from common import DEAMFeatHandler, EmotionModel, emotion_loss, quadrant_weights
@@ -61,8 +60,8 @@ def test_exact_training_is_the_same_kept_or_recomputed_on_any_threads(features, 
         arithmetic = common.Arithmetic("exact", "cpu")
         args = train.parser().parse_args(["--features", str(features), "--batch-size", "4",
                                           "--micro-batch", "2"])
-        data = train.open_data(args, arithmetic)
-        training = train.Training(train.configuration(args, data), data, arithmetic)
+        data = train.open_data(args)
+        training = train.Training(train.configuration(args, data, arithmetic), data, arithmetic)
         training.model.recompute = recompute
         training.train.dataset.keep = keep and torch.device(keep)
         steps = training.epoch()
