@@ -862,8 +862,9 @@ def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False,
                                enable_gqa=enable_gqa)
     if enable_gqa:
         key, value = (t.repeat_interleave(query.shape[-3] // t.shape[-3], -3) for t in (key, value))
-    trained = attn_mask is not None and attn_mask.requires_grad
-    if query.dtype != torch.float64 or trained or 0 in (*query.shape, *key.shape, *value.shape):
+    other_mask = attn_mask is not None and attn_mask.is_floating_point() and (
+        attn_mask.requires_grad or not bool((attn_mask < math.inf).all()))
+    if query.dtype != torch.float64 or other_mask or 0 in (*query.shape, *key.shape, *value.shape):
         return aten._scaled_dot_product_attention_math(query, key, value, attn_mask, dropout_p, is_causal,
                                                        scale=scale)[0]
     lead = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])

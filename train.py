@@ -160,6 +160,8 @@ class Training:
         self.model.start_from(top, config["seed"])
         self.model.to(self.device, arithmetic.dtype)
         self.trainable = [each for each in self.model.parameters() if each.requires_grad]
+        self.frozen = {name: tensor_digest(each) for name, each in self.model.named_parameters()
+                       if not each.requires_grad}
         self.optimizer = torch.optim.AdamW(self.trainable, lr=config["lr"], foreach=self.foreach,
                                            weight_decay=config["weight_decay"])
         frames = max((entry["frames"] for entry in (data.manifest["songs"] or {}).values()),
@@ -234,11 +236,22 @@ class Training:
         return [value / len(self.train) for value in self.sums.tolist()]
 
     def digest(self):
-        return state_digest(self.model.state_dict())
+        return state_digest(self.model.state_dict(), self.frozen)
+
+    def trained(self):
+        """What of the model's state changes in training."""
+        return {name: value for name, value in self.model.state_dict().items()
+                if name not in self.frozen}
+
+    def load(self, trained):
+        """Take over what `trained` gave. Raises KeyError where it is that of another model."""
+        if trained.keys() != self.trained().keys():
+            raise KeyError("other names")
+        self.model.load_state_dict(trained, strict=False)
 
     def state(self):
         """What a resumed run goes on from."""
-        state = {"config": self.config, "model": self.model.state_dict(),
+        state = {"config": self.config, "model": self.trained(),
                  "optimizer": self.optimizer.state_dict(),
                  "shuffle": self.data.shuffle.get_state(), "rng": torch.get_rng_state()}
         if self.device.type == "cuda":
@@ -246,7 +259,8 @@ class Training:
         return state
 
     def restore(self, state):
-        self.model.load_state_dict(state["model"])
+        for each in filter(None, (state["best"], state)):  # the best only to see that it fits
+            self.load(each["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.data.shuffle.set_state(state["shuffle"])
         torch.set_rng_state(state["rng"])
@@ -304,7 +318,7 @@ def best_so_far(best, training, loss):
     """{"loss", "model"} of the epoch of lowest val loss, with --select best; else None."""
     if training.config["select"] == "last" or best and not loss < best["loss"]:
         return best
-    state = training.model.state_dict()
+    state = training.trained()
     return {"loss": loss, "model": {name: value.cpu().clone() for name, value in state.items()}}
 
 
@@ -375,7 +389,7 @@ def run(args):
             save(training, args.run, history, digests, best)
 
     if best:
-        model.load_state_dict(best["model"])
+        training.load(best["model"])
     if best or pred is None:
         _, pred = training.validate()
     finish(args, record, model, pred, data, history)
@@ -484,7 +498,7 @@ def verify(args):
                 best = best_so_far(best, training, validation[0])
     if training.step == training.steps:
         if best:
-            training.model.load_state_dict(best["model"])
+            training.load(best["model"])
             _, pred = training.validate()
         digests = {"model": training.digest(), "val_predictions": rounded_digest(pred)}
         for name, value in digests.items():
