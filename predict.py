@@ -70,16 +70,20 @@ def find_songs(paths):
 
 class Table:
     """A CSV file whose rows are on disk as soon as they are known; None writes nothing. Raises
-    UserError, before any work, where it cannot be written."""
+    UserError, before any work, where it cannot be written; an older table is kept until `begin`."""
 
-    def __init__(self, file, header):
+    def __init__(self, file):
         self.file = None
         if file:
             try:
                 file.parent.mkdir(parents=True, exist_ok=True)
-                self.file = open(file, "w", newline="", encoding="utf-8", errors="replace")
+                self.file = open(file, "a", newline="", encoding="utf-8", errors="replace")
             except OSError as error:
                 raise UserError(f"cannot write {file}: {error.strerror}") from None
+
+    def begin(self, header):
+        if self.file:
+            self.file.truncate(0)
             self.write(*header)
 
     def write(self, *row):
@@ -141,8 +145,10 @@ def run(args):
     files = find_songs(args.songs)
     if args.figure and len(files) > 1:
         raise UserError(f"--figure draws one song, and these are {len(files)}")
-    predictor, failed = Predictor(args), 0  # first: wrong weights are not to cost an older table
-    songs, windows = Table(args.csv, SONGS), Table(args.windows_csv, WINDOWS)
+    songs, windows = Table(args.csv), Table(args.windows_csv)
+    predictor, failed = Predictor(args), 0
+    songs.begin(SONGS)
+    windows.begin(WINDOWS)
     print(f"{'valence':>8}{'arousal':>9}   {'quadrant':24}{'spread over windows':>20}   song")
     bar = Progress(files, desc="predict", unit="song", disable=len(files) < 2)
     for file in bar:

@@ -174,6 +174,9 @@ def test_what_cannot_predict(demo, trained, tmp_path, fails, compared):
     save_file({name: value + 1 for name, value in state.items()}, other / "model.safetensors")
     assert "made by other weights" in fails(predict, trained, tmp_path, "--weights", other)
     assert "--weights backbone" in fails(predict, trained, tmp_path)  # a folder's name is no place
+    (tmp_path / "old.csv").write_text("an older table")
+    fails(predict, trained, tmp_path, "--csv", tmp_path / "old.csv")
+    assert (tmp_path / "old.csv").read_text() == "an older table"
     damaged = bytearray((trained / "model.pt").read_bytes())
     damaged[len(damaged) // 2] ^= 1
     (tmp_path / "model.pt").write_bytes(damaged)

@@ -178,26 +178,20 @@ def wait_for(condition, process, seconds=90):
         time.sleep(0.01)
 
 
-def finish(*command):
-    process = python("train.py", *command)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
-
-
 @pytest.mark.parametrize("finetune, precision", [("last1", "float32"), ("frozen", "exact")])
-def test_a_killed_run_resumes_to_the_undisturbed_one(features, tmp_path, compared, finetune,
-                                                     precision):
+def test_a_killed_run_resumes_to_the_undisturbed_one(features, tmp_path, no_histories, compared,
+                                                     finetune, precision):
     base = ["--features", features, "--finetune", finetune, *QUICK, "--precision", precision,
             "--epochs", 5, "--select", "best"]
-    finish(*base, "--run", tmp_path / "a")
+    call(train, *base, "--run", tmp_path / "a")
     killed = python("train.py", *base, "--run", tmp_path / "b")
     wait_for((tmp_path / "b/last.pt").exists, killed)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
-    finish(*base, "--run", tmp_path / "b", "--resume")
+    call(train, *base, "--run", tmp_path / "b", "--resume")
     shorter = [*base, "--run", tmp_path / "c", "--epochs", 3]
-    finish(*shorter)
-    finish(*shorter, "--resume", "--epochs", 5)  # more epochs
+    call(train, *shorter)
+    call(train, *shorter, "--resume", "--epochs", 5)  # more epochs
     results = [(read_json(tmp_path / name / "config.json", "")["digests"],
                 *[(tmp_path / name / f"{file}.csv").read_text() for file in ("history", "digests")])
                for name in "abc"]
@@ -381,7 +375,7 @@ def test_torchrun_is_refused(features, fails, monkeypatch):
 
 
 def test_two_at_once(features, trained, tmp_path):
-    run = shutil.copytree(trained, tmp_path / "r")
+    run = shutil.copytree(trained, tmp_path / "r", ignore=shutil.ignore_patterns(".*"))
     command = ["--features", features, "--run", run, *QUICK, "--epochs", 500, "--resume"]
     first = python("train.py", *command)
     wait_for((run / ".train.lock").exists, first)
