@@ -158,9 +158,9 @@ TOP_LAYERS = {"params": PARAMS, "layer": int, "state": {str: torch.Tensor}}
 def network(params):
     """torchaudio's wav2vec2 network without weights (they are assigned, not copied over random
     ones), its positional weight norm removed. Raises UserError for impossible params."""
-    sizes = [size for layer in params["extractor_conv_layer_config"] for size in layer] + [
-        value for name, value in params.items() if name.startswith("encoder_") and type(value) is int
-        and "drop" not in name]
+    sizes = [size for layer in params["extractor_conv_layer_config"] for size in layer]
+    sizes += [value for name, value in params.items() if name.startswith("encoder_")
+              and type(value) is int and "drop" not in name]
     rates = [value for name, value in params.items() if "drop" in name]
     try:  # torchaudio takes a billion layers, and no heads, without a word
         if not all(0 < size <= 100_000 for size in sizes) or params["encoder_num_layers"] > 1000:
@@ -748,8 +748,9 @@ def layers_to_train(finetune, available, layer):
     if trained > layers:
         raise UserError(f"--finetune {finetune}: the backbone has {layers} layers")
     if trained > available:
-        raise UserError(f"--finetune {finetune} needs features of layer {layers - trained} or "
-                        f"below, these are of layer {layer}: extract with --layer {layers - trained}")
+        wanted = layers - trained
+        raise UserError(f"--finetune {finetune} needs features of layer {wanted} or below, these "
+                        f"are of layer {layer}: extract with --layer {wanted}")
     return trained
 
 

@@ -22,7 +22,8 @@ def parser():
     p.add_argument("--against", type=path, nargs="+", metavar="RUN",
                    help="runs to compare with, song by song: the difference and its interval")
     p.add_argument("--verify", type=path, metavar="FILE",
-                   help="compare with this metrics.json; without a run, check it against DEAM's labels")
+                   help="compare with this metrics.json; without a run, check it against DEAM's "
+                        "labels")
     p.share("--deam", help="with --verify and no run: a folder with DEAM's annotations in it")
     p.share("--device")
     return p

@@ -116,7 +116,8 @@ def grid(top, bits):
     exponent = (top.contiguous().view(torch.int64) >> 52).clamp_(min=bits)
     down = exponent - (bits - 1)
     near = down.clamp(1023 - 200, 1023 + 200)
-    return power_of_two(2045 + bits - exponent), power_of_two(near), power_of_two(down - near + 1023)
+    up, rest = 2045 + bits - exponent, down - near + 1023
+    return power_of_two(up), power_of_two(near), power_of_two(rest)
 
 
 def scaled(x, *rests):
@@ -137,7 +138,8 @@ def to_grid(x, bits, dim):
     shape = x.shape
     if dim == -1:
         x = x.reshape(-1, shape[-1])
-    out, whole = torch.empty_like(x, memory_format=torch.contiguous_format), dim == -2 and x.ndim == 2
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    whole = dim == -2 and x.ndim == 2
     top = magnitude(x, -2) if whole else x.new_empty([1 if d == x.ndim + dim else n
                                                       for d, n in enumerate(x.shape)])
 
@@ -192,7 +194,8 @@ def mean(x, dim=None, keepdim=False, dtype=None):
 
 
 def variance(x, dim=None, unbiased=None, *, correction=1, keepdim=False):
-    count = math.prod(x.shape[d] for d in listed(x, dim)) - (1 if correction is None else correction)
+    correction = 1 if correction is None else correction
+    count = math.prod(x.shape[d] for d in listed(x, dim)) - correction
     centred = x - mean(x, dim, True)
     return total(centred * centred, dim, keepdim) * (1.0 / count if count > 0 else math.nan)
 
@@ -202,7 +205,7 @@ def norm(x, ord=2, dim=None, keepdim=False, dtype=None):
     if ord in (1, math.inf):
         return total(x.abs(), dims, keepdim) if ord == 1 else x.abs().amax(dims, keepdim)
     if ord != 2:
-        raise NotImplementedError(f"exact arithmetic has no norm of order {ord}: only 1, 2 and infinity")
+        raise NotImplementedError(f"exact arithmetic has no norm of order {ord}: 1, 2 or infinity")
     if not x.ndim or not x.numel():
         return total(x.abs(), dims, keepdim)
     up, down, rest = grid(magnitude(x, dims), 10)  # squares of these do not overflow
@@ -220,7 +223,8 @@ def scattered(x, source, count, scatter):
 
 
 def index_add(x, dim, index, source, alpha=1):
-    return scattered(x, source * alpha, index.numel(), lambda zeros, s: zeros.index_add(dim, index, s))
+    return scattered(x, source * alpha, index.numel(),
+                     lambda zeros, s: zeros.index_add(dim, index, s))
 
 
 def scatter_add(x, dim, index, source):
@@ -230,7 +234,8 @@ def scatter_add(x, dim, index, source):
 def index_put(x, indices, values, accumulate=False, unsafe=False):
     if not accumulate:
         return x.index_put(indices, values)
-    return scattered(x, values, x.numel() + math.prod(n for i in indices if i is not None for n in i.shape),
+    count = x.numel() + math.prod(n for i in indices if i is not None for n in i.shape)
+    return scattered(x, values, count,
                      lambda zeros, s: zeros.index_put(indices, s, accumulate=True))
 
 
@@ -312,8 +317,8 @@ def frames_of(x, terms):
     return BLOCK * max(1, (1 << 21 if x.device.type == "cpu" else 1 << 27) // (BLOCK * terms))
 
 
-def convolution(x, w, bias, stride, padding, dilation, transposed=False, _output_padding=0, groups=1,
-                *_flags):
+def convolution(x, w, bias, stride, padding, dilation, transposed=False, _output_padding=0,
+                groups=1, *_flags):
     """Conv1d as products of windows: x[B, C, L], w[O, C / groups, kernel], bias[O] → [B, O, T].
     What a BLOCK of frames sees is on one grid."""
     if x.ndim != 3 or transposed:
@@ -325,7 +330,8 @@ def convolution(x, w, bias, stride, padding, dilation, transposed=False, _output
     frames = (x.shape[2] + 2 * padding[0] - dilation * (kernel - 1) - 1) // stride + 1
     span = (BLOCK - 1) * stride + dilation * (kernel - 1) + 1  # input frames that a block sees
     blocks = -(-frames // BLOCK)
-    x = F.pad(x, (padding[0], max(0, (blocks - 1) * BLOCK * stride + span - x.shape[2] - padding[0])))
+    length = (blocks - 1) * BLOCK * stride + span
+    x = F.pad(x, (padding[0], max(0, length - x.shape[2] - padding[0])))
     out = x.new_empty(len(x), outputs, frames)
 
     def convolve(part):
@@ -338,7 +344,8 @@ def convolution(x, w, bias, stride, padding, dilation, transposed=False, _output
         seen = torch.mul(seen, up, out=torch.empty(seen.shape, dtype=x.dtype, device=x.device))
         seen = windows(seen.round_().mul_(down), BLOCK, kernel, stride, dilation)
         y = w @ seen.reshape(groups, count * BLOCK, -1).mT
-        y = scaled(y, rest.flatten(1).repeat_interleave(BLOCK, 1)[:, None], rest_w.view(groups, -1, 1))
+        rest = rest.flatten(1).repeat_interleave(BLOCK, 1)[:, None]
+        y = scaled(y, rest, rest_w.view(groups, -1, 1))
         y = y.flatten(0, 1)[:, :part.stop - part.start]
         torch.add(y, 0.0 if bias is None else bias[:, None], out=result[:, part])
 
@@ -347,8 +354,8 @@ def convolution(x, w, bias, stride, padding, dilation, transposed=False, _output
     return out
 
 
-def convolution_backward(dy, x, w, _bias, stride, padding, dilation, _transposed, _output_padding, groups,
-                         mask):
+def convolution_backward(dy, x, w, _bias, stride, padding, dilation, _transposed, _output_padding,
+                         groups, mask):
     """Gradients of Conv1d with respect to x, w and bias, where `mask` asks for them."""
     outputs, channels, kernel = w.shape
     stride, padding, dilation, dx, dw = stride[0], padding[0], dilation[0], None, None
@@ -364,10 +371,12 @@ def convolution_backward(dy, x, w, _bias, stride, padding, dilation, _transposed
         g, _, rest_g = to_grid(dy.transpose(0, 1).reshape(outputs, -1), bits, -1)
         x = F.pad(x, (padding, padding)).transpose(0, 1)
         seen, _, rest_x = to_grid(x.reshape(len(x), -1), bits, -1)
-        g, seen, dw = g.view(groups, -1, *dy.shape[::2]), seen.view(groups, channels, *x.shape[1:]), 0
+        g, dw = g.view(groups, -1, *dy.shape[::2]), 0
+        seen = seen.view(groups, channels, *x.shape[1:])
         step = frames_of(dy, channels * kernel * groups)
         for clip in range(len(dy)):
-            view = windows(seen[:, :, clip].transpose(1, 2).contiguous(), frames, kernel, stride, dilation)
+            view = seen[:, :, clip].transpose(1, 2).contiguous()
+            view = windows(view, frames, kernel, stride, dilation)
             for start in range(0, frames, step):
                 part = slice(start, start + step)
                 dw = dw + g[:, :, clip, part] @ view[:, part].flatten(2)
@@ -393,7 +402,8 @@ def np_exp(x):
 def np_log(x):
     """For x from 1 to 2."""
     z = (x - 1) / (x + 1)
-    return 2 * z * functools.reduce(lambda series, n: series * (z * z) + 1 / n, range(41, 0, -2), 0 * z)
+    series = functools.reduce(lambda series, n: series * (z * z) + 1 / n, range(41, 0, -2), 0 * z)
+    return 2 * z * series
 
 
 def np_normal(x):
@@ -555,7 +565,7 @@ def log_softmax_backward(dy, y, dim, _dtype):
 def nll_weights(x, target, weight, ignore_index):
     """Weights[N] of the targets, 0 for those to ignore, and targets[N, 1] that are in range."""
     if x.ndim > 2:
-        raise NotImplementedError("exact arithmetic has nll_loss for x[N, C]: flatten the other dimensions")
+        raise NotImplementedError("exact arithmetic has nll_loss for x[N, C]: flatten the rest")
     used = (target != ignore_index).view(-1)
     index = torch.where(used, target.view(-1), 0)
     return torch.where(used, 1.0 if weight is None else weight[index], 0.0).double(), index[:, None]
@@ -624,7 +634,8 @@ def layer_norm(x, shape, w, b, eps):
 
 def group_norm(x, w, b, batch, channels, length, groups, eps):
     def affine(y, part):
-        for row, values in zip(range(part.start, part.stop), y.view(len(y), channels // groups, -1)):
+        y = y.view(len(y), channels // groups, -1)
+        for row, values in zip(range(part.start, part.stop), y):
             first = row % groups * len(values)
             if w is not None:
                 values.mul_(w[first:first + len(values), None])
@@ -644,7 +655,8 @@ def layer_norm_backward(dy, x, shape, m, r, w, b, mask):
     outer, dims = list(range(x.ndim - len(shape))), list(range(x.ndim - len(shape), x.ndim))
     h = (x - m).mul_(r)
     dx = norm_backward(dy if w is None else dy * w, h, r, dims) if mask[0] else None
-    return dx, total(dy * h, outer) if mask[1] and outer else None, total(dy, outer) if mask[2] else None
+    dw = total(dy * h, outer) if mask[1] and outer else None
+    return dx, dw, total(dy, outer) if mask[2] else None
 
 
 def group_norm_backward(dy, x, m, r, w, batch, channels, length, groups, mask):
@@ -730,7 +742,7 @@ def score_slices(work, n, rows, columns, device):
     heads = max(1, values // (rows * columns)) if device.type != "cpu" else 1
     parts = [(slice(h, min(n, h + heads)), slice(r, min(rows, r + step)))
              for h in range(0, n, heads) for r in range(0, rows, step)]
-    in_slices(lambda which: [work(*parts[i]) for i in range(which.start, which.stop)], len(parts), 1, device)
+    in_slices(lambda which: [work(*part) for part in parts[which]], len(parts), 1, device)
 
 
 def attention_weights(q, k, mask, causal, heads, rows, top=None):
@@ -742,7 +754,8 @@ def attention_weights(q, k, mask, causal, heads, rows, top=None):
         x = x.masked_fill_(~part, math.inf) if part.dtype == torch.bool else x.sub_(part * 65536.0)
     if causal:
         columns = torch.arange(x.shape[2], device=x.device)
-        x.masked_fill_(columns > torch.arange(rows.start, rows.stop, device=x.device)[:, None], math.inf)
+        own = torch.arange(rows.start, rows.stop, device=x.device)
+        x.masked_fill_(columns > own[:, None], math.inf)
     if top is None:
         top = x.amin(2, keepdim=True).clamp_(max=1e300)  # a row may be masked completely
     place = x.sub_(top).clamp_(max=2.0**20 - 1).to(torch.int32)
@@ -752,7 +765,8 @@ def attention_weights(q, k, mask, causal, heads, rows, top=None):
 def drop(key, heads, rows, length, columns, p, device):
     """bool[heads, rows, columns]: which weights dropout takes; position (head, row, column) of a
     mask."""
-    return torch.stack([dropped(key, head * length + rows.start, rows.stop - rows.start, columns, p, device)
+    count = rows.stop - rows.start
+    return torch.stack([dropped(key, head * length + rows.start, count, columns, p, device)
                         for head in range(heads.start, heads.stop)])
 
 
@@ -763,7 +777,7 @@ def attention_forward(q, k, v, mask, causal, p, scale, key):
     (n, length, _), columns = q.shape, k.shape[1]
     q, k = score_factors(q, k, scale)
     v, _, rest_v = to_grid(v, 53 - 20 - (columns - 1).bit_length(), -2)
-    out, top, sums = q.new_empty(n, length, v.shape[2]), q.new_empty(n, length, 1), q.new_empty(n, length, 1)
+    out, top, sums = (q.new_empty(n, length, size) for size in (v.shape[2], 1, 1))
 
     def work(heads, rows):
         weights, top[heads, rows] = attention_weights(q, k, mask, causal, heads, rows)
@@ -802,7 +816,8 @@ def attention_backward(dout, q, k, v, mask, out, top, sums, causal, p, scale, ke
         largest = []
         for start in range(0, length, step):
             rows = slice(start, min(length, start + step))
-            weights, _ = attention_weights(minus_q, minus_k, mask, causal, heads, rows, top[heads, rows])
+            weights, _ = attention_weights(minus_q, minus_k, mask, causal, heads, rows,
+                                           top[heads, rows])
             d = scaled(g[heads, rows] @ vt[heads].mT, rest_g[heads, rows], rest_v[heads].mT)
             d = torch.sub(d, inner[heads, rows], out=d) if key is None else d
             if key is None:
@@ -823,7 +838,8 @@ def attention_backward(dout, q, k, v, mask, out, top, sums, causal, p, scale, ke
             scaled(d[heads].mul_(down), rest, rest_factor[heads])
 
     look_up("attention", torch.zeros(1, dtype=torch.int32, device=device))
-    in_slices(work, n, 1 if device.type == "cpu" else max(1, (1 << 27) // (length * columns)), device)
+    step_heads = 1 if device.type == "cpu" else max(1, (1 << 27) // (length * columns))
+    in_slices(work, n, step_heads, device)
     bad = bad_q.sum(1, keepdim=True) + bad_k.sum(1, keepdim=True)
     return dq.mul_(scale).add_(bad), dk.add_(bad), scaled(dv, rest_dv).add_(bad)
 
@@ -849,7 +865,8 @@ class Attention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
         with _disable_current_modes():
-            return *attention_backward(dout, *ctx.saved_tensors, *ctx.settings), None, None, None, None
+            gradients = attention_backward(dout, *ctx.saved_tensors, *ctx.settings)
+        return *gradients, None, None, None, None
 
 
 def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
@@ -865,12 +882,14 @@ def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False,
     other_mask = attn_mask is not None and attn_mask.is_floating_point() and (
         attn_mask.requires_grad or not bool((attn_mask < math.inf).all()))
     if query.dtype != torch.float64 or other_mask or 0 in (*query.shape, *key.shape, *value.shape):
-        return aten._scaled_dot_product_attention_math(query, key, value, attn_mask, dropout_p, is_causal,
-                                                       scale=scale)[0]
+        return aten._scaled_dot_product_attention_math(query, key, value, attn_mask, dropout_p,
+                                                       is_causal, scale=scale)[0]
     lead = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
-    q, k, v = (t.expand(*lead, *t.shape[-2:]).reshape(-1, *t.shape[-2:]) for t in (query, key, value))
+    q, k, v = (t.expand(*lead, *t.shape[-2:]).reshape(-1, *t.shape[-2:])
+               for t in (query, key, value))
     if attn_mask is not None:
-        attn_mask = attn_mask.expand(*lead, q.shape[1], k.shape[1]).reshape(-1, q.shape[1], k.shape[1])
+        attn_mask = attn_mask.expand(*lead, q.shape[1], k.shape[1])
+        attn_mask = attn_mask.reshape(-1, q.shape[1], k.shape[1])
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     out = Attention.apply(q, k, v, attn_mask, is_causal, dropout_p, scale)
     return out.view(*lead, q.shape[1], v.shape[2])
@@ -917,7 +936,7 @@ def reciprocal(x):
 
 def power(x, n):
     if isinstance(n, torch.Tensor) or n not in (-2, -1, -0.5, 0.5, 1, 2, 3):
-        raise NotImplementedError(f"exact arithmetic has no power {n}: only -2, -1, ±0.5, 1, 2 and 3")
+        raise NotImplementedError(f"exact arithmetic has no power {n}: -2, -1, ±0.5, 1, 2 or 3")
     if abs(n) == 0.5:
         out = sqrt(x)
     else:
@@ -927,7 +946,7 @@ def power(x, n):
 
 def uniform_(x, low=0.0, high=1.0, *, generator=None):
     if x.device.type != "cpu":
-        raise NotImplementedError("random numbers drawn on a GPU are not a CPU's: draw there, then .to()")
+        raise NotImplementedError("random numbers of a GPU are others: draw on the CPU, then .to()")
     return x.uniform_(0, 1, generator=generator).mul_(high - low).add_(low)
 
 
@@ -935,7 +954,7 @@ def normal_(x, mean=0.0, std=1.0, *, generator=None):
     """Normally distributed numbers by Box and Muller's formula; torch's own follow the CPU's
     vectors."""
     if x.device.type != "cpu":
-        raise NotImplementedError("random numbers drawn on a GPU are not a CPU's: draw there, then .to()")
+        raise NotImplementedError("random numbers of a GPU are others: draw on the CPU, then .to()")
     u, turn = torch.rand(2, *x.shape, dtype=torch.float64, generator=generator)
     squared = ((turn - 0.5) * 6.283185307179586)**2
     cosine = functools.reduce(lambda series, n: 1.0 - series * squared * (1 / (n * (n - 1))),
@@ -1031,8 +1050,9 @@ class Exact(TorchDispatchMode):
             return self
         stack = contextlib.ExitStack()
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # for whoever holds torch's own function
-        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
-        torch.backends.mha.set_fastpath_enabled(False)
+        fused = torch.backends.mha
+        stack.callback(fused.set_fastpath_enabled, fused.get_fastpath_enabled())
+        fused.set_fastpath_enabled(False)
         F.scaled_dot_product_attention = attention  # stays: outside this context it is torch's
         torch.set_flush_denormal(False)
         if bool((torch.full((1 << 17,), 2.0**-1022, dtype=torch.float64) * 0.5 == 0).any()):
@@ -1062,7 +1082,8 @@ class Exact(TorchDispatchMode):
         name = name[:-1] if in_place else name
         if space == "aten" and name in RULES and (floats or name in ("div", "mean", "randn")):
             if name not in ANY_FLOAT and any(x.dtype != torch.float64 for x in floats):
-                raise NotImplementedError(f"exact arithmetic is for float64, but {func} got {floats[0].dtype}")
+                raise NotImplementedError(f"exact arithmetic is for float64, but {func} got "
+                                          f"{floats[0].dtype}")
             out = kwargs.pop("out", None)
             result = RULES[name](*args, **kwargs)
             if in_place:
@@ -1102,7 +1123,8 @@ def sample(device, *shape):
 CASES = {  # what to compute of x[60, 500] and y[500, 40]
     "product": lambda x, y: x @ y,
     "sum": lambda x, y: x.repeat(20, 1).sum(),
-    "index_add": lambda x, y: torch.zeros_like(x[:7]).index_add(0, torch.arange(60, device=x.device) % 7, x),
+    "index_add": lambda x, y: torch.zeros_like(x[:7]).index_add(
+        0, torch.arange(60, device=x.device) % 7, x),
     "division": lambda x, y: x / 3.0,
     "square root": lambda x, y: (x + 2.0).sqrt(),
     "addition": lambda x, y: torch.addcmul(torch.lerp(x, x * x, 0.3), x, x, value=0.7),
@@ -1153,5 +1175,6 @@ def check(device="cpu"):
     which names the first operation whose bits are others."""
     for name, digest in answers(torch.device(device)).items():
         if digest != KNOWN[name]:
-            raise ArithmeticError(f"{name} on {device} gives other bits than it must ({digest}, not "
-                                  f"{KNOWN[name]}): results there are not those of other machines")
+            raise ArithmeticError(f"{name} on {device} gives other bits than it must ({digest}, "
+                                  f"not {KNOWN[name]}): results there are not those of other "
+                                  "machines")

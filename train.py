@@ -290,8 +290,8 @@ def to_resume(args, config):
         raise UserError(f"{args.run} was started otherwise ({differing}): resume with its own "
                         "settings, or choose another --run")
     if not epochs or any(len(row) != len(HISTORY) for row in state["history"]):
-        raise UserError(f"{last} is not a training state: its history is not one; delete {args.run} "
-                        "and train again")
+        raise UserError(f"{last} is not a training state: its history is not one; delete "
+                        f"{args.run} and train again")
     return state
 
 
@@ -383,8 +383,8 @@ def run(args):
             validation, pred = training.validate()
             history.append([epoch, training.rate, *means, *validation])
             digests.append([epoch, training.step, means[0], training.digest()])
-            bar.say("epoch {:3d}  lr {:.2e}  train loss {:.4f} MSE {:.4f} MAE {:.4f}  val loss {:.4f} "
-                    "MSE {:.4f} MAE {:.4f}".format(*history[-1]))
+            bar.say("epoch {:3d}  lr {:.2e}  train loss {:.4f} MSE {:.4f} MAE {:.4f}  val loss "
+                    "{:.4f} MSE {:.4f} MAE {:.4f}".format(*history[-1]))
             best = best_so_far(best, training, validation[0])
             save(training, args.run, history, digests, best)
 
@@ -568,8 +568,8 @@ def need_songs(training, data, steps):
     there = {song for song in ids if (data.root / "songs" / f"{song}.pt").exists()}
     missing = [song for song in needed if song not in there]
     if missing:
-        raise UserError(f"{len(missing)} of the songs of these steps have no features in {data.root}"
-                        f": extract.py --features {data.root} --songs "
+        raise UserError(f"{len(missing)} of the songs of these steps have no features in "
+                        f"{data.root}: extract.py --features {data.root} --songs "
                         f"{' '.join(map(str, sorted(missing)))}")
 
 

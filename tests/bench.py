@@ -1,13 +1,13 @@
 """How fast is the kit on this machine, beside plain torch? Prints tables in Markdown.
 
-  python tests/bench.py                  # on a GPU where there is one, else on the CPU: some minutes
+  python tests/bench.py                  # on a GPU where there is one, else on the CPU: minutes
   python tests/bench.py --device cpu
 
 WAV2VEC2_BASE with random weights, clips of 45 s. Every row is measured in a process of its own.
 - extract: one clip up to layer 10, decoding and writing left out. Plain: torchaudio's whole model
   with torch's defaults.
-- train: a step is forward, loss, backward, clipping and AdamW on states already read. Plain: the top
-  two layers and dropout in every step, all clips of the batch at once; layer 12 is trained.
+- train: a step is forward, loss, backward, clipping and AdamW on states already read. Plain: the
+  top two layers and dropout in every step, all clips at once; layer 12 is trained.
 - share: useful floating point operations a second, as a part of what a large matrix product reaches
   here in plain torch in the same type. Useful is what must be computed: 10 layers; 3 times the
   forward pass of the trained ones.
@@ -58,7 +58,7 @@ def memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-# ------------------------------------ rows: each in a process of its own, plain ones without the kit
+# ----------------------------------- rows: each in a process of its own, plain ones without the kit
 
 DTYPE = {"exact": torch.float64, "float64": torch.float64, "float32": torch.float32,
          "bfloat16": torch.bfloat16}
@@ -129,7 +129,8 @@ def step_kit(device, precision, finetune, batch, micro_batch, repeat):
     generator = torch.Generator().manual_seed(0)
     true = torch.randn(batch, 2, generator=generator).to(arithmetic.device, arithmetic.dtype)
     with arithmetic():
-        clips = [model.frozen(torch.randn(FRAMES, WIDTH, generator=generator)) for _ in range(batch)]
+        clips = [model.frozen(torch.randn(FRAMES, WIDTH, generator=generator))
+                 for _ in range(batch)]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     foreach = False if precision == "exact" else None
     optimizer = torch.optim.AdamW(trainable, lr=1e-4, weight_decay=1e-4, foreach=foreach)
@@ -171,7 +172,7 @@ def step_plain(device, precision, batch, repeat):
     return {"seconds": timed(step, device, repeat, 1), "memory": memory(device)}
 
 
-# ------------------------------------------------------------------------------------------------- tables
+# ------------------------------------------------------------------------------------------- tables
 
 
 def row(function, **arguments):

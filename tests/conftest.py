@@ -1,5 +1,5 @@
-"""Shared by all tests: the scripts called in-process, the demo and what is made of it, and a tally of
-comparisons."""
+"""Shared by all tests: the scripts called in-process, the demo and what is made of it, and a tally
+of comparisons."""
 
 import os
 import shutil
@@ -148,18 +148,33 @@ def trained(features, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="session")
-def clone(tmp_path_factory):
-    """(folder with a space in its name, output): the kit's own files, in which tests/demo.sh ran as
-    anyone runs it. demo/ in it is the demo in exact arithmetic. Not to be changed by a test."""
+@pytest.fixture(scope="session", autouse=True)
+def started(request, tmp_path_factory):
+    """For `clone`: tests/demo.sh on one core, started before the first test, since it takes as long
+    as a third of all others. (folder, process), or None where no test of this session needs it."""
+    if not any("clone" in item.fixturenames for item in request.session.items):
+        yield None
+        return
     folder = tmp_path_factory.mktemp("clone") / "a clone"
     shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(
         ".*", "demo", "runs", "DEAM_feats", "__pycache__"))
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     surroundings = {key: value for key, value in os.environ.items() if key not in cli.PINS}
-    done = subprocess.run(["bash", "tests/demo.sh"], cwd=folder, capture_output=True, text=True,
-                          env={**surroundings, "PATH": path})
-    return folder, done.stdout if done.returncode == 0 else done.stdout + done.stderr
+    surroundings |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+                     "OMP_NUM_THREADS": "1"}
+    with open(folder.parent / "output", "w") as output, subprocess.Popen(
+            ["bash", "tests/demo.sh"], cwd=folder, stdout=output, stderr=output,
+            env=surroundings) as process:
+        yield folder, process
+        process.kill()
+
+
+@pytest.fixture(scope="session")
+def clone(started):
+    """(folder with a space in its name, output): the kit's own files, in which tests/demo.sh ran as
+    anyone runs it. demo/ in it is the demo in exact arithmetic. Not to be changed by a test."""
+    folder, process = started
+    process.wait()
+    return folder, (folder.parent / "output").read_text()
 
 
 @pytest.fixture(scope="session")

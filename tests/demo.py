@@ -1,5 +1,5 @@
-"""Write the demo: a folder laid out as DEAM, a small backbone laid out as a Hugging Face checkpoint,
-and splits. The scripts treat them as anybody's data.
+"""Write the demo: a folder laid out as DEAM, a small backbone laid out as a Hugging Face
+checkpoint, and splits. The scripts treat them as anybody's data.
 
   python tests/demo.py demo       # demo/DEAM, demo/backbone, demo/splits.json
 
@@ -34,7 +34,8 @@ SECONDS, RATE = 6, 44100
 # wav2vec2-base in small: the same strides, so the same 50 frames a second, and 12 layers
 CONFIG = {
     "model_type": "wav2vec2", "architectures": ["Wav2Vec2Model"], "feat_extract_norm": "layer",
-    "conv_dim": [32] * 7, "conv_kernel": [10, 3, 3, 3, 3, 2, 2], "conv_stride": [5, 2, 2, 2, 2, 2, 2],
+    "conv_dim": [32] * 7, "conv_kernel": [10, 3, 3, 3, 3, 2, 2],
+    "conv_stride": [5, 2, 2, 2, 2, 2, 2],
     "conv_bias": True, "hidden_size": 64, "num_hidden_layers": 12, "num_attention_heads": 4,
     "intermediate_size": 128, "num_conv_pos_embeddings": 32, "num_conv_pos_embedding_groups": 4,
     "do_stable_layer_norm": False, "feat_proj_dropout": 0.1, "attention_dropout": 0.1,

@@ -66,7 +66,7 @@ def spelled(state, prefix="", old=False):
 
 
 def assert_layers_equal(backbone, model, epsilon, compared):
-    """All hidden states are the reference's, and so are the weights, whatever file they are from."""
+    """All hidden states are the reference's, and so are the weights, from whatever file."""
     waveform = 0.1 * torch.randn(1, 4000, generator=torch.Generator().manual_seed(1)) + 0.02
     source = waveform if epsilon is None else (
         (waveform - waveform.mean()) / (waveform.var(correction=0) + epsilon).sqrt())
@@ -289,7 +289,8 @@ def hub(demo, tmp_path_factory):
     def python(*arguments, home, **more):
         """Run Python with a home of its own (huggingface_hub reads its settings at import)."""
         del asked[:]
-        done = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True,
+        done = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True,
+                              text=True,
                               timeout=120, env={**surroundings, "HF_HOME": str(home), "HF_ENDPOINT":
                               f"http://127.0.0.1:{server.server_port}", **more})
         assert "Traceback" not in done.stderr, done.stderr

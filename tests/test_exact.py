@@ -21,7 +21,8 @@ def draw(*shape, seed=0):
 
 
 def digest(*tensors):
-    return hashlib.sha256(b"".join(t.detach().contiguous().numpy().tobytes() for t in tensors)).hexdigest()
+    arrays = [t.detach().contiguous().numpy() for t in tensors]
+    return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
 
 
 def error(ours, plain):
@@ -36,24 +37,32 @@ RULES = {  # function, arguments, bound of the relative error of results and gra
     "linear": (F.linear, (X, W, W[:, 0]), 2e-6),
     "matmul": (lambda a, b: a @ b.mT, (Q, K), 2e-6),
     "mv": (lambda a, b: a @ b, (W, V), 2e-6),
-    "conv1d": (lambda x, w: F.conv1d(x, w, stride=2, padding=3, dilation=2, groups=5), (X, KERNEL), 2e-6),
-    "conv1d, one channel": (lambda x, w: F.conv1d(x, w, stride=5), (draw(2, 1, 900), draw(9, 1, 10)), 2e-6),
+    "conv1d": (lambda x, w: F.conv1d(x, w, stride=2, padding=3, dilation=2, groups=5),
+               (X, KERNEL), 2e-6),
+    "conv1d, one channel": (lambda x, w: F.conv1d(x, w, stride=5),
+                            (draw(2, 1, 900), draw(9, 1, 10)), 2e-6),
     "sum": (lambda x: x.sum((0, 2)), (X,), 1e-11), "mean": (lambda x: x.mean(1), (X,), 1e-11),
     "var": (lambda x: x.var(1), (X,), 1e-11), "std": (lambda x: x.std(), (X,), 1e-11),
-    "norm": (lambda x: x.norm(dim=1), (X,), 1e-11), "logsumexp": (lambda x: x.logsumexp(1), (X,), 1e-11),
+    "norm": (lambda x: x.norm(dim=1), (X,), 1e-11),
+    "logsumexp": (lambda x: x.logsumexp(1), (X,), 1e-11),
     "layer norm": (lambda x, w, b: F.layer_norm(x, (64,), w, b), (X, V, W[0]), 1e-11),
     "group norm": (lambda x, w: F.group_norm(x, 10, w, w), (X, V[:50]), 1e-11),
     "gelu": (F.gelu, (X * 2,), 1e-8), "exp": (torch.exp, (X * 9,), 1e-14),
     "log": (torch.log, (X.abs(),), 1e-14), "sqrt": (torch.sqrt, (X.abs(),), 1e-15),
     "sigmoid": (torch.sigmoid, (X * 5,), 1e-14), "tanh": (torch.tanh, (X * 2,), 1e-14),
     "silu": (F.silu, (X * 5,), 1e-14), "leaky relu": (F.leaky_relu, (X,), 0),
-    "softmax": (lambda x: x.softmax(2), (X,), 1e-11), "log softmax": (lambda x: x.log_softmax(1), (X,), 1e-11),
-    "cross entropy": (lambda x: F.cross_entropy(x.view(150, 64), TARGET, label_smoothing=0.1), (X,), 1e-11),
+    "softmax": (lambda x: x.softmax(2), (X,), 1e-11),
+    "log softmax": (lambda x: x.log_softmax(1), (X,), 1e-11),
+    "cross entropy": (lambda x: F.cross_entropy(x.view(150, 64), TARGET, label_smoothing=0.1),
+                      (X,), 1e-11),
     "mse": (lambda x: F.mse_loss(x, X.flip(1)), (X * 2,), 1e-11),
-    "embedding": (lambda w: F.embedding(TARGET % 7, w), (W,), 1e-11), "indexing": (lambda w: w[TARGET % 7], (W,), 1e-11),
+    "embedding": (lambda w: F.embedding(TARGET % 7, w), (W,), 1e-11),
+    "indexing": (lambda w: w[TARGET % 7], (W,), 1e-11),
     "attention": (F.scaled_dot_product_attention, (Q, K, K * 2), 2e-5),
-    "causal attention": (lambda q, k: F.scaled_dot_product_attention(q, k, k, is_causal=True), (Q, K), 2e-5),
-    "masked attention": (lambda q, k: F.scaled_dot_product_attention(q, k, k, Q[0, 0] @ K[0, 0].T > 0), (Q, K), 2e-5),
+    "causal attention": (lambda q, k: F.scaled_dot_product_attention(q, k, k, is_causal=True),
+                         (Q, K), 2e-5),
+    "masked attention": (lambda q, k: F.scaled_dot_product_attention(
+        q, k, k, Q[0, 0] @ K[0, 0].T > 0), (Q, K), 2e-5),
     "attention by hand": (lambda q, k: (q @ k.mT).softmax(-1) @ k, (Q, K), 2e-5),
     "division": (lambda x: x / 3.0 + 1.0 / (x.abs() + 1), (X,), 1e-15),
 }
@@ -86,9 +95,11 @@ def test_order_and_layout_do_not_matter(compared):
     a, b = draw(300, 512), draw(512, 200, seed=1)
     with Exact():
         expected = a @ b
-        others = [a[:, order] @ b[order], a.T.contiguous().T @ b, a @ b.T.contiguous().T, (b.T @ a.T).T,
+        others = [a[:, order] @ b[order], a.T.contiguous().T @ b, a @ b.T.contiguous().T,
+                  (b.T @ a.T).T,
                   torch.cat([part @ b for part in a.split(7)]), torch.stack([a, a]).matmul(b)[1]]
-        sums = [a.sum(0), a[torch.randperm(300)].sum(0), a.T.contiguous().sum(1), a.T.contiguous().T.sum(0)]
+        sums = [a.sum(0), a[torch.randperm(300)].sum(0), a.T.contiguous().sum(1),
+                a.T.contiguous().T.sum(0)]
         norms = [F.layer_norm(a, (512,)), torch.cat([F.layer_norm(p, (512,)) for p in a.split(11)])]
     assert all(torch.equal(expected, other) for other in others)
     assert all(torch.equal(sums[0], other) for other in sums) and torch.equal(*norms)
@@ -96,7 +107,8 @@ def test_order_and_layout_do_not_matter(compared):
 
 
 def test_an_element_does_not_depend_on_its_batch(compared):
-    layer = nn.TransformerEncoderLayer(64, 4, 96, activation="gelu", batch_first=True).double().eval()
+    layer = nn.TransformerEncoderLayer(64, 4, 96, activation="gelu", batch_first=True)
+    layer = layer.double().eval()
     conv = nn.Conv1d(50, 30, 3, groups=2, padding=1).double()
     norm = nn.GroupNorm(5, 50).double()
     with Exact(), torch.no_grad():
@@ -136,9 +148,10 @@ def test_zeros_outliers_and_denormals(compared):
 def test_nan_and_infinity_stay_visible(bad, compared):
     x = draw(1, 12, 8)
     x[0, 3, 2] = bad
-    functions = [lambda x: x @ W[:8, :8], lambda x: x.sum(), lambda x: F.layer_norm(x, (8,)), torch.tanh,
-                 lambda x: F.conv1d(x, draw(4, 12, 3)), lambda x: F.scaled_dot_product_attention(x, x, x),
-                 lambda x: F.gelu(x), lambda x: x.softmax(-1), lambda x: x.norm(), lambda x: x.var(), torch.exp,
+    functions = [lambda x: x @ W[:8, :8], lambda x: x.sum(), lambda x: F.layer_norm(x, (8,)),
+                 lambda x: F.conv1d(x, draw(4, 12, 3)), torch.tanh, torch.exp,
+                 lambda x: F.scaled_dot_product_attention(x, x, x), lambda x: F.gelu(x),
+                 lambda x: x.softmax(-1), lambda x: x.norm(), lambda x: x.var(),
                  torch.sigmoid, lambda x: torch.log(x.abs())]
     with Exact():
         for number, function in enumerate(functions):
@@ -201,7 +214,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.embedding, self.layers = nn.Embedding(30, 32), nn.ModuleList(
             nn.TransformerEncoderLayer(32, 4, 64, 0.1, "gelu", batch_first=True) for _ in range(2))
-        self.attention, self.norm = nn.MultiheadAttention(32, 2, 0.1, batch_first=True), nn.LayerNorm(32)
+        self.attention = nn.MultiheadAttention(32, 2, 0.1, batch_first=True)
+        self.norm = nn.LayerNorm(32)
         self.head, self.recompute = nn.Linear(32, 5), False
 
     def forward(self, tokens):
@@ -233,17 +247,20 @@ def test_training_gives_one_digest(optimizer, compared):
     torch.set_num_threads(1)
     digests = [trained(optimizer), trained(optimizer, recompute=True)]
     torch.set_num_threads(threads)
-    code = f"import sys; sys.path.insert(0, '..'); import test_exact; print(test_exact.trained({optimizer!r}))"
+    code = ("import sys; sys.path.insert(0, '..'); import test_exact; "
+            f"print(test_exact.trained({optimizer!r}))")
     for pins in ({"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE"},):
         child = subprocess.run([sys.executable, "-c", code], env={**os.environ, **pins}, text=True,
-                               capture_output=True, cwd=os.path.dirname(os.path.abspath(__file__)), check=True)
+                               cwd=os.path.dirname(os.path.abspath(__file__)), check=True,
+                               capture_output=True)
         digests.append(child.stdout.split()[-1])
     assert set(digests) == {here}
     compared(len(digests), "trained models")
 
 
 def test_a_frozen_weight_is_kept_until_it_changes(compared):
-    layer, conv = nn.Linear(64, 8).double().requires_grad_(False), nn.Conv1d(50, 8, 3).double().requires_grad_(False)
+    layer, conv = (each.double().requires_grad_(False)
+                   for each in (nn.Linear(64, 8), nn.Conv1d(50, 8, 3)))
     for change in (lambda w: w.mul_(2), lambda w: w.data.mul_(2), lambda w: w.view(-1)[:3].add_(1)):
         with Exact():
             for module in (layer, conv):
@@ -266,6 +283,17 @@ def test_nesting_inference_and_eval(compared):
     outside = F.scaled_dot_product_attention(Q, K, K)
     assert torch.equal(outside, exact.torch_attention(Q, K, K))
     compared(len(results), "contexts")
+
+
+def test_accuracy_of_a_network(compared):
+    """Of features, also with one channel far larger than the others, and of gradients: the relative
+    error against plain float64."""
+    from accuracy import table
+
+    errors = table("demo")
+    for what, (found, _) in errors.items():
+        assert found < (5e-6 if what == "features" else 2e-5), what
+    compared(len(errors), "errors")
 
 
 def test_known_answers(monkeypatch, compared):

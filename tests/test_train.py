@@ -27,7 +27,8 @@ BASE = {**torchaudio.pipelines.WAV2VEC2_BASE._params, "aux_num_out": None}
 def test_parameter_counts(compared):
     expected = {"last1": 8_008_450, "frozen": 919_042, "last2": 15_096_322, "all": 15_096_322}
     for finetune, trainable in expected.items():
-        sizes = [(p.numel(), p.requires_grad) for p in EmotionModel(BASE, 10, finetune).parameters()]
+        model = EmotionModel(BASE, 10, finetune)
+        sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
         assert sum(size for size, trains in sizes if trains) == trainable
         assert sum(size for size, _ in sizes) == 15_096_322
     compared(2 * len(expected), "counts")
@@ -39,9 +40,11 @@ def test_each_mode_trains_what_it_names_and_nothing_else(features, tmp_path, com
     run = tmp_path / "run"
     assert call(train, "--features", features, "--run", run, "--finetune", finetune, *QUICK) == 0
     top = DEAMFeatHandler(features).top_layers
-    start, end = EmotionModel(top["params"], 10, finetune), load_tensors(run / "model.pt", "")["state"]
+    start = EmotionModel(top["params"], 10, finetune)
+    end = load_tensors(run / "model.pt", "")["state"]
     start.start_from(top, 0)
-    parts = ["valence.", "arousal.", *(["norm."] if layers else []), *(f"layers.{n}." for n in layers)]
+    parts = ["valence.", "arousal.", *(["norm."] if layers else []),
+             *(f"layers.{n}." for n in layers)]
     for name, before in start.state_dict().items():
         # the attention's key bias gets no gradient: softmax does not see it
         assert name.startswith(tuple(parts)) != torch.equal(before, end[name]) or (
@@ -52,7 +55,8 @@ def test_each_mode_trains_what_it_names_and_nothing_else(features, tmp_path, com
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_exact_training_is_the_same_kept_or_recomputed_on_any_threads(features, compared, recompute):
+def test_exact_training_is_the_same_kept_or_recomputed_on_any_threads(features, compared,
+                                                                      recompute):
     """Two steps in exact arithmetic, dropout on; the frozen outputs kept or not."""
     digests = []
     for threads, keep in ((1, "cpu"), (2, None)):
@@ -86,7 +90,8 @@ def numpy_loss(pred, true, corr_target, weights):
     corr = 0.05 * (np.corrcoef(pred.T)[0, 1] - target) ** 2
     if weights is not None:
         return float((weights * squared).mean() + corr)
-    return float(squared.mean() + corr + 0.05 * sum((np.var(pred[:, d]) - 1) ** 2 for d in range(2)))
+    spread = sum((np.var(pred[:, d]) - 1) ** 2 for d in range(2))
+    return float(squared.mean() + corr + 0.05 * spread)
 
 
 @pytest.mark.parametrize("corr_target", ["true", "zero"])
@@ -201,8 +206,8 @@ def test_a_killed_run_resumes_to_the_undisturbed_one(features, tmp_path, no_hist
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_is_one_line(features, tmp_path, number, code):
-    process = python("train.py", "--features", features, "--run", tmp_path / "r", *QUICK, "--epochs",
-                     500)
+    process = python("train.py", "--features", features, "--run", tmp_path / "r", *QUICK,
+                     "--epochs", 500)
     wait_for((tmp_path / "r/last.pt").exists, process)
     process.send_signal(number)
     output, _ = process.communicate(timeout=20)
@@ -276,8 +281,9 @@ def test_options_that_contradict_each_other(features, tmp_path, fails, options, 
     assert says in fails(train, "--features", features, "--run", tmp_path / "r", *QUICK, *options)
 
 
-@pytest.mark.parametrize("options", [["--seed", str(2**64)], ["--lr", "1e300"], ["--threads", "2e9"],
-                                     ["--epochs", "0"], ["--run", ""], ["--max-lr", "nan"]])
+@pytest.mark.parametrize("options", [["--seed", str(2**64)], ["--lr", "1e300"],
+                                     ["--threads", "2e9"], ["--epochs", "0"], ["--run", ""],
+                                     ["--max-lr", "nan"]])
 def test_options_out_of_range(options, capsys):
     with pytest.raises(SystemExit) as stop:
         train.parser().parse_args(options)
@@ -355,7 +361,8 @@ def test_a_verified_run(features, trained, tmp_path, compared, capsys):
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
     table = (run / "digests.csv").read_text()
     rows = table.splitlines()
-    for changed in (table.replace(rows[1].split(",")[2], "0.5"), table.replace(rows[2][-5:], "00000"),
+    for changed in (table.replace(rows[1].split(",")[2], "0.5"),
+                    table.replace(rows[2][-5:], "00000"),
                     "\n".join([rows[0], *rows[2:]]) + "\n"):
         (run / "digests.csv").write_text(changed)
         assert call(train, *command, "--steps", 2) == 1
