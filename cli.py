@@ -8,6 +8,7 @@ import argparse
 import errno
 import math
 import os
+import platform
 import signal
 import sys
 from pathlib import Path
@@ -17,12 +18,10 @@ from tqdm import tqdm
 # Libraries read these when they are loaded, so they have to stand before torch is imported. Without
 # them float32 follows the CPU it runs on (AVX2 here, AVX-512 there) and the number of threads.
 # Exact arithmetic has the same bits either way, and is faster without them.
-PINS = {
-    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
-    "ATEN_CPU_CAPABILITY": "avx2",
-    "ONEDNN_MAX_CPU_ISA": "AVX2",
-    "MKL_CBWR": "AVX2,STRICT",
-}
+PINS = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+if platform.machine() in ("x86_64", "AMD64"):
+    PINS |= {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2",
+             "MKL_CBWR": "AVX2,STRICT"}
 
 
 class UserError(Exception):

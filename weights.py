@@ -16,6 +16,7 @@ from exact import Exact
 from files import check_form, load_tensors, read_json
 
 POSITION = "encoder.transformer.pos_conv_embed.conv."
+WEIGHTS = "model.safetensors", "pytorch_model.bin"
 REPOSITORY = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 # what a Hugging Face config.json may leave out: transformers' own defaults, those of wav2vec2-base
 HUGGING_FACE = {
@@ -73,10 +74,9 @@ def find_weights(name):
         processor |= read_json(folder / "preprocessor_config.json", "a processor's configuration",
                                {str: object})
     check_form(processor, PROCESSOR, f"{folder / 'preprocessor_config.json'} is no processor")
-    files = [folder / "model.safetensors", folder / "pytorch_model.bin"]
-    file = next((file for file in files if file.exists()), None)
+    file = next((folder / file for file in WEIGHTS if (folder / file).exists()), None)
     if file is None:
-        raise UserError(f"no weights in {name}: it has neither {files[0].name} nor {files[1].name}")
+        raise UserError(f"no weights in {name}: it has neither {' nor '.join(WEIGHTS)}")
     return (params, from_hugging_face(read_state(file)), processor["sampling_rate"],
             1e-7 if processor["do_normalize"] else None,
             source_of(file, name.partition("@")[0] if revision else folder.name, revision))
@@ -124,7 +124,7 @@ def fetch_repository(name):
         try:
             return huggingface_hub.hf_hub_download(repository, file, revision=commit)
         except LocalEntryNotFoundError:  # an EntryNotFoundError too, but for want of a network
-            if not huggingface_hub.constants.HF_HUB_OFFLINE:
+            if not huggingface_hub.constants.HF_HUB_OFFLINE or file not in WEIGHTS:
                 raise
         except EntryNotFoundError:
             pass
@@ -140,7 +140,7 @@ def fetch_repository(name):
             raise UserError(f"{name} is not a wav2vec2 repository: it has no config.json") from None
         commit = folder.name  # of all files, though the branch may move on meanwhile
         fetch("preprocessor_config.json")
-        fetch("model.safetensors") or fetch("pytorch_model.bin")
+        next(filter(None, map(fetch, WEIGHTS)), None)
     except UserError:
         raise
     except Exception as error:  # the hub's own, its HTTP client's, the system's: many kinds

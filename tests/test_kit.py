@@ -95,7 +95,8 @@ def test_the_dockerfile(compared):
 def test_the_pins_hold_before_torch_is_loaded(compared):
     import torch
 
-    assert torch.backends.cpu.get_cpu_capability() in ("AVX2", "DEFAULT")
+    if "ATEN_CPU_CAPABILITY" in cli.PINS:
+        assert torch.backends.cpu.get_cpu_capability() in ("AVX2", "DEFAULT")
     for name, value in cli.PINS.items():
         assert os.environ[name] == value
     compared(len(cli.PINS), "environment variables")
