@@ -184,7 +184,9 @@ def bootstrap(measure, true, *preds, resamples=10_000, groups=None):
 def ceiling(true, spread):
     """The R² of a perfect model: what is left of the labels' variance without the noise of a mean
     over ANNOTATORS, whose standard deviation a song is spread[N, 2]."""
-    top = dict(zip(DIMENSIONS, (1 - (spread**2).mean(0) / ANNOTATORS / true.var(0)).tolist()))
+    variance = true.var(0)
+    reached = np.where(variance > 0, 1 - divide((spread**2).mean(0) / ANNOTATORS, variance), 0.0)
+    top = dict(zip(DIMENSIONS, reached.tolist()))
     return {**top, "average": sum(top.values()) / 2}
 
 
@@ -285,8 +287,8 @@ def evaluate(args, folder, arithmetic, open_features):
                         f"{data.root} holds {str(data.digest)[:16]}…: name its own with "
                         "--features, or extract them again with its settings")
     ids = data.ids[args.split]
-    if len(ids) < 2:
-        raise UserError(f"{data.summary}: too few {args.split} songs to evaluate on")
+    if not ids:
+        raise UserError(f"{data.summary}: no {args.split} song to evaluate on")
     model.to(arithmetic.device, arithmetic.dtype)
     clips = DataLoader(FrozenOutputs(data.datasets[args.split], model, arithmetic), 1,
                        collate_fn=collate)
@@ -626,10 +628,12 @@ def run(args):
     if not args.runs:
         return verify_file(expected, args.verify, args.deam)
     arithmetic, open_features = Arithmetic("exact", args.device), feature_folders(args)
-    evaluated, here = [], environment(arithmetic.device)
-    for folder in args.runs:
-        evaluated.append(evaluate(args, folder, arithmetic, open_features))
+    here = environment(arithmetic.device)
+    evaluated = [evaluate(args, folder, arithmetic, open_features) for folder in args.runs]
     folds = disjoint(evaluated)
+    for found, _, data in evaluated:
+        if found["songs"] < 2 and not folds:
+            raise UserError(f"{data.summary}: too few {args.split} songs to evaluate on")
     for folder, (found, _, data) in zip(args.runs, evaluated):
         out = folder / f"eval-{args.split}"
         if not (expected and args.verify.resolve().is_relative_to(folder.resolve())):
