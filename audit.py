@@ -64,7 +64,7 @@ def dynamic_means(path):
 def audit_labels(deam):
     """Compare a DEAMHandler's static labels with the song means of its dynamic ones. One dict a
     range: low, high, songs, r (2×2: static valence, arousal × dynamic valence, arousal), evidence:
-    mean correlation crosswise minus straight, its 99.9 % bootstrap interval over songs, and
+    mean correlation crosswise minus straight, its 99.9% bootstrap interval over songs, and
     swapped: True, False, or None where the interval holds 0. Raises UserError where there is
     nothing to compare with."""
     if len(deam.dynamic) < 2:
@@ -108,7 +108,7 @@ def evidence(r):
 def print_audit(rows):
     print("static labels against the song means of the dynamic ones: Pearson's r")
     print(f"{'ids':>12}{'songs':>7}{'val–val':>9}{'val–aro':>9}{'aro–aro':>9}{'aro–val':>9}"
-          "   crosswise minus straight, 99.9 % interval")
+          "   crosswise minus straight, 99.9% interval")
     for row in rows:
         (vv, va), (av, aa) = row["r"]
         low, high = row["interval"]

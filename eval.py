@@ -163,7 +163,7 @@ def mapped(function, *trees):
 
 
 def bootstrap(measure, true, *preds, resamples=10_000, groups=None):
-    """95 % percentile intervals (Efron & Tibshirani 1993) of measure(true, *preds), [low, high] for
+    """95% percentile intervals (Efron & Tibshirani 1993) of measure(true, *preds), [low, high] for
     every metric; fixed seed. Songs are resampled; with `groups` [N] whole groups of songs are."""
     generator, parts = np.random.default_rng(0), []
     if groups is None:
@@ -352,7 +352,7 @@ def print_report(found):
     print(f"\n{'':18}" + "".join(f"{head:>8}" for head in heads))
     for name in (*DIMENSIONS, "average"):
         rows = {name: metrics[name].values(),
-                "  95 % from": [interval[0] for interval in intervals[name].values()],
+                "  95% from": [interval[0] for interval in intervals[name].values()],
                 "  to": [interval[1] for interval in intervals[name].values()],
                 **{f"  {other}": values[name].values()
                    for other, values in numbers["baselines"].items()}}
@@ -581,7 +581,7 @@ def print_difference(first, second, annotations):
                        for key in ("mse", "r2", "pearson", "ccc")} for name in DIMENSIONS}
 
     intervals = bootstrap(difference, true, a, b, groups=artist_groups(ids))
-    print(f"\n{first['run']} less {second['run']}, the same {len(ids)} songs, 95 % over artists")
+    print(f"\n{first['run']} less {second['run']}, the same {len(ids)} songs, 95% over artists")
     for name, values in difference(true, a, b).items():
         print(f"  {name:10}" + "   ".join(
             f"{key} {value:+.4f} [{intervals[name][key][0]:+.4f}, {intervals[name][key][1]:+.4f}]"

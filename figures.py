@@ -45,6 +45,10 @@ def between(edges):
     return "[" + ", ".join(f"{edge:.2f}" for edge in edges).replace("-", "−") + "]"
 
 
+def with_intervals(caption):
+    return caption.replace("\n", " · [95% bootstrap intervals]\n", 1)
+
+
 def signed(value):
     return f"{value:.2f}".replace("-", "−")
 
@@ -66,7 +70,7 @@ def draw_history(history, selected, lowest, level, folder, caption):
         axis.axvline(selected, color=COLOURS["grey"], linewidth=0.8, label="selected")
         axis.axvline(lowest, color=COLOURS["grey"], linewidth=0.8, linestyle="-.",
                      label="lowest val loss")
-        axis.set(ylabel=title, ylim=(0, None))
+        axis.set(ylabel=title, xlim=(0.5, len(epochs) + 0.5), ylim=(0, None))
         axis.xaxis.get_major_locator().set_params(integer=True)
     axes[-1].set_xlabel("epoch")
     figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=3,
@@ -80,15 +84,15 @@ def draw_true_vs_predicted(true, pred, metrics, intervals, folder, caption):
     for n, (axis, dimension) in enumerate(zip(axes, DIMENSIONS)):
         m, edges = metrics[dimension], intervals[dimension]
         axis.plot([1, 9], [1, 9], "k--", linewidth=0.7)
-        axis.text(8.8, 8.9, "y = x", ha="right", va="top", rotation=45, rotation_mode="anchor",
-                  fontsize=6)
+        axis.annotate("y = x", (8.4, 8.4), textcoords="offset points", xytext=(-5, 1), ha="right",
+                      fontsize=6)
         axis.scatter(true[:, n], pred[:, n], s=point_size(len(true)), alpha=0.6, linewidth=0,
                      color=COLOURS[dimension], marker="os"[n])
         axis.set(xlabel=f"true {dimension} (1–9)", ylabel=f"predicted {dimension} (1–9)", **SCALE)
         axis.set_title(f"R² {signed(m['r2'])} {between(edges['r2'])}   "
                        f"r {signed(m['pearson'])} {between(edges['pearson'])}   "
                        f"CCC {signed(m['ccc'])} {between(edges['ccc'])}", fontsize=5.5)
-    save(figure, folder, "true_vs_predicted", caption + " · [95 % bootstrap intervals]")
+    save(figure, folder, "true_vs_predicted", with_intervals(caption))
 
 
 def point_size(count):
@@ -115,7 +119,7 @@ def draw_plane(true, pred, metrics, intervals, folder, caption):
                  label=f"predicted, r {signed(r['predicted'])} {between(edges['predicted'])}")
     axis.set(xlabel="valence (1–9)", ylabel="arousal (1–9)", **SCALE)
     axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, columnspacing=1)
-    save(figure, folder, "plane", caption + " · [95 %]")
+    save(figure, folder, "plane", with_intervals(caption))
 
 
 @plt.rc_context(STYLE)

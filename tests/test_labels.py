@@ -46,7 +46,7 @@ def test_audit_decides_from_the_data(tmp_path, compared, swapped, noise, verdict
 
 
 def test_audit_does_not_guess_from_noise(tmp_path, compared):
-    """At 99.9 % a verdict on nothing but noise is rare."""
+    """At 99.9% a verdict on nothing but noise is rare."""
     verdicts = [row["swapped"] for seed in range(5) for row in
                 audit.audit_labels(deam(tmp_path, seed, lambda _: False, 1000))]
     assert verdicts.count(None) >= len(verdicts) - 1
