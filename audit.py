@@ -27,8 +27,6 @@ def parser():
 if __name__ == "__main__":
     ARGS = start(parser(), "rerun the same command")
 
-import csv
-import io
 import math
 import re
 import statistics
@@ -38,14 +36,14 @@ import numpy as np
 
 from cli import UserError
 from common import HERE, DEAMHandler, read_artists, read_splits, songs_of
-from files import read_text, shortened
+from files import read_table, shortened
 
 
 def dynamic_means(path):
     """{song id: mean over time} of a dynamic annotations file; empty cells and NaN are skipped.
     Raises UserError for any other cell that is not a finite number."""
     means = {}
-    for line, row in enumerate(csv.reader(io.StringIO(read_text(path, "annotations"))), 1):
+    for line, row in enumerate(read_table(path, "a table of labels"), 1):
         song, *cells = [cell.strip() for cell in row] or [""]
         if line == 1 or not any([song, *cells]):
             continue
@@ -136,9 +134,8 @@ def artists_of(paths):
     Raises UserError for a table without them."""
     cells = {}
     for table in paths:
-        text = table.read_bytes().decode("utf-8-sig", errors="replace")
         try:
-            header, *rows = csv.reader(io.StringIO(text))
+            header, *rows = read_table(table, "a table of songs", errors="replace")
             header = [re.sub(r"[\W_]", "", cell).lower() for cell in header]
             song = header.index("songid" if "songid" in header else "id")
             artist = header.index("artist")

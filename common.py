@@ -8,9 +8,7 @@ backbone's weights; files.py has digests and safe files; cli.py the command line
 """
 
 import contextlib
-import csv
 import functools
-import io
 import math
 import os
 import platform
@@ -31,7 +29,7 @@ import exact
 from cli import UserError
 from exact import Exact
 from files import (DIGEST, ahead, json_digest, load_tensors, read_json, read_tensors,
-                   read_text, sha256, shortened, state_digest, tensor_digest)
+                   read_table, sha256, shortened, state_digest, tensor_digest)
 from weights import find_weights, fold_weight_norm
 
 HERE = Path(__file__).resolve().parent
@@ -62,7 +60,7 @@ class Arithmetic:
                                 "--device, or --precision float32, which claims less") from None
             return
         torch.set_deterministic_debug_mode("error")
-        # a fifth of the time, and nothing here reads any
+        # filling uninitialised memory takes a fifth of the time, and nothing here reads any
         torch.utils.deterministic.fill_uninitialized_memory = False
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
         torch.backends.cudnn.enabled = precision == "float32"  # its other convolutions are slower
@@ -96,7 +94,8 @@ def pick_device(name):
 
 def say_if_slow(arithmetic, operations):
     """Print a line where so many floating point operations in exact arithmetic would take hours:
-    many GPUs compute float64 at 1/32 or 1/64 of float32. Half as much again is not in products."""
+    many GPUs compute float64 at 1/32 or 1/64 of float32. Half as much again goes to what is not a
+    product."""
     if arithmetic.precision != "exact" or operations < 1e14:
         return
     a = torch.ones(1024, 1024, dtype=torch.float64, device=arithmetic.device)
@@ -259,7 +258,7 @@ STATIC = "static_annotations_averaged_songs_1_2000.csv"
 COLUMNS = ["song_id", "valence_mean", "valence_std", "arousal_mean", "arousal_std"]
 SHORTEST = 400  # samples at 16 kHz: the receptive field of one frame of the encoder
 RATES = 4000, 384_000  # Hz, that are resampled
-SPLITS = {"source": str, "train": [int], "val": [int], "test": [int]}
+SPLITS = {"train": [int], "val": [int], "test": [int]}
 
 
 class BadClip(Exception):
@@ -270,9 +269,7 @@ def read_annotations(path):
     """Static annotations: {song id: (valence, its standard deviation, arousal, its standard
     deviation)}, floats on DEAM's 1–9 scale. Other columns, stray spaces and CRLF are fine; missing
     columns, gaps, NaN, labels outside 1–9 and double ids raise UserError."""
-    text = read_text(path, "the annotations")
-    rows = [[cell.strip() for cell in row]
-            for row in csv.reader(io.StringIO(text.replace("\0", "")))]
+    rows = [[cell.strip() for cell in row] for row in read_table(path, "a table of labels")]
     header, songs = rows[0] if rows else [], {}
     if missing := [name for name in COLUMNS if name not in header]:
         raise UserError(f"{path}: no column {', '.join(missing)}; it needs {', '.join(COLUMNS)}")
@@ -302,7 +299,7 @@ def read_annotations(path):
 def read_splits(path):
     """{"source": where they come from, "train": [ids], "val": [ids], "test": [ids]}, disjoint,
     their order kept. Raises UserError."""
-    splits = read_json(path, "a file of splits", {"train": [int], "val": [int], "test": [int]})
+    splits = read_json(path, "a file of splits", SPLITS)
     splits = {"source": str(splits.get("source", Path(path).name)),
               **{name: splits[name] for name in ("train", "val", "test")}}
     everything = splits["train"] + splits["val"] + splits["test"]
@@ -412,8 +409,8 @@ def files_below(root, most=100_000):
         entered.add(real)
         files += [Path(folder) / name for name in names]
         if len(files) + len(entered) > most:
-            raise UserError(f"more than {most} files below {root}, and DEAM has some 4000: give "
-                            "DEAM's own folder")
+            raise UserError(f"more than {most} files below {root}: give a smaller folder; DEAM's "
+                            "own has some 4000")
     return files
 
 
@@ -670,8 +667,8 @@ class DEAMFeatHandler:
         missing = [song for song in everything if song not in there]
         if missing and not allow_missing or not there:
             raise UserError(f"{len(missing)} of {len(everything)} songs have no features in "
-                            f"{root}: {shortened(missing)}; extract them, or add --allow-missing "
-                            "to work on those that are there")
+                            f"{root}: {shortened(missing)}; extract them, or train with "
+                            "--allow-missing on those that are there")
         return {name: [song for song in self.splits[name] if song in there]
                 for name in ("train", "val", "test")}
 
@@ -790,17 +787,23 @@ class EmotionModel(nn.Module):
         return self
 
     def start_from(self, top_layers, seed):
-        """Take the layers and the norm from a backbone's top layers; draw the heads as nn.Linear
-        does (uniform within 1/√fan-in), from a CPU generator of their own."""
+        """Take the layers and the norm from a backbone's top layers; draw the heads' weights as
+        nn.Linear does (uniform within 1/√fan-in), from a CPU generator of their own."""
         state, generator = dict(top_layers["state"]), torch.Generator().manual_seed(seed)
-        for name in ("valence", "arousal"):
-            for place, linear in enumerate(getattr(self, name)):
-                if isinstance(linear, nn.Linear):
-                    bound = 1 / math.sqrt(linear.in_features)
-                    for part in ("weight", "bias"):
-                        # not uniform_, which some builds of torch round once, not twice
-                        drawn = torch.rand(getattr(linear, part).shape, generator=generator)
-                        state[f"{name}.{place}.{part}"] = drawn * (2 * bound) - bound
+        modules = [(f"{name}.{place}", module) for name in ("valence", "arousal")
+                   for place, module in getattr(self, name).named_modules()]
+        for place, module in modules:
+            for part, parameter in module.named_parameters(recurse=False):
+                if isinstance(module, nn.Linear):
+                    bound = 1 / math.sqrt(module.in_features)
+                    # not uniform_, which some builds of torch round once, not twice
+                    drawn = torch.rand(parameter.shape, generator=generator) * (2 * bound) - bound
+                elif isinstance(module, (nn.LayerNorm, nn.GroupNorm)):
+                    drawn = torch.full(parameter.shape, {"weight": 1.0, "bias": 0.0}[part])
+                else:
+                    raise NotImplementedError(f"{place}: say here how a {type(module).__name__} "
+                                              "starts")
+                state[f"{place}.{part}".replace("..", ".")] = drawn
         self.load_state_dict(state, assign=True)
 
     @torch.no_grad()
@@ -809,7 +812,7 @@ class EmotionModel(nn.Module):
         model's device, the features as they are if all train; where none trains, on through norm
         and mean: pooled[1, D]. Clip by clip, so that it can be kept or computed again, whichever
         memory allows, without changing a bit."""
-        weight = self.valence[0].weight
+        weight = self.norm.weight
         if self.all_train:
             return features.to(weight.device)
         states = features.to(weight)[None]
@@ -835,7 +838,7 @@ class EmotionModel(nn.Module):
         training, unless there is room for the whole batch's, a group's activations are dropped and
         recomputed in the backward pass: the gradient is that of the whole batch, to the same bits.
         """
-        places, pooled, weight = {}, [None] * len(clips), self.valence[0].weight
+        places, pooled, weight = {}, [None] * len(clips), self.norm.weight
         for place, clip in enumerate(clips):
             places.setdefault(len(clip), []).append(place)
         for same in places.values():
@@ -891,9 +894,9 @@ def where_to_keep(count, frames, model, stored, device):
     """The device with room for the frozen outputs of `count` clips of `frames` frames: the model's
     own, the host, or None. Half of what is free stays free. stored: dtype of the features, which
     are kept as they are where no layer is frozen."""
-    parameter = model.valence[0].weight
+    parameter = model.norm.weight
     size = stored.itemsize if model.all_train else parameter.element_size()
-    needed = count * (frames if model.trains_layers else 1) * parameter.shape[1] * size
+    needed = count * (frames if model.trains_layers else 1) * len(parameter) * size
     if device.type == "cuda" and needed < torch.cuda.mem_get_info(device)[0] / 2:
         return device
     return torch.device("cpu") if needed < free_memory() / 2 else None
@@ -907,7 +910,7 @@ def room_for_activations(clips, frames, model, device):
         return True
     units = 12 * layers[0].final_layer_norm.weight.numel() + 4 * (
         layers[0].feed_forward.intermediate_dense.out_features)
-    needed = clips * frames * len(layers) * units * model.valence[0].weight.element_size()
+    needed = clips * frames * len(layers) * units * model.norm.weight.element_size()
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
     return needed < free / 2
 

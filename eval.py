@@ -44,11 +44,11 @@ from common import (HERE, PARAMS, QUADRANTS, Arithmetic, DEAMFeatHandler, DEAMHa
                     EmotionModel, FrozenOutputs, check_ranges, collate, corrected, environment,
                     label_statistics, quadrant, read_artists, read_manifest, read_splits, songs_of,
                     splits_digest)
-from files import (DIGEST, Verdict, ahead, differences, json_digest, read_json, read_tensors,
-                   read_text, state_digest, table_text, write_file, write_json)
+from figures import DIMENSIONS
+from files import (DIGEST, Verdict, ahead, check_form, differences, json_digest, read_json,
+                   read_tensors, read_text, state_digest, table_text, write_file, write_json)
 from train import CONFIG
 
-DIMENSIONS = ("valence", "arousal")
 PUBLISHED = {"mse": 0.4945, "quadrants": 107,  # on the first 160 test songs of these splits
              "splits": "c127846430ead7c2249ece577899cf276362b559daa45eaf37d0b810082fa957"}
 SIX_DECIMALS = 5e-7
@@ -437,7 +437,10 @@ def print_runs(evaluated):
 
 def read_metrics(file):
     """An earlier metrics.json. Raises UserError where it is none or was edited."""
-    content = read_json(file, "a metrics.json", METRICS)
+    content = read_json(file, "a metrics.json", {str: object})
+    if "runs" in content:
+        raise UserError(f"{file} is pooled over folds: verify the metrics.json of each fold")
+    check_form(content, METRICS, f"{file} is not a metrics.json")
     digest = content.pop("digest")
     if digest != json_digest(content):
         raise UserError(f"{file} does not match its own digest: it was edited or damaged")
@@ -571,6 +574,9 @@ def print_difference(first, second, annotations):
     if set(first["predictions"]) != set(second["predictions"]):
         raise UserError(f"{first['run']} and {second['run']} predict different songs: nothing to "
                         "compare song by song")
+    if first["labels"] != second["labels"]:
+        raise UserError(f"{first['run']} and {second['run']} were trained on different labels: say "
+                        "with --labels which to compare with")
     ids = list(map(int, first["predictions"]))
     true = np.array([annotations[song][::2] for song in ids])
     a, b = (np.array([each["predictions"][str(song)] for song in ids]) for each in (first, second))
@@ -616,7 +622,8 @@ def tell(found, data, folder, out):
     print(f"features {found['features']}\n" + "".join(
         f"model    {each['model']}  {name}\n" for name, each in models.items()), end="")
     print_report(found)
-    print(f"written: {out}/metrics.json, predictions.csv and four figures")
+    print(f"written: {out}/metrics.json, predictions.csv and four figures" if out else
+          "nothing written: what is verified is in this run's folder")
 
 
 def run(args):
@@ -635,13 +642,13 @@ def run(args):
         if found["songs"] < 2 and not folds:
             raise UserError(f"{data.summary}: too few {args.split} songs to evaluate on")
     for folder, (found, _, data) in zip(args.runs, evaluated):
-        out = folder / f"eval-{args.split}"
+        out = None
         if not (expected and args.verify.resolve().is_relative_to(folder.resolve())):
             out = write_report(found, folder, data.annotations, here)  # never over what is verified
         if not folds:
             tell(found, data, folder, out)
-    if folds:
-        pooled = pool(evaluated)
+    pooled = pool(evaluated) if folds else None
+    if pooled:
         out = write_report(pooled, args.runs[0].parent / pooled["run"], evaluated[0][2].annotations,
                            here)
         tell(pooled, evaluated[0][2], f"{len(args.runs)} runs", out)
@@ -649,9 +656,10 @@ def run(args):
         print_runs(evaluated)
     if args.against:
         others = [evaluate(args, folder, arithmetic, open_features) for folder in args.against]
-        first, second = (pool(each) if disjoint(each) else each[0][0]
-                         for each in (evaluated, others))
-        print_difference(first, second, evaluated[0][2].annotations)
+        if any(len(each) > 1 and not disjoint(each) for each in (evaluated, others)):
+            raise UserError("--against compares one run with one other, or folds with folds")
+        second = pool(others) if disjoint(others) else others[0][0]
+        print_difference(pooled or evaluated[0][0], second, evaluated[0][2].annotations)
     if expected:
         return verify_run(expected, args.verify, *evaluated[0][::2])
     return 0

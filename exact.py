@@ -685,7 +685,10 @@ def dropped(key, first, rows, length, p, device):
     x.mul_(-7046029254386353131).add_(key)
     for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685), (31, 1)):
         x.bitwise_xor_((x >> shift).bitwise_and_((1 << 64 - shift) - 1)).mul_(factor)
-    return (x.view(torch.int16) < round(p * 65536) - 32768).view(rows, -1)[:, :length]
+    threshold = round(p * 65536) - 32768  # 32768, for p = 1, is no int16
+    lost = x.view(torch.int16) < threshold if threshold < 32768 else torch.ones_like(
+        x.view(torch.int16), dtype=torch.bool)
+    return lost.view(rows, -1)[:, :length]
 
 
 def kept_mask(shape, p, device):
@@ -1011,7 +1014,7 @@ threshold_backward hardtanh hardtanh_backward clamp clamp_min clamp_max maximum 
 amax amin max min aminmax argmax argmin round floor ceil trunc nan_to_num isnan isinf isfinite eq ne
 lt le gt ge equal logical_and logical_or logical_not logical_xor all any is_nonzero
 """.split())
-# of a CPU
+# exact where they are drawn on a CPU
 RANDOM = {"rand", "rand_like", "random", "randint", "randint_like", "randperm", "uniform"}
 
 # --------------------------------------------------------------------------------------------- mode

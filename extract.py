@@ -26,7 +26,8 @@ def parser():
                         "of the base architecture (default: WAV2VEC2_BASE; with --verify the "
                         "manifest's)")
     p.add_argument("--splits", type=path, metavar="FILE",
-                   help="JSON with the song ids of train, val and test (default: the kit's)")
+                   help="JSON with the song ids of train, val and test (default: the features "
+                        "folder's, or the kit's)")
     p.add_argument("--layer", type=number(int, 0), default=10, metavar="N",
                    help="encoder layer whose states are kept; 0 is the encoder's input")
     p.share("--precision")
@@ -61,11 +62,11 @@ import torch
 
 from audit import audit_labels
 from cli import Progress, UserError
-from common import (COLUMNS, ENTRY, HERE, Arithmetic, Backbone, BadClip, DEAMHandler,
-                    check_features, environment, manifest_digest, operations, read_manifest,
-                    read_splits, say_if_slow, songs_of)
-from files import (Verdict, ahead, differences, load_tensors, lock, read_json, sha256, shortened,
-                   state_digest, tensor_digest, write_file, write_json, write_tensors)
+from common import (COLUMNS, ENTRY, Arithmetic, Backbone, BadClip, DEAMHandler,
+                    check_features, environment, manifest_digest, operations, own_splits,
+                    read_manifest, read_splits, say_if_slow, songs_of)
+from files import (Verdict, ahead, differences, json_text, load_tensors, lock, read_json, sha256,
+                   shortened, state_digest, tensor_digest, write_file, write_json, write_tensors)
 from weights import weights_name
 
 RANK = int(os.environ.get("RANK", 0))  # torchrun's number of this process, and how many there are
@@ -109,8 +110,8 @@ class FeatureFolder:
             self.join(read_manifest(path))
         self.lock = lock(root, f"extract-{RANK}", "the features folder")
         if RANK == 0:
-            self.write("annotations.csv", table.encode(), write_file)
-            self.write("splits.json", splits, write_json)
+            self.write("annotations.csv", table)
+            self.write("splits.json", json_text(splits))
             if not path.exists() or not (root / "top_layers.pt").exists():
                 write_tensors(root / "top_layers.pt", top_layers)
             self.write_manifest()
@@ -124,13 +125,11 @@ class FeatureFolder:
                             "another --features")
         self.manifest |= {key: there[key] for key in ("songs", "digest")}
 
-    def write(self, name, value, writer):
+    def write(self, name, text):
         """Write a file, unless it is there as it should be: the folder may be for reading only."""
         path = self.root / name
-        same = path.exists() and (path.read_bytes() == value if writer is write_file
-                                  else read_json(path, name) == value)
-        if not same:
-            writer(path, value)
+        if not path.exists() or path.read_bytes() != text.encode():
+            write_file(path, text)
 
     def record(self, song):
         """What is known of a song: its entry, {"failed": reason}, or None."""
@@ -258,6 +257,8 @@ def verify(args):
         raise UserError(f"{args.verify} has no songs {shortened(unknown)}")
     deam = DEAMHandler(args.deam)
     there = [song for song in map(int, manifest["songs"]) if song in deam.audio]
+    if not args.songs and not there:
+        raise UserError(f"no audio of the manifest's songs in {args.deam}: give DEAM's with --deam")
     ids, seed = args.songs, random.SystemRandom().randrange(10**6)
     if not ids:
         ids = sorted(random.Random(seed).sample(there, min(args.sample, len(there))))
@@ -296,7 +297,8 @@ def run(args):
     on_gpu = arithmetic.device.type == "cuda"
     if on_gpu:  # torch's other threads would only spin, on the cores that decode
         torch.set_num_threads(1)
-    deam, splits = DEAMHandler(args.deam), read_splits(args.splits or HERE / "splits.json")
+    deam = DEAMHandler(args.deam)
+    splits = read_splits(args.splits) if args.splits else own_splits(args.features)
     ids = choose_songs(args, deam, splits)
     swapped = swapped_ranges(deam)
     backbone = Backbone(args.weights or "WAV2VEC2_BASE")
@@ -338,6 +340,10 @@ def swapped_ranges(deam):
         rows = audit_labels(deam)
     except UserError as error:
         print(f"the labels cannot be audited ({error}); --labels corrected will not be possible")
+        return None
+    if all(row["swapped"] is None for row in rows):
+        print("the data do not tell whether labels are swapped; --labels corrected will not be "
+              "possible")
         return None
     return [[row["low"], row["high"]] for row in rows if row["swapped"]]
 

@@ -1,4 +1,4 @@
-"""Every picture the kit draws, as PNG and PDF, legible at the width of one column (8.5 cm).
+"""Every picture the kit draws, as PNG and PDF, one column (8.5 cm) wide or two.
 
 Captions say what was run, on which songs; colours are Okabe and Ito's, distinct for the
 colour-blind and in grey.
@@ -26,7 +26,7 @@ SCALE = {"xlim": (1, 9), "ylim": (1, 9), "xticks": range(1, 10), "yticks": range
 STYLE = {"font.size": 7, "axes.titlesize": 7, "axes.linewidth": 0.6, "legend.fontsize": 6,
          "legend.frameon": False, "lines.linewidth": 1, "grid.linewidth": 0.4, "grid.alpha": 0.4,
          "axes.grid": True, "axes.axisbelow": True, "figure.constrained_layout.use": True,
-         "svg.hashsalt": "", "pdf.fonttype": 42}
+         "pdf.fonttype": 42}
 
 
 def save(figure, folder, name, caption):
@@ -42,7 +42,7 @@ def save(figure, folder, name, caption):
 
 def between(edges):
     """An interval, with the one minus sign that all figures use."""
-    return "[" + ", ".join(f"{edge:.2f}" for edge in edges).replace("-", "−") + "]"
+    return "[" + ", ".join(map(signed, edges)) + "]"
 
 
 def with_intervals(caption):

@@ -33,7 +33,7 @@ from cli import UserError
 @functools.cache
 def pool(threads):
     """`threads` threads for the whole process, each with one CPU thread inside torch."""
-    torch.get_num_threads()  # settles this thread's own number, which else would become theirs: one
+    torch.get_num_threads()  # settle this thread's own number: else the pool's would become it, one
     return ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
 
 
@@ -117,8 +117,12 @@ def write_file(path, data):
         raise UserError(f"cannot write {path}: {error.strerror}; {advice}") from None
 
 
+def json_text(value):
+    return json.dumps(value, indent=1, allow_nan=False) + "\n"
+
+
 def write_json(path, value):
-    write_file(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+    write_file(path, json_text(value))
 
 
 def table_text(header, rows):
@@ -141,13 +145,21 @@ def write_tensors(path, value):
     write_file(path, buffer.getbuffer())
 
 
-def read_text(path, what):
+def read_text(path, what, errors="strict"):
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
+        return Path(path).read_text(encoding="utf-8-sig", errors=errors)
     except OSError as error:
         raise UserError(f"cannot read {what} {path}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is not {what}: not text") from None
+
+
+def read_table(path, what, errors="strict"):
+    """The rows of a CSV file, each a list of strings. Raises UserError."""
+    try:
+        return list(csv.reader(io.StringIO(read_text(path, what, errors).replace("\0", ""))))
+    except csv.Error as error:
+        raise UserError(f"{path} is not {what}: {error}") from None
 
 
 def read_json(path, what, form=None):
@@ -306,5 +318,3 @@ def differences(then, now):
 
 def shortened(ids):
     return ", ".join(map(str, ids[:5])) + (", …" if len(ids) > 5 else "")
-
-

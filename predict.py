@@ -145,6 +145,8 @@ def run(args):
     files = find_songs(args.songs)
     if args.figure and len(files) > 1:
         raise UserError(f"--figure draws one song, and these are {len(files)}")
+    if args.csv and args.csv == args.windows_csv:
+        raise UserError("--csv and --windows-csv are one file: name two")
     songs, windows = Table(args.csv), Table(args.windows_csv)
     predictor, failed = Predictor(args), 0
     songs.begin(SONGS)

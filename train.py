@@ -78,8 +78,7 @@ def parser():
 if __name__ == "__main__":
     ARGS = start(parser(), ADVICE)  # before torch is imported
 
-import csv
-import io
+import math
 import os
 
 import torch
@@ -91,7 +90,7 @@ from common import (Arithmetic, DEAMFeatHandler, EmotionModel, FrozenOutputs, em
                     environment, fold_splits, operations, own_splits, quadrant_weights,
                     read_manifest, read_splits, room_for_activations, say_if_slow, sin_pi,
                     splits_digest, where_to_keep)
-from files import (DIGEST, Verdict, differences, lock, read_json, read_tensors, read_text,
+from files import (DIGEST, Verdict, differences, lock, read_json, read_table, read_tensors,
                    state_digest, tensor_digest, write_csv, write_json, write_tensors)
 
 HISTORY = ["epoch", "lr", "train_loss", "train_mse", "train_mae", "val_loss", "val_mse", "val_mae"]
@@ -144,7 +143,7 @@ def learning_rate(step, steps, config):
         return lr + (max_lr - lr) * 0.5 * (1 + cosine)
     cycle = step // (2 * config["step_size_up"])
     height = 1 - abs(step / config["step_size_up"] - 2 * cycle - 1)
-    return lr + (max_lr - lr) * height / 2**cycle
+    return lr + math.ldexp((max_lr - lr) * height, -cycle)
 
 
 class Training:
@@ -443,11 +442,11 @@ def read_digests(path):
 def read_rows(path, names, kinds):
     """The rows of a CSV file with these columns, of these kinds. Raises UserError."""
     try:
-        header, *rows = csv.reader(io.StringIO(read_text(path, "a file of a run")))
+        header, *rows = read_table(path, "a file of a run")
         rows = [[kind(cell) for kind, cell in zip(kinds, row, strict=True)] for row in rows]
         if header == names and rows:
             return rows
-    except (ValueError, csv.Error):
+    except ValueError:
         pass
     raise UserError(f"{path} is not a file that train.py wrote")
 
@@ -569,7 +568,7 @@ def need_songs(training, data, steps):
     missing = [song for song in needed if song not in there]
     if missing:
         raise UserError(f"{len(missing)} of the songs of these steps have no features in "
-                        f"{data.root}: extract.py --features {data.root} --songs "
+                        f"{data.root}: run its extract.py command with --songs "
                         f"{' '.join(map(str, sorted(missing)))}")
 
 

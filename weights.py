@@ -196,5 +196,3 @@ def fold_weight_norm(state):
             with Exact():
                 state[POSITION + "weight"] = v * (g / (v * v).sum((0, 1), keepdim=True).sqrt())
     return state
-
-

@@ -258,6 +258,8 @@ def test_verify(demo, features, ids, tmp_path, capsys, fails, compared):
         output = capsys.readouterr().out
         assert "7 identical, 0 close, 1 different" in output and "NOT REPRODUCED" in output
         assert re.findall(r"^  (\S.*?)  .*DIFFERENT", output, re.M) == [name]
+    table = demo / "DEAM/DEAM_Annotations"  # annotations without audio: nothing can be verified
+    assert "no audio of the manifest's songs" in fails(extract, *command, "--deam", table)
     path.write_text(json.dumps({**manifest, "annotations": "0" * 64}))
     assert "does not match its own digest" in fails(extract, *command)
     path.write_text(json.dumps(manifest))

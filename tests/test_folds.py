@@ -224,6 +224,8 @@ def test_the_difference_of_two_sets_of_runs(pooled, undrawn, tmp_path, fails, ca
     edges = first["intervals"]["valence"]["mse"]
     assert low < less < high and high - low < (edges[1] - edges[0]) / 4  # one song, two predictions
     assert "different songs" in fails(eval_script, runs[0], "--against", runs[1], *base)
+    assert "one run with one other" in fails(eval_script, runs[0], "--against", runs[0], runs[0],
+                                             *base)
     compared(24, "differences")
 
 

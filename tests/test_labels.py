@@ -106,7 +106,9 @@ def test_what_the_audit_says(demo, features, swapped, capsys, compared):
 
 
 def test_corrected_labels_exchange_what_the_audit_says(features, swapped, tmp_path, capsys,
-                                                       compared):
+                                                       monkeypatch, compared):
+    monkeypatch.setattr("figures.draw_history", lambda *_: None)
+    monkeypatch.setattr("figures.draw_report", lambda *_: None)
     made, clean = swapped / "f", read_annotations(features / "annotations.csv")
     shipped = read_annotations(made / "annotations.csv")
     for song, (v, s, a, b) in clean.items():

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torchaudio
 from conftest import FLOAT32, QUICK, ROOT, call
+from torch import nn
 
 import common
 import eval as eval_script
@@ -22,6 +23,12 @@ from common import DEAMFeatHandler, EmotionModel, emotion_loss, quadrant_weights
 from files import load_tensors, read_json, state_digest, write_json, write_tensors
 
 BASE = {**torchaudio.pipelines.WAV2VEC2_BASE._params, "aux_num_out": None}
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Pictures take most of a short run's time."""
+    monkeypatch.setattr(train.figures, "draw_history", lambda *_: None)
 
 
 def test_parameter_counts(compared):
@@ -35,8 +42,8 @@ def test_parameter_counts(compared):
 
 
 @pytest.mark.parametrize("finetune, layers", [("frozen", []), ("last1", [1]), ("lastN", [0, 1])])
-def test_each_mode_trains_what_it_names_and_nothing_else(features, tmp_path, compared, finetune,
-                                                         layers):
+def test_each_mode_trains_what_it_names_and_nothing_else(features, tmp_path, undrawn, compared,
+                                                         finetune, layers):
     run = tmp_path / "run"
     assert call(train, "--features", features, "--run", run, "--finetune", finetune, *QUICK) == 0
     top = DEAMFeatHandler(features).top_layers
@@ -52,6 +59,25 @@ def test_each_mode_trains_what_it_names_and_nothing_else(features, tmp_path, com
     model = EmotionModel(top["params"], 8, "last1").train()
     assert [layer.training for layer in model.layers] == [False, False, False, True]
     compared(len(end), "tensors")
+
+
+def test_another_head_trains_and_predicts(features, tmp_path, monkeypatch, undrawn, compared):
+    """As README says: change `Head`, nothing else. Here it begins with a norm and is nested."""
+
+    def head(dimension):
+        return nn.Sequential(nn.LayerNorm(dimension), nn.Sequential(nn.Linear(dimension, 8),
+                                                                    nn.GELU()), nn.Linear(8, 1))
+
+    monkeypatch.setattr(common, "Head", head)
+    run = tmp_path / "run"
+    for finetune in ("frozen", "last1"):
+        command = ["--features", features, "--finetune", finetune, *QUICK]
+        assert call(train, *command, "--run", run / finetune) == 0
+    assert call(eval_script, run / "last1", "--features", features) == 0
+    monkeypatch.setattr(common, "Head", lambda _: nn.GRU(64, 1))
+    with pytest.raises(NotImplementedError, match="say here how a GRU starts"):
+        call(train, *command, "--run", run / "other")
+    compared(3, "heads")
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -138,6 +164,7 @@ def test_the_schedules(compared):
     assert cosine[0] == pytest.approx(1e-3) and cosine[-1] == pytest.approx(3e-5)
     assert cosine == sorted(cosine, reverse=True)
     assert train.learning_rate(7, 50, {**config, "schedule": "constant"}) == 3e-5
+    assert train.learning_rate(5001, 9999, {**config, "step_size_up": 1}) == 3e-5  # 2^2500 is none
     compared(911, "rates")
 
 
@@ -184,7 +211,7 @@ def wait_for(condition, process, seconds=90):
 
 
 @pytest.mark.parametrize("finetune, precision", [("last1", "float32"), ("frozen", "exact")])
-def test_a_killed_run_resumes_to_the_undisturbed_one(features, tmp_path, no_histories, compared,
+def test_a_killed_run_resumes_to_the_undisturbed_one(features, tmp_path, undrawn, compared,
                                                      finetune, precision):
     base = ["--features", features, "--finetune", finetune, *QUICK, "--precision", precision,
             "--epochs", 5, "--select", "best"]
@@ -373,7 +400,7 @@ def test_a_verified_run(features, trained, tmp_path, compared, capsys):
 def test_verifying_asks_for_the_songs_of_its_steps(features, trained, tmp_path, fails):
     few = shutil.copytree(features, tmp_path / "f", ignore=shutil.ignore_patterns("1*.pt"))
     message = fails(train, "--verify", trained, "--features", few, "--steps", 1, "--device", "cpu")
-    assert "have no features" in message and "extract.py --features" in message
+    assert "have no features" in message and "run its extract.py command with --songs" in message
 
 
 def test_torchrun_is_refused(features, fails, monkeypatch):
