@@ -178,14 +178,15 @@ def draw_song(times, values, spread, folder, name, caption):
                        label=f"{dimension} {mean:.2f} ± {spread[n]:.2f}")
     over_time.set(xlabel="time (s), middle of the window", ylabel="1–9 scale", ylim=(1, 9),
                   yticks=range(1, 10, 2))
-    over_time.legend(loc="upper right", ncols=2)
+    over_time.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, columnspacing=1)
     quadrant_names(plane)
     plane.plot(*values.T, "-", color=COLOURS["grey"], linewidth=0.8)
     points = plane.scatter(*values.T, c=times, cmap="viridis", s=14, zorder=3)
-    for place, word in ((0, "start"), (-1, "end")):
+    start_is_left = values[0, 0] <= values[-1, 0]
+    for place, word, is_left in ((0, "start", start_is_left), (-1, "end", not start_is_left)):
         if len(values) > 1 or place == 0:
-            plane.annotate(word, values[place], textcoords="offset points", xytext=(4, 4),
-                           fontsize=6)
+            plane.annotate(word, values[place], textcoords="offset points", fontsize=6,
+                           xytext=(-4 if is_left else 4, 4), ha="right" if is_left else "left")
     plane.set(xlabel="valence (1–9)", ylabel="arousal (1–9)", **SCALE)
     if len(values) > 1:
         figure.colorbar(points, label="time (s)", shrink=0.7)
