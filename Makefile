@@ -31,7 +31,7 @@ test: .venv/ready
 	$(PY) -m pytest tests
 
 deam: .venv/ready
-	$(PY) extract.py
+	$(PY) extract.py --weights ALM/wav2vec2-base-audioset
 	$(PY) train.py --finetune last1 --resume
 	$(PY) eval.py runs/last1
 
