@@ -201,6 +201,7 @@ def read_tensors(path, what, form):
 
 
 DIGEST = re.compile("[0-9a-f]{64}")
+KINDS = {int: "a whole number", str: "a text", bool: "true or false", dict: "names with values"}
 
 
 def check_form(value, form, complaint):
@@ -239,7 +240,7 @@ def check_form(value, form, complaint):
             return None if fine else ([], "a sha256" if form is DIGEST else form.pattern)
         if isinstance(form, type):
             fine = isinstance(value, form) and (form is not int or not isinstance(value, bool))
-            return None if fine else ([], f"a {form.__name__}")
+            return None if fine else ([], KINDS.get(form, f"a {form.__name__}"))
         return None if value == form and not isinstance(form, (list, dict)) else ([], {
             list: "a list", dict: "names with values"}.get(type(form), repr(form)))
 
