@@ -177,7 +177,7 @@ def print_artists(splits, tables):
     artists = read_artists()
     if splits["test"] and artists.keys() >= set(songs_of(splits)):
         shared = overlap(splits, artists)
-        print(f"{splits['source']}: of {len(splits['test'])} test songs {shared['train']} are by "
+        print(f"{splits['source'].rstrip('.')}: of {len(splits['test'])} test songs {shared['train']} are by "
               f"an artist who is also in train, {shared['val']} in val, {shared['either']} in "
               "either")
     if tables:
