@@ -49,7 +49,8 @@ def dynamic_means(path):
             continue
         try:
             values = [value for value in map(float, filter(None, cells)) if not math.isnan(value)]
-            if not re.fullmatch(r"[0-9]{1,9}(\.0*)?", song) or not all(map(math.isfinite, values)):
+            if not re.fullmatch(r"[0-9]{1,9}(\.0*)?", song) or not all(
+                    abs(value) <= 1000 for value in values):
                 raise ValueError
         except ValueError:
             raise UserError(f"{path}, line {line}: not a song id and finite numbers; take the file "
@@ -177,9 +178,9 @@ def print_artists(splits, tables):
     artists = read_artists()
     if splits["test"] and artists.keys() >= set(songs_of(splits)):
         shared = overlap(splits, artists)
-        print(f"{splits['source'].rstrip('.')}: of {len(splits['test'])} test songs {shared['train']} are by "
-              f"an artist who is also in train, {shared['val']} in val, {shared['either']} in "
-              "either")
+        print(f"{splits['source'].rstrip('.')}: of {len(splits['test'])} test songs "
+              f"{shared['train']} are by an artist who is also in train, {shared['val']} in val, "
+              f"{shared['either']} in either")
     if tables:
         names = artists_of(tables)
         songs, other = names.keys() & artists.keys(), otherwise_grouped(names, artists)

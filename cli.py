@@ -36,7 +36,7 @@ def number(kind, low, high=math.inf, above=False):
 
     def parse(text):
         value = kind(text)
-        if not (value > low if above else value >= low) or not value <= high or math.isinf(value):
+        if not (value > low if above else value >= low) or not value <= high or value == math.inf:
             edge = f"above {low}" if above else f"at least {low}"
             upper = f" and at most {high:g}" if high < math.inf else ""
             raise argparse.ArgumentTypeError(f"{text} must be {edge}{upper}")
@@ -49,6 +49,10 @@ def number(kind, low, high=math.inf, above=False):
 def path(text):
     if not text.strip():
         raise argparse.ArgumentTypeError("an empty path")
+    try:
+        Path(text).exists()
+    except (OSError, ValueError) as error:  # too long, or with a NUL in it
+        raise argparse.ArgumentTypeError(f"no path: {getattr(error, 'strerror', error)}") from None
     return Path(text)
 
 

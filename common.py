@@ -216,6 +216,8 @@ class Backbone:
     def to(self, arithmetic, layer):
         """Ready to compute the states of `layer`: the layers above it are dropped."""
         transformer = self.model.encoder.transformer
+        if not 0 <= layer <= len(transformer.layers):
+            raise UserError(f"layer {layer}: {self.source['name']} has {len(transformer.layers)}")
         transformer.layers = transformer.layers[:layer]
         self.arithmetic = arithmetic
         self.model.to(arithmetic.device, arithmetic.dtype).requires_grad_(False)
@@ -575,7 +577,7 @@ class FeatDataset(Dataset):
         features = load_tensors(path, "a feature file")
         if self.key(index) not in VERIFIED:
             check_features(features, path, self.dimension)
-            if self.songs and tensor_digest(features) != self.entry(index)["features"]:
+            if self.songs is not None and tensor_digest(features) != self.entry(index)["features"]:
                 raise UserError(f"{path} is damaged: not the features of the manifest; run "
                                 "extract.py again")
             VERIFIED.add(self.key(index))

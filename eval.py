@@ -40,7 +40,7 @@ from torch.utils.data import DataLoader
 
 import figures
 from cli import Progress, UserError
-from common import (HERE, PARAMS, QUADRANTS, Arithmetic, DEAMFeatHandler, DEAMHandler,
+from common import (HERE, PARAMS, QUADRANTS, SETTINGS, Arithmetic, DEAMFeatHandler, DEAMHandler,
                     EmotionModel, FrozenOutputs, check_ranges, collate, corrected, environment,
                     label_statistics, quadrant, read_artists, read_manifest, read_splits, songs_of,
                     splits_digest)
@@ -57,7 +57,8 @@ ANNOTATORS = 10  # a DEAM song, at least; the label is their mean
 MODEL = {"config": CONFIG, "settings": {"layer": int}, "params": PARAMS, "layer": int,
          "mean": torch.Tensor, "std": torch.Tensor, "state": {str: torch.Tensor},
          "initial_model": DIGEST, "splits_source": str, "source": {"name": str}}
-METRICS = {"finetune": str, "precision": str, "source": str, "split": ("train", "val", "test"),
+METRICS = {"finetune": str, "precision": ("exact", "float32", "bfloat16"), "source": str,
+           "split": ("train", "val", "test"),
            "labels": ("shipped", "corrected"), "trained_on_labels": ("shipped", "corrected"),
            "songs": int, "features": (None, DIGEST), "splits": DIGEST, "label_values": DIGEST,
            "swapped_labels": (None, [[int]]), "initial_model": DIGEST, "model": DIGEST,
@@ -73,8 +74,13 @@ def read_model(file):
         model.load_state_dict(content["state"], assign=True)
     except (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError):
         raise UserError(f"{file} is not a model that train.py wrote") from None
-    if content["mean"].shape != (2,) or content["std"].shape != (2,):
+    if any(each.shape != (2,) or each.dtype != torch.float64 for each in (
+            content["mean"], content["std"])) or not (content["std"] > 0).all():
         raise UserError(f"{file} is not a model that train.py wrote: mean and std of two labels")
+    if content["settings"].keys() != {"layer"}:  # not of features without manifest
+        check_form(content["settings"], SETTINGS, f"{file} is not a model that train.py wrote")
+    if not content["settings"]["layer"] == content["layer"] >= 0:
+        raise UserError(f"{file} is not a model that train.py wrote: two layers in it")
     return model.eval(), content
 
 
@@ -92,10 +98,11 @@ def read_run(folder):
         raise UserError(f"{folder}: splits.json names another source than model.pt")
     content["digest"] = state_digest(content["state"])
     there = {"model": content["digest"], "initial_model": content["initial_model"],
-             "label_mean": content["mean"].tolist(), "label_std": content["std"].tolist(),
-             **content["config"]}
-    recorded = {**record, **record["digests"], **record["config"]}
-    if differing := differences({key: recorded.get(key) for key in there}, there):
+             "label_mean": content["mean"].tolist(), "label_std": content["std"].tolist()}
+    recorded = {**record, **record["digests"]}
+    differing = "; ".join(filter(None, (differences(record["config"], content["config"]),
+                                        differences({key: recorded[key] for key in there}, there))))
+    if differing:
         raise UserError(f"{folder}: config.json and model.pt are not of one run ({differing})")
     if content["config"]["splits"] != splits_digest(splits):
         raise UserError(f"{folder}: splits.json is not the one that the run was trained on")
@@ -449,6 +456,8 @@ def read_metrics(file):
                         "that eval.py writes")
     check_ranges(content["swapped_labels"], f"{file} is not a metrics.json")
     songs = [content["predictions"], content["ridge_predictions"] or content["predictions"]]
+    if any(abs(value) > 1e6 for each in songs for values in each.values() for value in values):
+        raise UserError(f"{file} is not a metrics.json: a prediction far from any scale")
     if any(len(values) != 2 for each in songs for values in each.values()) or (
             set(songs[0]) != set(songs[1]) or content["songs"] != len(songs[0])):
         raise UserError(f"{file} is not a metrics.json: two predictions for each of its songs")
@@ -456,12 +465,14 @@ def read_metrics(file):
 
 
 def flat(value, name=""):
-    """{"metrics.valence.mse": 1.2, …} of nested dicts and lists."""
-    if not isinstance(value, (dict, list)):
+    """{"metrics.valence.mse": 1.2, "intervals.valence.mse[0]": 1.1, …} of nested dicts and lists;
+    what is empty stays as it is."""
+    if not isinstance(value, (dict, list)) or not value:
         return {name: value}
-    pairs = value.items() if isinstance(value, dict) else enumerate(value)
-    return {key: leaf for place, inner in pairs
-            for key, leaf in flat(inner, f"{name}.{place}".lstrip(".")).items()}
+    pairs = ([(f"{name}.{key}".lstrip("."), inner) for key, inner in value.items()]
+             if isinstance(value, dict) else
+             [(f"{name}[{place}]", inner) for place, inner in enumerate(value)])
+    return {key: leaf for place, inner in pairs for key, leaf in flat(inner, place).items()}
 
 
 def compare_numbers(verdict, expected, annotations, splits):
@@ -476,7 +487,8 @@ def compare_numbers(verdict, expected, annotations, splits):
                                  expected["ridge_predictions"]))
     numbers = flat(expected["numbers"])
     for name in {**numbers, **follows}:
-        verdict.compare(name, numbers.get(name), follows.get(name), same=SIX_DECIMALS)
+        verdict.compare(name, numbers.get(name, "absent"), follows.get(name, "absent"),
+                        same=SIX_DECIMALS)
 
 
 def verify_run(expected, file, found, data):
@@ -514,6 +526,8 @@ def verify_file(expected, file, deam):
                         "DEAM that the file is about")
     verdict = Verdict(file)
     compare_numbers(verdict, expected, annotations, splits)
+    if own.exists():
+        verdict.compare("source", expected["source"], splits["source"])
     table = file.with_name("predictions.csv")
     if table.exists() and set(expected["predictions"]) <= set(map(str, annotations)):
         verdict.compare("predictions.csv", read_text(table, "a table").splitlines(),

@@ -222,7 +222,7 @@ def check_form(value, form, complaint):
                 (kind, inner), = form.items()
                 for key in value:
                     if not isinstance(key, kind if kind is str else (int, str)) or (
-                            kind is int and not re.fullmatch(r"[0-9]{1,9}", str(key))):
+                            kind is int and not re.fullmatch("0|[1-9][0-9]{0,8}", str(key))):
                         return [repr(key)], "another kind of name"
                 return first((key, problem(each, inner)) for key, each in value.items())
             if missing := [key for key in form if key not in value]:
@@ -291,7 +291,10 @@ class Verdict:
         `limit` close; with `like` anything that differs is close."""
         numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool)
                       for value in (expected, found))
-        apart = abs(expected - found) if numbers else math.nan
+        try:
+            apart = abs(expected - found) if numbers else math.nan
+        except OverflowError:  # a whole number that no float holds
+            apart = math.inf
         if type(expected) is type(found) and expected == found or apart <= same:
             self.identical += 1
             return

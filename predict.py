@@ -33,6 +33,7 @@ def parser():
 if __name__ == "__main__":
     ARGS = start(parser(), "rows written so far are complete")  # before torch is imported
 
+import contextlib
 import csv
 import math
 import os
@@ -83,7 +84,8 @@ class Table:
 
     def begin(self, header):
         if self.file:
-            self.file.truncate(0)
+            with contextlib.suppress(OSError):  # a pipe has no length
+                self.file.truncate(0)
             self.write(*header)
 
     def write(self, *row):
@@ -145,8 +147,11 @@ def run(args):
     files = find_songs(args.songs)
     if args.figure and len(files) > 1:
         raise UserError(f"--figure draws one song, and these are {len(files)}")
-    if args.csv and args.csv == args.windows_csv:
+    if args.csv and args.windows_csv and args.csv.resolve() == args.windows_csv.resolve():
         raise UserError("--csv and --windows-csv are one file: name two")
+    for table in filter(None, (args.csv, args.windows_csv)):
+        if table.resolve() in [file.resolve() for file in (*files, args.run / "model.pt")]:
+            raise UserError(f"{table} is a file to read: name another table")
     songs, windows = Table(args.csv), Table(args.windows_csv)
     predictor, failed = Predictor(args), 0
     songs.begin(SONGS)

@@ -9,6 +9,7 @@
 To try another head or loss, change `Head` or `emotion_loss` at the end of common.py.
 """
 
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 from cli import Parser, execute, number, path, start
@@ -80,6 +81,7 @@ if __name__ == "__main__":
 
 import math
 import os
+import re
 
 import torch
 from torch.utils.data import DataLoader
@@ -443,12 +445,31 @@ def read_rows(path, names, kinds):
     """The rows of a CSV file with these columns, of these kinds. Raises UserError."""
     try:
         header, *rows = read_table(path, "a file of a run")
+        if any(kind is int and not re.fullmatch("[0-9]{1,9}", cell)
+               for row in rows for kind, cell in zip(kinds, row)):
+            raise ValueError
         rows = [[kind(cell) for kind, cell in zip(kinds, row, strict=True)] for row in rows]
         if header == names and rows:
             return rows
     except ValueError:
         pass
     raise UserError(f"{path} is not a file that train.py wrote")
+
+
+def check_ranges(config, folder):
+    """Raise UserError where a recorded setting is not one that the command line takes."""
+    complaint = f"{folder / 'config.json'} is not a run's configuration"
+    for action in parser()._actions:
+        value = config.get(action.dest)
+        if value is not None and action.type not in (None, path):
+            try:
+                action.type(str(value))
+            except (ValueError, ArgumentTypeError) as error:
+                raise UserError(f"{complaint}: {action.dest} {error}") from None
+    if config["max_lr"] is None and config["schedule"] != "constant":
+        raise UserError(f"{complaint}: max_lr is not there")
+    if config["lambda_var"] is None and not config["weight_loss"]:
+        raise UserError(f"{complaint}: lambda_var is not there")
 
 
 def verify(args):
@@ -458,11 +479,18 @@ def verify(args):
     config, rows = record["config"], read_digests(folder / "digests.csv")
     history = read_rows(folder / "history.csv", HISTORY, (int, *[float] * 7))
     splits = read_splits(folder / "splits.json")
+    check_ranges(config, folder)
+    if len(splits["train"]) < config["batch_size"]:
+        raise UserError(f"{folder}: its splits have no full batch of {config['batch_size']}")
     arithmetic = Arithmetic(config["precision"], args.device, config["threads"] or args.threads)
     data = DEAMFeatHandler(args.features, splits, config["batch_size"], config["seed"] + 1, None,
                            config["labels"])
     verdict = Verdict(folder)
     verdict.compare("splits", config["splits"], splits_digest(splits))
+    verdict.compare("songs", config["songs"], {name: len(splits[name]) for name in config["songs"]})
+    if config["precision"] == "exact":
+        verdict.compare("threads, device", [None, None], [config["threads"], config["device"]])
+    verdict.compare("settings", sorted(config), sorted(CONFIG))
     for name, there in (("source", splits["source"]), ("label_mean", data.mean.tolist()),
                         ("label_std", data.std.tolist()), ("features_settings", data.settings)):
         verdict.compare(name.replace("_", " "), record[name], there)
@@ -522,6 +550,8 @@ def compare_tables(verdict, training, record, rows, history):
     verdict.compare("lines of history.csv", [row[0] for row in history], [n for n, _ in ends])
     losses = {epoch: loss for epoch, _, loss, _, end in with_ends(rows) if end}
     for epoch, rate, loss, *_ in history:
+        if not 1 <= epoch <= config["epochs"]:
+            continue  # said above
         verdict.compare(f"epoch {epoch}: lr", rate,
                         learning_rate(epoch * length - 1, training.steps, config))
         verdict.compare(f"epoch {epoch}: loss in both files", loss, losses.get(epoch))
@@ -542,6 +572,7 @@ def compare_features(verdict, data, folder, config):
     """The run's manifest against its configuration, the features here against that manifest; from
     here on, a song's file has to be what the run's manifest says."""
     if config["features"] is None:
+        verdict.compare("features", None, data.digest)
         return
     manifest = read_manifest(folder / "manifest.json")
     verdict.compare("features", config["features"], manifest["digest"])
