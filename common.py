@@ -174,6 +174,15 @@ def network(params):
     return model.eval()
 
 
+def state_above(model, layer):
+    """The state of a network's encoder layers above `layer` and of its final norm, in the names of
+    an EmotionModel."""
+    transformer = model.encoder.transformer
+    above = {"layers": transformer.layers[layer:], "norm": transformer.layer_norm}
+    return {f"{part}.{name}": value for part, module in above.items()
+            for name, value in module.state_dict().items()}
+
+
 class Backbone:
     """A frozen wav2vec2 or HuBERT encoder: waveforms in, hidden states out.
 
@@ -206,12 +215,7 @@ class Backbone:
 
     def top_layers(self, layer):
         """The layers above `layer` and the final norm: all that train and eval need of it."""
-        transformer = self.model.encoder.transformer
-        state = {**{f"layers.{name}": value for name, value
-                    in transformer.layers[layer:].state_dict().items()},
-                 **{f"norm.{name}": value for name, value
-                    in transformer.layer_norm.state_dict().items()}}
-        return {"params": self.params, "layer": layer, "state": state}
+        return {"params": self.params, "layer": layer, "state": state_above(self.model, layer)}
 
     def to(self, arithmetic, layer):
         """Ready to compute the states of `layer`: the layers above it are dropped."""

@@ -111,8 +111,7 @@ def power_of_two(exponent):
 def grid(top, bits):
     """Powers of two (up, down, rest) for numbers of magnitude up to `top`: |x·up| <= 2^bits and
     up·down·rest = 1. `down` is kept within 2^±200, lest products of two overflow or underflow; what
-    that leaves, nearly always 1, is `rest`. A `top` below 2^(bits - 1022), zero too, counts as
-    that."""
+    that leaves, nearly always 1, is `rest`. A `top` below 2^(bits - 1022) counts as that."""
     exponent = (top.contiguous().view(torch.int64) >> 52).clamp_(min=bits)
     down = exponent - (bits - 1)
     near = down.clamp(1023 - 200, 1023 + 200)
@@ -407,8 +406,7 @@ def np_log(x):
 
 
 def np_normal(x):
-    """The standard normal distribution function: its series near 0, its continued fraction far
-    out."""
+    """The standard normal distribution function: a series near 0, a continued fraction far out."""
     a = np.abs(x) * 0.7071067811865476
     term = series = a
     for n in range(1, 120):
@@ -600,8 +598,7 @@ def mse_loss_backward(dy, x, y, reduction):
 
 
 def standardised(x, eps, out):
-    """x[rows, n] → out: (x - mean) / sqrt(variance + eps); returns means and 1 / sqrt(…), [rows,
-    1]."""
+    """x[rows, n] → out: (x - mean) / sqrt(variance + eps); returns means[rows, 1], 1 / sqrt(…)."""
     m = mean(x, 1, True)
     torch.sub(x, m, out=out)
     r = reciprocal(sqrt(mean(out * out, 1, True) + eps))
@@ -749,8 +746,7 @@ def score_slices(work, n, rows, columns, device):
 
 
 def attention_weights(q, k, mask, causal, heads, rows, top=None):
-    """Integers of at most 2^20 for some heads and rows, and the rows' largest scores (or `top`,
-    known)."""
+    """Integers of at most 2^20 for some heads and rows, and the rows' largest scores: `top`."""
     x = q[heads, rows] @ k[heads].mT
     if mask is not None:
         part = mask[heads, rows]
@@ -766,16 +762,14 @@ def attention_weights(q, k, mask, causal, heads, rows, top=None):
 
 
 def drop(key, heads, rows, length, columns, p, device):
-    """bool[heads, rows, columns]: which weights dropout takes; position (head, row, column) of a
-    mask."""
+    """bool[heads, rows, columns]: which weights dropout takes."""
     count = rows.stop - rows.start
     return torch.stack([dropped(key, head * length + rows.start, count, columns, p, device)
                         for head in range(heads.start, heads.stop)])
 
 
 def attention_forward(q, k, v, mask, causal, p, scale, key):
-    """The output[N, T, E], and for each row the largest score and the sum of the weights, [N, T,
-    1]."""
+    """The output[N, T, E], and each row's largest score and sum of weights, [N, T, 1]."""
     (q, bad_q), (k, bad_k) = finite(q), finite(k)
     (n, length, _), columns = q.shape, k.shape[1]
     q, k = score_factors(q, k, scale)

@@ -456,7 +456,7 @@ def read_rows(path, names, kinds):
     raise UserError(f"{path} is not a file that train.py wrote")
 
 
-def check_ranges(config, folder):
+def check_settings(config, folder):
     """Raise UserError where a recorded setting is not one that the command line takes."""
     complaint = f"{folder / 'config.json'} is not a run's configuration"
     for action in parser()._actions:
@@ -479,7 +479,7 @@ def verify(args):
     config, rows = record["config"], read_digests(folder / "digests.csv")
     history = read_rows(folder / "history.csv", HISTORY, (int, *[float] * 7))
     splits = read_splits(folder / "splits.json")
-    check_ranges(config, folder)
+    check_settings(config, folder)
     if len(splits["train"]) < config["batch_size"]:
         raise UserError(f"{folder}: its splits have no full batch of {config['batch_size']}")
     arithmetic = Arithmetic(config["precision"], args.device, config["threads"] or args.threads)

@@ -21,7 +21,7 @@ import torchaudio
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import demo
-from common import EmotionModel, emotion_loss, network
+from common import EmotionModel, emotion_loss, network, state_above
 from exact import Exact
 from weights import fold_weight_norm
 
@@ -99,11 +99,7 @@ def table(name):
             what = f"one channel {factor} times" + ", read as much smaller" * compensated
             errors[what] = [error(case[..., rest], other[..., rest]) for other in others]
     top = EmotionModel(params, LAYER, "last1")
-    transformer = model.encoder.transformer
-    state = {f"layers.{name}": value for name, value
-             in transformer.layers[LAYER:].state_dict().items()}
-    top.start_from({"state": {**state, **{f"norm.{name}": value for name, value
-                                          in transformer.layer_norm.state_dict().items()}}}, 0)
+    top.start_from({"state": state_above(model, LAYER)}, 0)
     clips = torch.cat(plain.split(plain.shape[1] // 4, 1)[:4])
     true = torch.randn(4, 2, generator=generator)
     plain, *others = in_three(gradients, top.eval(), clips, true)

@@ -119,11 +119,9 @@ def step_kit(device, precision, finetune, batch, micro_batch, repeat):
 
     arithmetic = common.Arithmetic(precision, device, 8 if precision != "exact" else None)
     params = {**torchaudio.pipelines.WAV2VEC2_BASE._params, "aux_num_out": None}
-    reference = torchaudio.models.wav2vec2_model(**params).encoder.transformer
-    top = {f"layers.{name}": value for name, value in reference.layers[10:].state_dict().items()}
-    top |= {f"norm.{name}": value for name, value in reference.layer_norm.state_dict().items()}
     model = common.EmotionModel(params, 10, finetune)
-    model.start_from({"state": top}, 0)
+    reference = torchaudio.models.wav2vec2_model(**params)
+    model.start_from({"state": common.state_above(reference, 10)}, 0)
     model.to(arithmetic.device, arithmetic.dtype)
     model.recompute = not common.room_for_activations(batch, FRAMES, model, arithmetic.device)
     generator = torch.Generator().manual_seed(0)
