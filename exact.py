@@ -111,12 +111,13 @@ def power_of_two(exponent):
 def grid(top, bits):
     """Powers of two (up, down, rest) for numbers of magnitude up to `top`: |x·up| <= 2^bits and
     up·down·rest = 1. `down` is kept within 2^±200, lest products of two overflow or underflow; what
-    that leaves, nearly always 1, is `rest`. A `top` below 2^(bits - 1022) counts as that."""
-    exponent = (top.contiguous().view(torch.int64) >> 52).clamp_(min=bits)
-    down = exponent - (bits - 1)
-    near = down.clamp(1023 - 200, 1023 + 200)
-    up, rest = 2045 + bits - exponent, down - near + 1023
-    return power_of_two(up), power_of_two(near), power_of_two(rest)
+    that leaves, nearly always 1, is `rest`. A `top` below 2^(bits - 1023) counts as that; NaN and
+    infinity, which stay what they are on any grid, as 2^1023."""
+    exponent = top.contiguous().view(torch.int64) & -(1 << 52)  # without the fraction
+    down = exponent.view(torch.float64).clamp_(2.0 ** (bits - 1023), 2.0**1023)
+    down.mul_(2.0 ** (1 - bits))
+    near = down.clamp(2.0**-200, 2.0**200)
+    return torch.ones_like(down).div_(down), near, down / near
 
 
 def scaled(x, *rests):

@@ -66,7 +66,8 @@ from common import (COLUMNS, ENTRY, Arithmetic, Backbone, BadClip, DEAMHandler,
                     check_features, environment, manifest_digest, operations, own_splits,
                     read_manifest, read_splits, say_if_slow, songs_of)
 from files import (Verdict, ahead, differences, json_text, load_tensors, lock, read_json, sha256,
-                   shortened, state_digest, tensor_digest, write_file, write_json, write_tensors)
+                   shortened, state_digest, table_text, tensor_digest, write_file, write_json,
+                   write_tensors)
 from weights import weights_name
 
 RANK = int(os.environ.get("RANK", 0))  # torchrun's number of this process, and how many there are
@@ -90,15 +91,18 @@ def choose_songs(args, deam, splits):
     return [song for song in ids if song in deam.audio]
 
 
+def labels_table(annotations):
+    """The text of annotations.csv: the same bytes for the same labels, whatever DEAM's own file."""
+    return table_text(COLUMNS, [[song, *values] for song, values in annotations.items()])
+
+
 class FeatureFolder:
     """DEAM_feats/ while it is filled: every song with a record of its own beside it, so that a kill
     costs at most the songs in flight and several processes can fill one folder; the manifest is
     all records together."""
 
     def __init__(self, root, ids, annotations, splits, backbone, settings, swapped, here):
-        table = "".join(",".join(map(str, row)) + "\n" for row in [
-            COLUMNS, *([song, *values] for song, values in annotations.items())])
-        top_layers = backbone.top_layers(settings["layer"])
+        table, top_layers = labels_table(annotations), backbone.top_layers(settings["layer"])
         self.root, self.ids, self.writing = root, ids, deque()
         self.manifest = {"settings": settings, "annotations": sha256(table.encode()),
                          "top_layers": state_digest(top_layers["state"]), "swapped_labels": swapped,
@@ -109,6 +113,9 @@ class FeatureFolder:
         if path.exists():
             self.join(read_manifest(path))
         self.lock = lock(root, f"extract-{RANK}", "the features folder")
+        for song in ids[RANK::PROCESSES]:  # what failed is tried again
+            if "failed" in (self.record(song) or {}):
+                (root / "songs" / f"{song}.json").unlink(missing_ok=True)
         if RANK == 0:
             self.write("annotations.csv", table)
             self.write("splits.json", json_text(splits))
@@ -272,6 +279,12 @@ def verify(args):
     verdict.compare("weights", settings["weights"], backbone.digest)
     verdict.compare("sample rate and z-score", [settings["sample_rate"],
                     settings["normalize_epsilon"]], [backbone.sample_rate, backbone.epsilon])
+    verdict.compare("annotations", manifest["annotations"],
+                    sha256(labels_table(deam.annotations).encode()))
+    verdict.compare("top layers", manifest["top_layers"],
+                    state_digest(backbone.top_layers(settings["layer"])["state"]))
+    if len(deam.dynamic) == 2:
+        verdict.compare("swapped labels", manifest["swapped_labels"], swapped_ranges(deam))
     backbone.to(arithmetic, settings["layer"])
     decode = decoder(deam, backbone.sample_rate)
     with arithmetic.throughout():
