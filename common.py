@@ -521,9 +521,10 @@ ENTRY = {"pcm": DIGEST, "features": DIGEST, "frames": int}
 MANIFEST = {"settings": SETTINGS, "annotations": DIGEST, "top_layers": DIGEST,
             "swapped_labels": (None, [[int]]), "songs": {int: ENTRY}, "digest": DIGEST,
             "source": {"name": str}}
-# a folder of the published notebook has no manifest: its features cannot be verified
+# A folder of the published notebook has no manifest: its features cannot be verified. They are taken
+# as those of the backbone that it used.
 UNVERIFIED = {"settings": {"layer": 10}, "swapped_labels": None, "songs": None, "digest": None,
-              "source": {"name": "WAV2VEC2_BASE"}}
+              "source": {"name": "ALM/wav2vec2-base-audioset"}}
 
 
 def manifest_digest(manifest):
@@ -622,7 +623,7 @@ class DEAMFeatHandler:
     when it is read.
     Raises UserError for a folder that is not one, songs that are missing or a split that names
     unknown songs. A folder without manifest, as the published notebook made them, is taken as
-    WAV2VEC2_BASE layer 10.
+    layer 10 of the backbone that it used.
     """
 
     def __init__(self, root, splits=None, batch_size=32, seed=0, allow_missing=False,
@@ -681,7 +682,7 @@ class DEAMFeatHandler:
     @functools.cached_property
     def top_layers(self):
         if self.manifest is UNVERIFIED:
-            return Backbone("WAV2VEC2_BASE").top_layers(10)
+            return Backbone(UNVERIFIED["source"]["name"]).top_layers(10)
         top = read_tensors(self.root / "top_layers.pt", "the backbone's top layers", TOP_LAYERS)
         if state_digest(top["state"]) != self.manifest["top_layers"]:
             raise UserError(f"{self.root / 'top_layers.pt'} is not the one of the manifest; run "
@@ -700,7 +701,7 @@ class DEAMFeatHandler:
         yield f"songs: {self.splits['source']}"
         if self.digest is None:
             yield (f"{self.root} has no manifest: its features cannot be verified; taken as "
-                   "WAV2VEC2_BASE layer 10")
+                   f"layer 10 of {self.manifest['source']['name']}")
         swapped = self.manifest["swapped_labels"]
         if swapped and self.labels == "shipped":
             ranges = ", ".join(f"{low}–{high}" for low, high in swapped)

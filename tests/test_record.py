@@ -418,8 +418,8 @@ def test_a_manifest_of_other_songs_or_labels(demo, features, tmp_path, verdict, 
     song = next(iter(kept["songs"]))
     base = ("--deam", demo / "DEAM", "--weights", demo / "backbone", "--songs", song, "--device",
             "cpu", "--verify", file)
-    changes = [{}, {"annotations": "0" * 64}, {"top_layers": "0" * 64}, {"swapped_labels": [[1, 9]]},
-               *({"songs": {song: {**kept["songs"][song], key: value}}} for key, value in (
+    changes = [{}, {"annotations": "0" * 64}, {"top_layers": "0" * 64},
+               {"swapped_labels": [[1, 9]]}, *({"songs": {song: {**kept["songs"][song], key: value}}} for key, value in (
                    ("pcm", "0" * 64), ("features", "0" * 64), ("frames", 3)))]
     for change in changes:
         content = {**kept, **change}

@@ -253,7 +253,7 @@ def test_a_run_is_not_overwritten_or_mixed(features, trained, tmp_path, fails, c
 
 
 def test_a_notebooks_folder_without_manifest_trains(tmp_path, capsys, fails, monkeypatch, compared):
-    """annotations.csv and songs/<id>.pt of WAV2VEC2_BASE layer 10, nothing else."""
+    """annotations.csv and songs/<id>.pt of layer 10 of its backbone, nothing else."""
     (tmp_path / "f/songs").mkdir(parents=True)
     splits = common.read_splits(ROOT / "splits.json")
     ids = splits["train"][:4] + splits["val"][:2] + splits["test"][:2]
@@ -261,12 +261,14 @@ def test_a_notebooks_folder_without_manifest_trains(tmp_path, capsys, fails, mon
         f"{song},{3 + song % 5},1,{4 + song % 3},1\n" for song in common.songs_of(splits)))
     for song in ids:
         torch.save(torch.randn(9, 768), tmp_path / "f/songs" / f"{song}.pt")
-    weights = torchaudio.models.wav2vec2_base().state_dict()
-    monkeypatch.setattr(torchaudio.pipelines._wav2vec2.utils, "_get_state_dict", lambda *_: weights)
+    asked, weights = [], torchaudio.models.wav2vec2_base().state_dict()
+    monkeypatch.setattr(common, "find_weights", lambda name: asked.append(name) or (
+        BASE, weights, 16000, 1e-7, {"name": name}))
     command = ["--features", tmp_path / "f", "--run", tmp_path / "r", "--allow-missing",
                "--batch-size", 2, "--epochs", 1, *FLOAT32]
     assert call(train, *command) == 0
     output = capsys.readouterr().out
+    assert set(asked) == {"ALM/wav2vec2-base-audioset"}
     assert "cannot be verified" in output and "8,008,450 trainable of 15,096,322" in output
     assert "4 of 1395 train, 2 of 174 val, 2 of 175 test" in output
     torch.save(torch.full((9, 768), torch.nan), tmp_path / "f/songs" / f"{ids[0]}.pt")
