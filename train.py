@@ -149,10 +149,12 @@ def learning_rate(step, steps, config):
 
 
 class Training:
-    """Model, optimiser and loaders of a configuration, and its steps. Nothing of it is on disk."""
+    """Model, optimiser and loaders of a configuration; its steps, and what they gave so far: the
+    lines of history.csv and digests.csv, the predictions on val, the best epoch's model."""
 
     def __init__(self, config, data, arithmetic):
         self.config, self.data, self.arithmetic = config, data, arithmetic
+        self.history, self.digests, self.pred, self.best = [], [], None, None
         self.step, self.device, exact = 0, arithmetic.device, config["precision"] == "exact"
         self.foreach = False if exact else None  # exact has rules for one tensor at a time
         top = data.top_layers
@@ -189,6 +191,28 @@ class Training:
         config = self.config
         return emotion_loss(pred.to(self.arithmetic.dtype), true, config["lambda_corr"],
                             config["lambda_var"], config["corr_target"], self.weights)
+
+    def epochs(self, bar, steps):
+        """Train up to step number `steps`, yielding each epoch's line of history.csv once it is
+        validated."""
+        for epoch in range(len(self.history) + 1, self.config["epochs"] + 1):
+            for loss in self.epoch():
+                bar.update()
+                if epoch == 1 and self.step & (self.step - 1) == 0:  # 1, 2, 4, …
+                    self.digests.append([epoch, self.step, loss.item(), self.digest()])
+                if self.step == steps and steps % len(self.train):
+                    return
+            means = self.means()
+            validation, self.pred = self.validate()
+            self.history.append([epoch, self.rate, *means, *validation])
+            self.digests.append([epoch, self.step, means[0], self.digest()])
+            if self.config["select"] == "best" and not (
+                    self.best and self.best["loss"] <= validation[0]):
+                self.best = {"loss": validation[0], "model": {
+                    name: value.cpu().clone() for name, value in self.trained().items()}}
+            yield self.history[-1]
+            if self.step == steps:
+                return
 
     def epoch(self):
         """Train on all batches once, yielding the loss after each step."""
@@ -236,6 +260,16 @@ class Training:
                             "constant")
         return [value / len(self.train) for value in self.sums.tolist()]
 
+    def result(self):
+        """The digests of the model that is the result of all epochs and of its predictions on val;
+        the model becomes that one."""
+        if self.best:
+            self.load(self.best["model"])
+        if self.best or self.pred is None:
+            _, self.pred = self.validate()
+        six_decimals = (self.pred * 1e6).round() / 1e6 + 0.0  # without minus zeros
+        return {"model": self.digest(), "val_predictions": tensor_digest(six_decimals)}
+
     def digest(self):
         return state_digest(self.model.state_dict(), self.frozen)
 
@@ -254,12 +288,15 @@ class Training:
         """What a resumed run goes on from."""
         state = {"config": self.config, "model": self.trained(),
                  "optimizer": self.optimizer.state_dict(),
-                 "shuffle": self.data.shuffle.get_state(), "rng": torch.get_rng_state()}
+                 "shuffle": self.data.shuffle.get_state(), "rng": torch.get_rng_state(),
+                 "history": self.history, "digests": self.digests, "best": self.best}
         if self.device.type == "cuda":
             state["cuda_rng"] = torch.cuda.get_rng_state(self.device)
         return state
 
     def restore(self, state):
+        self.history, self.digests, self.best = (state[key] for key in (
+            "history", "digests", "best"))
         for each in filter(None, (state["best"], state)):  # the best only to see that it fits
             self.load(each["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -267,7 +304,7 @@ class Training:
         torch.set_rng_state(state["rng"])
         if "cuda_rng" in state and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
-        self.step = len(state["history"]) * len(self.train)
+        self.step = len(self.history) * len(self.train)
 
 
 def to_resume(args, config):
@@ -308,27 +345,10 @@ def open_data(args):
     return data
 
 
-def save(training, folder, history, digests, best):
-    write_csv(folder / "history.csv", HISTORY, history)
-    write_csv(folder / "digests.csv", DIGESTS, digests)
-    write_tensors(folder / "last.pt", {**training.state(), "history": history, "digests": digests,
-                                       "best": best})
-
-
-def best_so_far(best, training, loss):
-    """{"loss", "model"} of the epoch of lowest val loss, with --select best; else None."""
-    if training.config["select"] == "last" or best and not loss < best["loss"]:
-        return best
-    state = training.trained()
-    return {"loss": loss, "model": {name: value.cpu().clone() for name, value in state.items()}}
-
-
-def rounded_digest(pred):
-    return tensor_digest((pred * 1e6).round() / 1e6 + 0.0)  # six decimals, without minus zeros
-
-
-def power_of_two(step):
-    return step & (step - 1) == 0
+def save(training, folder):
+    write_csv(folder / "history.csv", HISTORY, training.history)
+    write_csv(folder / "digests.csv", DIGESTS, training.digests)
+    write_tensors(folder / "last.pt", training.state())
 
 
 def run(args):
@@ -356,15 +376,13 @@ def run(args):
           flush=True)
     say_if_slow(arithmetic, 3 * (training.steps - training.step) * args.batch_size * operations(
         data.top_layers["params"], len(model.layers) - model.first_trained, convolutions=False))
-    history, digests, best, pred = [], [], None, None
     if state:
-        history, digests, best = state["history"], state["digests"], state["best"]
         try:
             training.restore(state)
         except (KeyError, ValueError, RuntimeError, TypeError, AttributeError, IndexError):
             raise UserError(f"{args.run / 'last.pt'} is not a training state of this run: delete "
                             f"{args.run} and train again") from None
-        print(f"resumed after epoch {len(history)} of {args.epochs}")
+        print(f"resumed after epoch {len(training.history)} of {args.epochs}")
     record = {"config": config, "features_settings": data.settings, "source": data.splits["source"],
               "label_mean": data.mean.tolist(), "label_std": data.std.tolist(),
               "digests": {"initial_model": initial}, "environment": environment(arithmetic.device)}
@@ -375,30 +393,17 @@ def run(args):
 
     bar = Progress(total=training.steps, initial=training.step, desc="train", unit="step")
     with bar, arithmetic.throughout():
-        for epoch in range(len(history) + 1, args.epochs + 1):
-            for loss in training.epoch():
-                bar.update()
-                if epoch == 1 and power_of_two(training.step):
-                    digests.append([epoch, training.step, loss.item(), training.digest()])
-            means = training.means()
-            validation, pred = training.validate()
-            history.append([epoch, training.rate, *means, *validation])
-            digests.append([epoch, training.step, means[0], training.digest()])
+        for row in training.epochs(bar, training.steps):
             bar.say("epoch {:3d}  lr {:.2e}  train loss {:.4f} MSE {:.4f} MAE {:.4f}  val loss "
-                    "{:.4f} MSE {:.4f} MAE {:.4f}".format(*history[-1]))
-            best = best_so_far(best, training, validation[0])
-            save(training, args.run, history, digests, best)
-
-    if best:
-        training.load(best["model"])
-    if best or pred is None:
-        _, pred = training.validate()
-    finish(args, record, model, pred, data, history)
+                    "{:.4f} MSE {:.4f} MAE {:.4f}".format(*row))
+            save(training, args.run)
+    finish(args, record, training, data)
     return 0
 
 
-def finish(args, record, model, pred, data, history):
+def finish(args, record, training, data):
     """Write the result of a run and say what it is."""
+    history, digests = training.history, training.result()
     lowest = min(history, key=lambda row: row[5])
     selected = lowest if args.select == "best" else history[-1]
     kind = "original" if args.labels == "shipped" else "corrected"
@@ -406,8 +411,8 @@ def finish(args, record, model, pred, data, history):
                f"{len(data.ids['val'])} val songs\n{data.splits['source']}")
     figures.draw_history([dict(zip(HISTORY, row)) for row in history], selected[0], lowest[0],
                          predict_the_mean(data), args.run, caption)
-    state = {name: value.cpu() for name, value in model.state_dict().items()}
-    record["digests"] |= {"model": state_digest(state), "val_predictions": rounded_digest(pred)}
+    state = {name: value.cpu() for name, value in training.model.state_dict().items()}
+    record["digests"] |= digests
     write_tensors(args.run / "model.pt", {
         "config": record["config"], "settings": data.settings, "source": data.manifest["source"],
         "params": data.top_layers["params"], "layer": data.top_layers["layer"], "mean": data.mean,
@@ -500,72 +505,39 @@ def verify(args):
     steps = min(args.steps or training.steps, training.steps)
     need_songs(training, data, steps)
     verdict.compare("initial model", record["digests"]["initial_model"], training.digest())
-    expected = {(epoch, step, end): (loss, state)
-                for epoch, step, loss, state, end in with_ends(rows)}
-    epoch, best, pred = 0, None, None
     bar = Progress(total=steps, desc="verify", unit="step")
     with bar, arithmetic.throughout():
-        while training.step < steps:
-            epoch += 1
-            for loss in training.epoch():
-                bar.update()
-                if epoch == 1 and power_of_two(training.step):
-                    compare_line(verdict, expected, (epoch, training.step, False), loss.item(),
-                                 training.digest())
-                if training.step == steps and steps % len(training.train):
-                    break
-            else:
-                means, (validation, pred) = training.means(), training.validate()
-                compare_line(verdict, expected, (epoch, training.step, True), means[0],
-                             training.digest())
-                then = next((row for row in history if row[0] == epoch), [None] * len(HISTORY))
-                found = [epoch, training.rate, *means, *validation]
-                for name, *values in zip(HISTORY, then, found):
-                    verdict.compare(f"epoch {epoch}: {name}", *values)
-                best = best_so_far(best, training, validation[0])
+        for _ in training.epochs(bar, steps):
+            pass
+    for then, (epoch, step, loss, state) in zip(rows, training.digests):
+        name = f"epoch {epoch}, step {step}"
+        verdict.compare(f"{name}: loss", then[2], loss)
+        verdict.compare(f"{name}: state", then[3], state)
+    for then, now in zip(history, training.history):
+        for name, *values in zip(HISTORY, then, now):
+            verdict.compare(f"epoch {now[0]}: {name}", *values)
     if training.step == training.steps:
-        if best:
-            training.load(best["model"])
-            _, pred = training.validate()
-        digests = {"model": training.digest(), "val_predictions": rounded_digest(pred)}
-        for name, value in digests.items():
+        for name, value in training.result().items():
             verdict.compare(name.replace("_", " "), record["digests"].get(name), value)
     return verdict.finish(f"{training.step} of {training.steps} steps of {folder}, "
                           f"{config['precision']}")
 
 
-def with_ends(rows):
-    """The rows of digests.csv, each with whether it is the last of its epoch."""
-    for n, row in enumerate(rows):
-        yield *row, n + 1 == len(rows) or rows[n + 1][0] != row[0]
-
-
 def compare_tables(verdict, training, record, rows, history):
     """What history.csv and digests.csv must say whatever was computed: their lines, the rates, the
     same losses, and the result's digest at the end."""
-    config, length = training.config, len(training.train)
-    ends = [(epoch, epoch * length) for epoch in range(1, config["epochs"] + 1)]
-    early = [(1, step) for step in range(1, length + 1) if power_of_two(step)]
+    epochs, length = training.config["epochs"], len(training.train)
+    ends = [(epoch, epoch * length) for epoch in range(1, epochs + 1)]
+    early = [(1, 2**n) for n in range(length.bit_length())]
     verdict.compare("lines of digests.csv", [(row[0], row[1]) for row in rows], early + ends)
     verdict.compare("lines of history.csv", [row[0] for row in history], [n for n, _ in ends])
-    losses = {epoch: loss for epoch, _, loss, _, end in with_ends(rows) if end}
-    for epoch, rate, loss, *_ in history:
-        if not 1 <= epoch <= config["epochs"]:
-            continue  # said above
+    for (epoch, step), (_, rate, loss, *_), end in zip(ends, history, rows[len(early):]):
         verdict.compare(f"epoch {epoch}: lr", rate,
-                        learning_rate(epoch * length - 1, training.steps, config))
-        verdict.compare(f"epoch {epoch}: loss in both files", loss, losses.get(epoch))
-    if config["select"] == "last":
+                        learning_rate(step - 1, training.steps, training.config))
+        verdict.compare(f"epoch {epoch}: loss in both files", loss, end[2])
+    if training.config["select"] == "last":
         verdict.compare("model at the end of digests.csv", record["digests"].get("model"),
                         rows[-1][3])
-
-
-def compare_line(verdict, expected, place, loss, state):
-    epoch, step, end = place
-    then = expected.get(place, (None, None))
-    name = f"epoch {epoch}" if end else f"step {step}"
-    verdict.compare(f"{name}: loss", then[0], loss)
-    verdict.compare(f"{name}: state", then[1], state)
 
 
 def compare_features(verdict, data, folder, config):
