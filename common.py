@@ -938,7 +938,9 @@ def pearson(values):
     return (a * b).sum() / (a.norm() * b.norm()).clamp_min(1e-12)
 
 
+DIMENSIONS = ("valence", "arousal")
 QUADRANTS = ("HV/HA", "LV/HA", "LV/LA", "HV/LA")  # high or low valence, high or low arousal
+MOODS = ("excited, happy", "tense, angry", "sad, tired", "calm, content")  # after Russell 1980
 
 
 def quadrant(values, threshold=0.0):

@@ -40,20 +40,16 @@ from torch.utils.data import DataLoader
 
 import figures
 from cli import Progress, UserError
-from common import (HERE, PARAMS, QUADRANTS, SETTINGS, Arithmetic, DEAMFeatHandler, DEAMHandler,
-                    EmotionModel, FrozenOutputs, check_ranges, collate, corrected, environment,
-                    label_statistics, quadrant, read_artists, read_manifest, read_splits, songs_of,
-                    splits_digest)
-from figures import DIMENSIONS
+from common import (DIMENSIONS, HERE, PARAMS, QUADRANTS, SETTINGS, Arithmetic, DEAMFeatHandler,
+                    DEAMHandler, EmotionModel, FrozenOutputs, check_ranges, collate, corrected,
+                    environment, read_manifest, read_splits, songs_of, splits_digest)
 from files import (DIGEST, Verdict, ahead, check_form, differences, json_digest, read_json,
                    read_tensors, read_text, state_digest, table_text, write_file, write_json)
+from metrics import (PUBLISHED, artist_groups, measure, measure_split, paired_difference, ridge)
 from train import CONFIG
 
-PUBLISHED = {"mse": 0.4945, "quadrants": 107,  # on the first 160 test songs of these splits
-             "splits": "c127846430ead7c2249ece577899cf276362b559daa45eaf37d0b810082fa957"}
 SIX_DECIMALS = 5e-7
 TOLERANCE = 0.01  # on the 1–9 scale: predictions of --precision float32 that differ less are close
-ANNOTATORS = 10  # a DEAM song, at least; the label is their mean
 MODEL = {"config": CONFIG, "settings": {"layer": int}, "params": PARAMS, "layer": int,
          "mean": torch.Tensor, "std": torch.Tensor, "state": {str: torch.Tensor},
          "initial_model": DIGEST, "splits_source": str, "source": {"name": str}}
@@ -107,150 +103,6 @@ def read_run(folder):
     if content["config"]["splits"] != splits_digest(splits):
         raise UserError(f"{folder}: splits.json is not the one that the run was trained on")
     return model, content, splits
-
-
-# ------------------------------------------------------------------------------------------ metrics
-# All of them work on [..., N] or [..., N, 2] arrays over the songs, so that 1000 resamples take one
-# call.
-
-
-def divide(a, b):
-    """a / b, and 0 where b is 0: a correlation with a constant, R² of equal labels."""
-    return np.divide(a, b, out=np.zeros(np.broadcast(a, b).shape), where=np.asarray(b) > 0)
-
-
-def correlation(a, b):
-    """Pearson's r over the last axis; 0 where one is constant."""
-    a, b = a - a.mean(-1, keepdims=True), b - b.mean(-1, keepdims=True)
-    return divide((a * b).mean(-1), np.sqrt((a * a).mean(-1) * (b * b).mean(-1)))
-
-
-def regression(true, pred, scale):
-    """Metrics of one dimension, [..., N] on the 1–9 scale; z-scored ones divide by `scale`, σ of
-    train+val. R² is against the mean of these songs; concordance (ccc): Lin 1989, Biometrics 45."""
-    mse, mae, variance = ((pred - true) ** 2).mean(-1), abs(pred - true).mean(-1), true.var(-1)
-    covariance = (true * pred).mean(-1) - true.mean(-1) * pred.mean(-1)
-    apart = (true.mean(-1) - pred.mean(-1)) ** 2
-    return {"mse": mse, "rmse": np.sqrt(mse), "mae": mae,
-            "z_mse": mse / scale**2, "z_rmse": np.sqrt(mse) / scale, "z_mae": mae / scale,
-            "r2": np.where(variance > 0, 1 - divide(mse, variance), 0.0),
-            "pearson": correlation(true, pred),
-            "ccc": divide(2 * covariance, variance + pred.var(-1) + apart)}
-
-
-def all_metrics(true, pred, std):
-    """Everything that eval reports of true and pred [..., N, 2] on the 1–9 scale; std[2]."""
-    metrics = {name: regression(true[..., n], pred[..., n], std[n])
-               for n, name in enumerate(DIMENSIONS)}
-    metrics["average"] = {key: (metrics["valence"][key] + metrics["arousal"][key]) / 2
-                          for key in metrics["valence"]}
-    t, p = quadrant(true, 5), quadrant(pred, 5)
-    f1 = {name: divide(2 * ((t == n) & (p == n)).sum(-1), (t == n).sum(-1) + (p == n).sum(-1))
-          for n, name in enumerate(QUADRANTS)}
-    metrics["quadrant"] = {"accuracy": (t == p).mean(-1), "f1": f1,
-                           "macro_f1": sum(f1.values()) / 4}
-    metrics["valence_arousal_correlation"] = {
-        "true": correlation(true[..., 0], true[..., 1]),
-        "predicted": correlation(pred[..., 0], pred[..., 1])}
-    return metrics
-
-
-def confusion(true, pred):
-    """4×4 counts: rows true, columns predicted quadrant."""
-    counts = np.zeros((4, 4), int)
-    np.add.at(counts, (quadrant(true, 5), quadrant(pred, 5)), 1)
-    return counts
-
-
-def mapped(function, *trees):
-    """Apply a function to the leaves of nested dicts of one shape."""
-    if not isinstance(trees[0], dict):
-        return function(*trees)
-    return {key: mapped(function, *(tree[key] for tree in trees)) for key in trees[0]}
-
-
-def bootstrap(measure, true, *preds, resamples=10_000, groups=None):
-    """95% percentile intervals (Efron & Tibshirani 1993) of measure(true, *preds), [low, high] for
-    every metric; fixed seed. Songs are resampled; with `groups` [N] whole groups of songs are."""
-    generator, parts = np.random.default_rng(0), []
-    if groups is None:
-        for _ in range(0, resamples, 1000):
-            songs = generator.integers(0, len(true), (1000, len(true)))
-            parts.append(measure(true[songs], *(pred[songs] for pred in preds)))
-    else:
-        members = [np.flatnonzero(groups == group) for group in np.unique(groups)]
-        for _ in range(resamples // 5):
-            drawn = generator.integers(0, len(members), len(members))
-            songs = np.concatenate([members[group] for group in drawn])
-            found = measure(true[songs], *(pred[songs] for pred in preds))
-            parts.append(mapped(lambda value: np.asarray(value)[None], found))
-    edges = [0.025, 0.975]
-    return mapped(lambda *values: np.quantile(np.concatenate(values), edges).tolist(), *parts)
-
-
-def ceiling(true, spread):
-    """The R² of a perfect model: what is left of the labels' variance without the noise of a mean
-    over ANNOTATORS, whose standard deviation a song is spread[N, 2]."""
-    variance = true.var(0)
-    reached = np.where(variance > 0, 1 - divide((spread**2).mean(0) / ANNOTATORS, variance), 0.0)
-    top = dict(zip(DIMENSIONS, reached.tolist()))
-    return {**top, "average": sum(top.values()) / 2}
-
-
-def ridge(x, y, x_val, y_val, penalties=10.0 ** np.arange(-2, 7.5, 0.5)):
-    """Ridge regression in closed form. x[N, D] is standardised; the penalty with the lowest MSE on
-    val is chosen. Returns (function from x to y, penalty)."""
-    centre, scale = x.mean(0), np.where(x.std(0) > 0, x.std(0), 1)
-    u, s, vt = np.linalg.svd((x - centre) / scale, full_matrices=False)
-
-    def predictor(penalty):
-        weights = vt.T @ ((s / (s**2 + penalty))[:, None] * (u.T @ (y - y.mean(0))))
-        return lambda x: (x - centre) / scale @ weights + y.mean(0)
-
-    best = min(penalties, key=lambda penalty: ((predictor(penalty)(x_val) - y_val) ** 2).mean())
-    return predictor(best), float(best)
-
-
-def measure(annotations, ids, known, pred, ridge_pred, train=None, groups=None):
-    """Every number of a report, from DEAM's annotations and predictions {song id: [valence,
-    arousal]} of the songs `ids`; z-scored by the labels of the `known` songs. So a published file's
-    numbers can be computed again from its own predictions."""
-    labels = np.array([annotations[song] for song in ids])
-    true, pred = labels[:, ::2], np.array([pred[str(song)] for song in ids])
-    mean, std = (value.numpy() for value in label_statistics(annotations, known))
-    metric, others = functools.partial(all_metrics, std=std), {}
-    if train:
-        mean_label = np.array([annotations[song][::2] for song in train]).mean(0)
-        others["training mean"] = np.broadcast_to(mean_label, true.shape)
-    if ridge_pred:
-        others["ridge"] = np.array([ridge_pred[str(song)] for song in ids])
-    return {"label_mean": mean.tolist(), "label_std": std.tolist(),
-            "metrics": mapped(float, metric(true, pred)),
-            "intervals": bootstrap(metric, true, pred, groups=groups),
-            "confusion": confusion(true, pred).tolist(),
-            "ceiling_r2": ceiling(true, labels[:, 1::2]),
-            "baselines": {name: mapped(float, metric(true, other))
-                          for name, other in others.items()}}
-
-
-def measure_split(annotations, splits, split, pred, ridge_pred):
-    """`measure` for a split; for the published test split also what can be said of it alone."""
-    ids, known = splits[split], splits["train"] + splits["val"]
-    numbers = measure(annotations, ids, known, pred, ridge_pred, splits["train"])
-    if split == "test" and splits_digest(splits) == PUBLISHED["splits"]:
-        true, found = (np.array([each(song) for song in ids]) for each in (
-            lambda song: annotations[song][::2], lambda song: pred[str(song)]))
-        right = quadrant(true, 5) == quadrant(found, 5)
-        errors = ((found - true) / numbers["label_std"])[:160]  # full batches held 160
-        artists = read_artists()
-        heard = {artists[song] for song in known}
-        new = [song for song in ids if artists[song] not in heard]
-        numbers["published_protocol"] = {"z_mse": float((errors**2).mean()),
-                                         "quadrants_right": int(right[:160].sum())}
-        numbers["new_artists"] = {"songs": len(new), **{
-            key: value for key, value in measure(annotations, new, known, pred, None).items()
-            if key in ("metrics", "intervals")}}
-    return numbers
 
 
 # --------------------------------------------------------------------------------------- evaluation
@@ -577,11 +429,6 @@ def pool(evaluated):
                                merged["ridge_predictions"], groups=artist_groups(ids))}
 
 
-def artist_groups(ids):
-    artists = read_artists()
-    return np.array([artists.get(song, -song) for song in ids])
-
-
 def print_difference(first, second, annotations):
     """Metrics of one set of predictions less those of another on the same songs, with intervals of
     the difference, by resampling artists: what a claim of improvement needs."""
@@ -595,14 +442,9 @@ def print_difference(first, second, annotations):
     true = np.array([annotations[song][::2] for song in ids])
     a, b = (np.array([each["predictions"][str(song)] for song in ids]) for each in (first, second))
 
-    def difference(true, a, b):
-        one, two = (all_metrics(true, each, np.ones(2)) for each in (a, b))
-        return {name: {key: one[name][key] - two[name][key]
-                       for key in ("mse", "r2", "pearson", "ccc")} for name in DIMENSIONS}
-
-    intervals = bootstrap(difference, true, a, b, groups=artist_groups(ids))
+    found, intervals = paired_difference(true, a, b, artist_groups(ids))
     print(f"\n{first['run']} less {second['run']}, the same {len(ids)} songs, 95% over artists")
-    for name, values in difference(true, a, b).items():
+    for name, values in found.items():
         print(f"  {name:10}" + "   ".join(
             f"{key} {value:+.4f} [{intervals[name][key][0]:+.4f}, {intervals[name][key][1]:+.4f}]"
             for key, value in values.items()))

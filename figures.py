@@ -13,11 +13,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from common import QUADRANTS
+from common import DIMENSIONS, MOODS, QUADRANTS
 from files import write_file
 
-DIMENSIONS = ("valence", "arousal")
-MOODS = ("excited, happy", "tense, angry", "sad, tired", "calm, content")  # after Russell 1980
 COLOURS = {"valence": "#0072b2", "arousal": "#d55e00", "train": "#009e73", "val": "#cc79a7",
            "grey": "#666666"}
 COLUMN = 8.5 / 2.54  # inches

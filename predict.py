@@ -44,9 +44,9 @@ import torch
 
 import figures
 from cli import Progress, UserError
-from common import QUADRANTS, Arithmetic, Backbone, BadClip, files_below, quadrant, read_windows
+from common import (MOODS, QUADRANTS, Arithmetic, Backbone, BadClip, files_below, quadrant,
+                    read_windows)
 from eval import read_model
-from figures import MOODS
 from weights import weights_name
 
 READABLE = {".aif", ".oga", ".opus", *(f".{name.lower()}" for name in

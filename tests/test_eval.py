@@ -11,6 +11,7 @@ from conftest import FLOAT32, call, few, made_features
 import common
 import eval as eval_script
 import extract
+import metrics
 import train
 from files import load_tensors, read_json, read_tensors, write_json, write_tensors
 
@@ -30,7 +31,7 @@ def random_labels(count=200):
 def test_metrics_against_textbook_formulas(compared):
     true, pred = random_labels()
     std, count = np.array([1.2, 1.4]), 0
-    metrics = eval_script.all_metrics(true, pred, std)
+    found = metrics.all_metrics(true, pred, std)
     for n, name in enumerate(DIMENSIONS):
         t, p = true[:, n], pred[:, n]
         off, cov = p - t, np.cov(t, p, ddof=0)
@@ -40,11 +41,11 @@ def test_metrics_against_textbook_formulas(compared):
             "z_mae": np.mean(abs(off / std[n])), "pearson": np.corrcoef(t, p)[0, 1],
             "r2": 1 - np.sum(off**2) / np.sum((t - t.mean()) ** 2),
             "ccc": 2 * cov[0, 1] / (cov[0, 0] + cov[1, 1] + (t.mean() - p.mean()) ** 2)}
-        assert metrics[name] == pytest.approx(expected, rel=1e-10)
+        assert found[name] == pytest.approx(expected, rel=1e-10)
         count += len(expected)
-    mean_r2 = (metrics["valence"]["r2"] + metrics["arousal"]["r2"]) / 2
-    assert metrics["average"]["r2"] == pytest.approx(mean_r2)
-    assert metrics["valence_arousal_correlation"] == pytest.approx(
+    mean_r2 = (found["valence"]["r2"] + found["arousal"]["r2"]) / 2
+    assert found["average"]["r2"] == pytest.approx(mean_r2)
+    assert found["valence_arousal_correlation"] == pytest.approx(
         {"true": np.corrcoef(true.T)[0, 1], "predicted": np.corrcoef(pred.T)[0, 1]})
     compared(count + 3, "metrics")
 
@@ -52,9 +53,9 @@ def test_metrics_against_textbook_formulas(compared):
 def test_quadrants_and_f1_counted_by_hand(compared):
     true = np.array([[6, 6], [6, 6], [4, 6], [4, 4], [6, 4], [5, 5]], float)  # 5 counts as high
     pred = np.array([[6, 6], [4, 6], [4, 6], [4, 4], [6, 6], [5, 4.999]], float)
-    assert eval_script.confusion(true, pred).tolist() == [
+    assert metrics.confusion(true, pred).tolist() == [
         [1, 1, 0, 1], [0, 1, 0, 0], [0, 0, 1, 0], [1, 0, 0, 0]]
-    q = eval_script.all_metrics(true, pred, np.ones(2))["quadrant"]
+    q = metrics.all_metrics(true, pred, np.ones(2))["quadrant"]
     assert q["accuracy"] == 0.5 and q["macro_f1"] == pytest.approx((2 / 5 + 2 / 3 + 1) / 4)
     assert {name: float(value) for name, value in q["f1"].items()} == pytest.approx(
         {"HV/HA": 2 / 5, "LV/HA": 2 / 3, "LV/LA": 1.0, "HV/LA": 0.0})
@@ -63,21 +64,21 @@ def test_quadrants_and_f1_counted_by_hand(compared):
 
 def test_constant_predictions_have_numbers(compared):
     true, _ = random_labels(20)
-    metrics = eval_script.all_metrics(true, np.full_like(true, 5.0), np.ones(2))
-    assert metrics["valence"]["pearson"] == metrics["valence"]["ccc"] == 0
-    numbers = eval_script.flat(metrics)
+    found = metrics.all_metrics(true, np.full_like(true, 5.0), np.ones(2))
+    assert found["valence"]["pearson"] == found["valence"]["ccc"] == 0
+    numbers = eval_script.flat(found)
     assert all(np.isfinite(value).all() for value in numbers.values())
     compared(len(numbers), "numbers")
 
 
 def metric(true, pred):
-    return eval_script.all_metrics(true, pred, np.ones(2))
+    return metrics.all_metrics(true, pred, np.ones(2))
 
 
 def test_bootstrap_against_a_normal_approximation(compared):
     """For a mean over many songs the interval is mean ± 1.96 standard errors; for r Fisher's."""
     true, pred = random_labels(1000)
-    intervals = eval_script.bootstrap(metric, true, pred)
+    intervals = metrics.bootstrap(metric, true, pred)
     for n, name in enumerate(DIMENSIONS):
         errors = (pred - true)[:, n]
         for key, values in (("mse", errors**2), ("mae", abs(errors))):
@@ -100,9 +101,9 @@ def test_the_bootstrap_repeats_itself_and_takes_seconds(compared):
 
     true, pred = random_labels(175)
     start = time.monotonic()
-    intervals = eval_script.bootstrap(metric, true, pred)
+    intervals = metrics.bootstrap(metric, true, pred)
     assert time.monotonic() - start < 10
-    assert intervals == eval_script.bootstrap(metric, true, pred)
+    assert intervals == metrics.bootstrap(metric, true, pred)
     compared(10_000, "resamples")
 
 
@@ -114,7 +115,7 @@ def test_resampling_groups_sees_that_copies_are_not_new_songs(compared):
     width = {}
     for name, data, groups in (("once", (true, pred), None), ("copies", copies, None),
                                ("groups", copies, np.repeat(np.arange(150), 4))):
-        low, high = eval_script.bootstrap(metric, *data, groups=groups)["valence"]["mse"]
+        low, high = metrics.bootstrap(metric, *data, groups=groups)["valence"]["mse"]
         width[name] = high - low
     assert width["groups"] == pytest.approx(width["once"], rel=0.1)
     assert width["copies"] == pytest.approx(width["once"] / 2, rel=0.1)
@@ -128,7 +129,7 @@ def test_ceiling_of_a_constructed_case(compared):
     opinions = truth[:, None] + generator.normal(0, 1.5, (20000, 10, 2))
     labels, spread = opinions.mean(1), opinions.std(1, ddof=1)
     reached = 1 - ((labels - truth) ** 2).mean(0) / labels.var(0)
-    top = eval_script.ceiling(labels, spread)
+    top = metrics.ceiling(labels, spread)
     np.testing.assert_allclose([top[name] for name in DIMENSIONS], reached, atol=0.01)
     assert top["average"] == pytest.approx((top["valence"] + top["arousal"]) / 2)
     compared(3, "ceilings")
@@ -139,7 +140,7 @@ def test_ridge_against_a_direct_solve(compared):
     x, x_val = generator.normal(3, 2, (60, 20)), generator.normal(3, 2, (30, 20))
     weights = generator.normal(0, 0.2, (20, 2))
     y, y_val = (rows @ weights + generator.normal(0, 1, (len(rows), 2)) for rows in (x, x_val))
-    predict, penalty = eval_script.ridge(x, y, x_val, y_val)
+    predict, penalty = metrics.ridge(x, y, x_val, y_val)
 
     def direct(penalty):
         z, z_val = ((rows - x.mean(0)) / x.std(0) for rows in (x, x_val))
@@ -323,7 +324,7 @@ def report(pred, true, ridge_pred=None):
     ids = list(annotations)
     preds = [values if values is None else dict(zip(map(str, ids), values.tolist()))
              for values in (pred, ridge_pred)]
-    return {"songs": len(ids), "numbers": eval_script.measure(annotations, ids, ids, *preds)}
+    return {"songs": len(ids), "numbers": metrics.measure(annotations, ids, ids, *preds)}
 
 
 @pytest.mark.parametrize("copy, said", [(1.0, True), (0.0, False)])

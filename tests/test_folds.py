@@ -13,6 +13,7 @@ import audit
 import common
 import eval as eval_script
 import folds as folds_script
+import metrics
 import train
 from files import read_json
 
@@ -127,8 +128,8 @@ def test_a_run_is_not_resumed_on_another_fold(pooled, tmp_path, fails, compared)
 def undrawn(monkeypatch):
     """No figures, and fewer resamples: they take most of an evaluation's time."""
     monkeypatch.setattr(eval_script.figures, "draw_report", lambda *_: None)
-    few = functools.partial(eval_script.bootstrap, resamples=1000)
-    monkeypatch.setattr(eval_script, "bootstrap", few)
+    few = functools.partial(metrics.bootstrap, resamples=1000)
+    monkeypatch.setattr(metrics, "bootstrap", few)
 
 
 def test_disjoint_runs_are_pooled(pooled, undrawn, monkeypatch, capsys, compared):
@@ -171,7 +172,7 @@ def test_intervals_of_pooled_runs_resample_artists(pooled, undrawn, monkeypatch,
     evaluated = [eval_script.evaluate(args, run, arithmetic, opened) for run in args.runs]
     halves = {int(song): n for n, (found, _, _) in enumerate(evaluated)
               for song in found["predictions"]}
-    monkeypatch.setattr(eval_script, "read_artists", lambda: halves)
+    monkeypatch.setattr(metrics, "read_artists", lambda: halves)
     numbers = eval_script.pool(evaluated)["numbers"]
     alone = [each["numbers"]["metrics"]["valence"]["mse"] for each, _, _ in evaluated]
     assert numbers["intervals"]["valence"]["mse"] == pytest.approx(sorted(alone))

@@ -17,6 +17,7 @@ import cli
 import eval as eval_script
 import extract
 import record
+import metrics
 import train
 from common import STATIC, manifest_digest
 from files import (json_digest, read_json, read_tensors, sha256, write_file, write_json,
@@ -92,7 +93,7 @@ def damaged(short, tmp_path):
 def computed_once(monkeypatch):
     """What a verdict compares with stays the same while one file is damaged over and over: the
     intervals of the same numbers, the model of the same bytes, a run's evaluation."""
-    bootstrap, evaluate, intervals, runs = eval_script.bootstrap, eval_script.evaluate, {}, {}
+    bootstrap, evaluate, intervals, runs = metrics.bootstrap, eval_script.evaluate, {}, {}
     read_model, models = eval_script.read_model, {}
 
     def cached_bootstrap(measure, *arrays, **settings):
@@ -110,7 +111,7 @@ def computed_once(monkeypatch):
         return models[data][0], dict(models[data][1])
 
     monkeypatch.setattr(eval_script, "read_model", cached_model)
-    monkeypatch.setattr(eval_script, "bootstrap", cached_bootstrap)
+    monkeypatch.setattr(metrics, "bootstrap", cached_bootstrap)
     monkeypatch.setattr(eval_script, "evaluate", cached_evaluate)
 
 
@@ -302,7 +303,7 @@ def test_numbers_made_to_follow_from_forged_predictions(damaged, verdict, compar
     for song, values in content["predictions"].items():
         truth = annotations[int(song)][::2]
         values[:] = [round(0.5 * (a + b), 6) for a, b in zip(values, truth)]
-    content["numbers"] = eval_script.measure_split(
+    content["numbers"] = metrics.measure_split(
         annotations, splits, "test", content["predictions"], content["ridge_predictions"])
     write_damaged(file, content, json_digest)
     (run / "eval-test/predictions.csv").unlink()
@@ -322,7 +323,7 @@ def test_float32_may_be_close_and_exact_may_not(damaged, computed_once, verdict,
         content = read_json(file, "")
         song = list(content["predictions"])[3]
         content["predictions"][song][0] += change if precision == "float32" else 0
-        content |= {"precision": precision, "numbers": eval_script.measure_split(
+        content |= {"precision": precision, "numbers": metrics.measure_split(
             eval_script.DEAMHandler(run.parent.parent).annotations,
             read_json(run / "splits.json", ""), "test", content["predictions"],
             content["ridge_predictions"])}
