@@ -7,7 +7,6 @@ depends on them. Around it: exact.py, the arithmetic of --precision exact; weigh
 backbone's weights; files.py has digests and safe files; cli.py the command line.
 """
 
-import contextlib
 import functools
 import math
 import os
@@ -65,11 +64,6 @@ class Arithmetic:
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
         torch.backends.cudnn.enabled = precision == "float32"  # its other convolutions are slower
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-
-    def throughout(self):
-        """A context for a whole extraction or training, in which what is known of weights that do
-        not train is kept from one use to the next."""
-        return Exact() if self.precision == "exact" else contextlib.nullcontext()
 
     def __call__(self):
         """A new context each time: one autocast entered twice, nested, would stay on for good."""

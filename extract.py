@@ -287,16 +287,15 @@ def verify(args):
         verdict.compare("swapped labels", manifest["swapped_labels"], swapped_ranges(deam))
     backbone.to(arithmetic, settings["layer"])
     decode = decoder(deam, backbone.sample_rate)
-    with arithmetic.throughout():
-        for song in Progress(ids, desc="verify", unit="song"):
-            expected, (_, waveform, pcm) = manifest["songs"][str(song)], decode(song)
-            found = {"pcm": pcm, "features": "none", "frames": 0}
-            if waveform is not None:
-                features = backbone.hidden_states(waveform[None])[0]
-                features = features.to(getattr(torch, settings["store"])).cpu()
-                found |= {"features": tensor_digest(features), "frames": len(features)}
-            for key in ENTRY:
-                verdict.compare(f"song {song}: {key}", expected[key], found[key])
+    for song in Progress(ids, desc="verify", unit="song"):
+        expected, (_, waveform, pcm) = manifest["songs"][str(song)], decode(song)
+        found = {"pcm": pcm, "features": "none", "frames": 0}
+        if waveform is not None:
+            features = backbone.hidden_states(waveform[None])[0]
+            features = features.to(getattr(torch, settings["store"])).cpu()
+            found |= {"features": tensor_digest(features), "frames": len(features)}
+        for key in ENTRY:
+            verdict.compare(f"song {song}: {key}", expected[key], found[key])
     return verdict.finish(f"PCM and features of {len(ids)} of {len(manifest['songs'])} songs, "
                           f"{settings['precision']}")
 
@@ -331,10 +330,9 @@ def run(args):
     backbone.to(arithmetic, args.layer)
     decoded = Progress(ahead(decoder(deam, backbone.sample_rate), todo, WORKERS), total=len(todo),
                        desc="extract", unit="song", disable=RANK > 0 or not todo)
-    with arithmetic.throughout():
-        for batch in equal_lengths(decoded, args.batch_size or (8 if on_gpu else 1), folder.fail):
-            waveforms = torch.stack([waveform for _, waveform, _ in batch])
-            folder.write_behind(batch, backbone.hidden_states(waveforms))
+    for batch in equal_lengths(decoded, args.batch_size or (8 if on_gpu else 1), folder.fail):
+        waveforms = torch.stack([waveform for _, waveform, _ in batch])
+        folder.write_behind(batch, backbone.hidden_states(waveforms))
     failed = folder.finish()
     if RANK:
         return 0

@@ -160,8 +160,7 @@ def run(args):
     bar = Progress(files, desc="predict", unit="song", disable=len(files) < 2)
     for file in bar:
         try:
-            with predictor.backbone.arithmetic.throughout():
-                starts, values, seconds = predict_song(file, predictor, args)
+            starts, values, seconds = predict_song(file, predictor, args)
         except (BadClip, OSError) as error:
             bar.say(f"failed: {file}: {error}")
             failed += 1

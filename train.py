@@ -392,7 +392,7 @@ def run(args):
         write_json(args.run / "manifest.json", data.manifest)
 
     bar = Progress(total=training.steps, initial=training.step, desc="train", unit="step")
-    with bar, arithmetic.throughout():
+    with bar:
         for row in training.epochs(bar, training.steps):
             bar.say("epoch {:3d}  lr {:.2e}  train loss {:.4f} MSE {:.4f} MAE {:.4f}  val loss "
                     "{:.4f} MSE {:.4f} MAE {:.4f}".format(*row))
@@ -506,7 +506,7 @@ def verify(args):
     need_songs(training, data, steps)
     verdict.compare("initial model", record["digests"]["initial_model"], training.digest())
     bar = Progress(total=steps, desc="verify", unit="step")
-    with bar, arithmetic.throughout():
+    with bar:
         for _ in training.epochs(bar, steps):
             pass
     for then, (epoch, step, loss, state) in zip(rows, training.digests):
