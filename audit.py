@@ -37,6 +37,7 @@ import numpy as np
 from cli import UserError
 from common import HERE, DEAMHandler, read_artists, read_splits, songs_of
 from files import read_table, shortened
+from metrics import correlation
 
 
 def dynamic_means(path):
@@ -56,7 +57,7 @@ def dynamic_means(path):
             raise UserError(f"{path}, line {line}: not a song id and finite numbers; take the file "
                             "from a fresh copy of DEAM") from None
         if values:
-            means[int(float(song))] = math.fsum(values) / len(values)
+            means[int(float(song))] = statistics.fmean(values)
     return means
 
 
@@ -90,13 +91,9 @@ def audit_labels(deam):
 
 
 def correlations(values):
-    """values[..., N, 4] (static valence, arousal, dynamic valence, arousal) → r[..., 2, 2]; 0 where
-    a column is constant."""
-    centred = values - values.mean(-2, keepdims=True)
-    deviation = np.sqrt((centred**2).sum(-2))
-    static, dynamic = deviation[..., :2, None], deviation[..., None, 2:]
-    covariance = np.swapaxes(centred[..., :2], -1, -2) @ centred[..., 2:]
-    return covariance / np.maximum(static * dynamic, 1e-24)
+    """values[..., N, 4] (static valence, arousal, dynamic valence, arousal) → r[..., 2, 2]."""
+    columns = np.swapaxes(values, -1, -2)
+    return correlation(columns[..., :2, None, :], columns[..., None, 2:, :])
 
 
 def evidence(r):

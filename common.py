@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 import exact
 from cli import UserError
 from exact import Exact
-from files import (DIGEST, ahead, json_digest, load_tensors, read_json, read_tensors,
+from files import (DIGEST, ahead, is_plain, json_digest, load_tensors, read_json, read_tensors,
                    read_table, sha256, shortened, state_digest, tensor_digest)
 from weights import find_weights, fold_weight_norm
 
@@ -208,14 +208,20 @@ class Backbone:
         self.digest = state_digest(state)
 
     def top_layers(self, layer):
-        """The layers above `layer` and the final norm: all that train and eval need of it."""
+        """The layers above `layer` and the final norm: all that train and eval need of it. Raises
+        UserError for a layer that is not there."""
+        self.require(layer)
         return {"params": self.params, "layer": layer, "state": state_above(self.model, layer)}
+
+    def require(self, layer):
+        layers = self.params["encoder_num_layers"]
+        if not 0 <= layer <= layers:
+            raise UserError(f"layer {layer}: {self.source['name']} has {layers} layers")
 
     def to(self, arithmetic, layer):
         """Ready to compute the states of `layer`: the layers above it are dropped."""
+        self.require(layer)
         transformer = self.model.encoder.transformer
-        if not 0 <= layer <= len(transformer.layers):
-            raise UserError(f"layer {layer}: {self.source['name']} has {len(transformer.layers)}")
         transformer.layers = transformer.layers[:layer]
         self.arithmetic = arithmetic
         self.model.to(arithmetic.device, arithmetic.dtype).requires_grad_(False)
@@ -424,39 +430,58 @@ def read_windows(path, sample_rate, window=None, hop=None):
     """Decode a file, average its channels, resample. Yields (start in seconds, float64
     waveform[samples], float32 PCM [samples, channels]): the whole file; or, where it is longer than
     one and a half `window` seconds, windows of that length every `hop` seconds, the last one
-    aligned with the end. Reads no further than the window at hand.
-    Raises BadClip for a file that is empty, truncated (where its header says how long it was), not
-    audio, not finite, of an unusual sample rate, or shorter than one frame of the encoder."""
+    aligned with the end. Reads no further than the window at hand, and what is there, whatever
+    length the header claims.
+    Raises BadClip for a file that is empty, truncated (as far as its header tells), not audio, not
+    finite, of an unusual sample rate, or shorter than one frame of the encoder."""
     try:
         with soundfile.SoundFile(os.fsencode(path)) as file:  # its name need not be valid text
-            announced, rate, notes = file.frames, file.samplerate, file.extra_info
+            rate, announced, notes, first = file.samplerate, file.frames, file.extra_info, 0
+            file.seekable = lambda: False  # else soundfile seeks after each read, and fails at ends
             if not RATES[0] <= rate <= RATES[1]:
                 raise BadClip(f"its sample rate is {rate} Hz: convert it to 44100 Hz")
-            starts, size = [0], -1
-            if window and announced > 1.5 * window * rate:
-                size, step = round(window * rate), max(1, round(hop * rate))
-                starts = [*range(0, announced - size, step), announced - size]
-            held, first = np.zeros((0, file.channels), np.float32), 0
-            for start in starts:
-                wanted = -1 if size < 0 else start + size - first - len(held)
-                held = np.concatenate([held, file.read(wanted, dtype="float32", always_2d=True)])
-                held, first = held[start - first:], start
-                if not np.isfinite(held).all():
+            longest = int(1.5 * window * rate) if window else math.inf
+            held = read_frames(file, longest + 1)
+            size = len(held) if len(held) <= longest else round(window * rate)
+            while size * sample_rate >= SHORTEST * rate:
+                if not np.isfinite(held[:size]).all():
                     raise BadClip("holds NaN or infinity")
-                if len(held) < size or len(held) * sample_rate < SHORTEST * rate:
+                yield first / rate, to_waveform(held[:size], rate, sample_rate), held[:size]
+                if len(held) == size == first + size:
+                    break  # the whole file
+                step = max(1, round(hop * rate))
+                held = np.concatenate([held, read_frames(file, step + size - len(held))])
+                if len(held) == size:
                     break
-                yield start / rate, to_waveform(held, rate, sample_rate), held
+                step = min(step, len(held) - size)
+                held, first = held[step:], first + step
             length = first + len(held)
+            check_length(announced, notes, length, rate, sample_rate)
     except (soundfile.LibsndfileError, OSError, TypeError, ValueError, UnicodeError) as error:
         empty = Path(path).is_file() and Path(path).stat().st_size == 0
         raise BadClip("empty file" if empty else f"not readable as audio ({error})") from None
-    # libsndfile shortens a truncated WAV silently, but notes it. Streamed WAVs say 0xFFFFFFFF.
-    note = re.search(r"data : (\d+) \(should be (\d+)\)", notes)
-    if length < announced - rate // 10 or note and int(note[2]) < int(note[1]) < 0xFFFFFF00:
+
+
+def read_frames(file, count):
+    """Up to `count` frames of an open file, fewer at its end: float32[frames, channels]. Block by
+    block, because a header may claim any length."""
+    blocks = [np.zeros((0, file.channels), np.float32)]
+    while count > 0:
+        blocks.append(file.read(min(count, 1 << 20), dtype="float32", always_2d=True))
+        count = count - len(blocks[-1]) if len(blocks[-1]) else 0
+    return np.concatenate(blocks)
+
+
+def check_length(announced, notes, length, rate, sample_rate):
+    """Raise BadClip where fewer frames were read than a file's header or libsndfile's notes say, or
+    too few. A stream's header says none, or as many as there can be."""
+    sizes = re.findall(r"(?:data|SSND|Data Size|riff|Riff size) *: (\d+) \(should be (\d+)", notes)
+    if (length < announced - rate // 10 and announced < 2**62 or "ended unexpectedly" in notes
+            or any(int(there) < int(said) < 0xFFFFFF00 for said, there in sizes)):
         raise BadClip("truncated: shorter than its own header says")
     if length * sample_rate < SHORTEST * rate:
-        raise BadClip(f"too short: {length / rate:.3f} s, one frame needs "
-                      f"{SHORTEST / sample_rate:.3f} s")
+        raise BadClip(f"too short: {length} samples at {rate} Hz, one frame needs "
+                      f"{math.ceil(SHORTEST * rate / sample_rate)}")
 
 
 def to_waveform(pcm, rate, sample_rate):
@@ -513,9 +538,9 @@ SETTINGS = {"weights": DIGEST, "layer": int, "precision": ("exact", "float32", "
             "normalize_epsilon": (None, float)}
 ENTRY = {"pcm": DIGEST, "features": DIGEST, "frames": int}
 MANIFEST = {"settings": SETTINGS, "annotations": DIGEST, "top_layers": DIGEST,
-            "swapped_labels": (None, [[int]]), "songs": {int: ENTRY}, "digest": DIGEST,
+            "swapped_labels": (None, [[int, int]]), "songs": {int: ENTRY}, "digest": DIGEST,
             "source": {"name": str}}
-# A folder of the published notebook has no manifest: its features cannot be verified. They are taken
+# A folder of the published notebook has no manifest: its features cannot be verified, and are taken
 # as those of the backbone that it used.
 UNVERIFIED = {"settings": {"layer": 10}, "swapped_labels": None, "songs": None, "digest": None,
               "source": {"name": "ALM/wav2vec2-base-audioset"}}
@@ -528,31 +553,31 @@ def manifest_digest(manifest):
     return json_digest({key: manifest[key] for key in inside})
 
 
-def check_ranges(ranges, complaint):
-    """Raise UserError, beginning with `complaint`, for anything but [[low id, high id], …]."""
-    if any(len(each) != 2 for each in ranges or []):
-        raise UserError(f"{complaint}: swapped_labels is not ranges of ids")
-
-
 def read_manifest(path):
     """A manifest.json. Raises UserError where it is none or was edited."""
     manifest = read_json(path, "a manifest", MANIFEST)
-    check_ranges(manifest["swapped_labels"], f"{path} is not a manifest")
     if manifest["digest"] != manifest_digest(manifest):
         raise UserError(f"{path} does not match its own digest: it was edited or damaged; restore "
                         "it, or delete the folder and extract again")
     return manifest
 
 
-def check_features(features, path, dimension=None):
-    """Raise UserError where what was read from a feature file is not a finite tensor [T, D]."""
+def read_features(path, digest=None, dimension=None):
+    """features[T, D] of a feature file. Raises UserError where it is not a finite tensor [T, D], or
+    not the one that a manifest's digest says."""
+    features = load_tensors(path, "a feature file")
     if (not isinstance(features, torch.Tensor) or features.ndim != 2 or not len(features)
             or features.dtype not in (torch.float32, torch.float16)
             or dimension and features.shape[1] != dimension):
         raise UserError(f"{path}: not a tensor [T, {dimension or 'D'}] of float32 or float16; "
                         "extract this song again")
-    if not features.isfinite().all():
-        raise UserError(f"{path}: NaN or infinity in it; extract this song again")
+    if not is_plain(features):
+        raise UserError(f"{path}: NaN or infinity in it, or not a dense tensor; extract this song "
+                        "again")
+    if digest and tensor_digest(features) != digest:
+        raise UserError(f"{path} is damaged: not the features of the manifest; run extract.py "
+                        "again")
+    return features
 
 
 VERIFIED = set()  # the feature files of which this process knows that they are what they should be
@@ -572,27 +597,23 @@ class FeatDataset(Dataset):
         return len(self.ids)
 
     def __getitem__(self, index):
-        path = self.path(index)
-        features = load_tensors(path, "a feature file")
-        if self.key(index) not in VERIFIED:
-            check_features(features, path, self.dimension)
-            if self.songs is not None and tensor_digest(features) != self.entry(index)["features"]:
-                raise UserError(f"{path} is damaged: not the features of the manifest; run "
-                                "extract.py again")
-            VERIFIED.add(self.key(index))
+        key = path, _, digest = self.key(index)
+        if key in VERIFIED:
+            features = load_tensors(path, "a feature file")
+        else:
+            features = read_features(path, digest, self.dimension)
+            VERIFIED.add(key)
         return features, self.labels[index]
 
-    def path(self, index):
-        return self.root / "songs" / f"{self.ids[index]}.pt"
-
-    def entry(self, index):
-        return (self.songs or {}).get(str(self.ids[index]), {"features": None})
-
     def key(self, index):
-        """What VERIFIED holds of a file: as it is now, compared with this digest."""
-        path = self.path(index)
+        """What VERIFIED holds of a song: (its file, as it was written then, the digest it has to
+        have, or None)."""
+        song = str(self.ids[index])
+        path = self.root / "songs" / f"{song}.pt"
         changed = path.stat().st_mtime_ns if path.exists() else None
-        return str(path), changed, self.entry(index)["features"]
+        if self.songs is not None and song not in self.songs:
+            raise UserError(f"{path}: the manifest has no song {song}; run extract.py again")
+        return path, changed, None if self.songs is None else self.songs[song]["features"]
 
     def __getitems__(self, indices):
         """Many at once, in order, the next files read meanwhile."""
@@ -678,7 +699,11 @@ class DEAMFeatHandler:
         if self.manifest is UNVERIFIED:
             return Backbone(UNVERIFIED["source"]["name"]).top_layers(10)
         top = read_tensors(self.root / "top_layers.pt", "the backbone's top layers", TOP_LAYERS)
-        if state_digest(top["state"]) != self.manifest["top_layers"]:
+        wanted = {name: value.shape for name, value in state_above(
+            network(top["params"]), top["layer"]).items()}
+        if (top["layer"] != self.settings["layer"] or wanted != {
+                name: value.shape for name, value in top["state"].items()}
+                or state_digest(top["state"]) != self.manifest["top_layers"]):
             raise UserError(f"{self.root / 'top_layers.pt'} is not the one of the manifest; run "
                             "extract.py again")
         return top

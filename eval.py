@@ -41,14 +41,14 @@ from torch.utils.data import DataLoader
 import figures
 from cli import Progress, UserError
 from common import (DIMENSIONS, HERE, PARAMS, QUADRANTS, SETTINGS, Arithmetic, DEAMFeatHandler,
-                    DEAMHandler, EmotionModel, FrozenOutputs, check_ranges, collate, corrected,
-                    environment, read_manifest, read_splits, songs_of, splits_digest)
+                    DEAMHandler, EmotionModel, FrozenOutputs, collate, corrected, environment,
+                    read_manifest, read_splits, songs_of, splits_digest)
 from files import (DIGEST, Verdict, ahead, check_form, differences, json_digest, read_json,
                    read_tensors, read_text, state_digest, table_text, write_file, write_json)
 from metrics import (PUBLISHED, artist_groups, measure, measure_split, paired_difference, ridge)
 from train import CONFIG
 
-SIX_DECIMALS = 5e-7
+SIX_DECIMALS, ABSENT = 5e-7, ("absent",)  # a tuple: nothing that JSON can hold
 TOLERANCE = 0.01  # on the 1–9 scale: predictions of --precision float32 that differ less are close
 MODEL = {"config": CONFIG, "settings": {"layer": int}, "params": PARAMS, "layer": int,
          "mean": torch.Tensor, "std": torch.Tensor, "state": {str: torch.Tensor},
@@ -57,9 +57,9 @@ METRICS = {"finetune": str, "precision": ("exact", "float32", "bfloat16"), "sour
            "split": ("train", "val", "test"),
            "labels": ("shipped", "corrected"), "trained_on_labels": ("shipped", "corrected"),
            "songs": int, "features": (None, DIGEST), "splits": DIGEST, "label_values": DIGEST,
-           "swapped_labels": (None, [[int]]), "initial_model": DIGEST, "model": DIGEST,
-           "numbers": dict, "ridge_penalty": (None, float), "predictions": {int: [float]},
-           "ridge_predictions": (None, {int: [float]}), "digest": DIGEST}
+           "swapped_labels": (None, [[int, int]]), "initial_model": DIGEST, "model": DIGEST,
+           "numbers": dict, "ridge_penalty": (None, float), "predictions": {int: [float, float]},
+           "ridge_predictions": (None, {int: [float, float]}), "digest": DIGEST}
 
 
 def read_model(file):
@@ -70,8 +70,8 @@ def read_model(file):
         model.load_state_dict(content["state"], assign=True)
     except (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError):
         raise UserError(f"{file} is not a model that train.py wrote") from None
-    if any(each.shape != (2,) or each.dtype != torch.float64 for each in (
-            content["mean"], content["std"])) or not (content["std"] > 0).all():
+    if any(each.shape != (2,) or each.dtype != torch.float64 or not (0 < each).all()
+           or not (each < 9).all() for each in (content["mean"], content["std"])):
         raise UserError(f"{file} is not a model that train.py wrote: mean and std of two labels")
     if content["settings"].keys() != {"layer"}:  # not of features without manifest
         check_form(content["settings"], SETTINGS, f"{file} is not a model that train.py wrote")
@@ -89,7 +89,7 @@ def read_run(folder):
     splits = read_splits(folder / "splits.json")
     record = read_json(folder / "config.json", "a run's configuration",
                        {"config": CONFIG, "digests": {"model": DIGEST, "initial_model": DIGEST},
-                        "label_mean": [float], "label_std": [float]})
+                        "label_mean": [float, float], "label_std": [float, float]})
     if splits["source"] != content["splits_source"]:
         raise UserError(f"{folder}: splits.json names another source than model.pt")
     content["digest"] = state_digest(content["state"])
@@ -306,12 +306,13 @@ def read_metrics(file):
     if unknown := content.keys() - METRICS.keys() - {"run", "environment"}:
         raise UserError(f"{file} is not a metrics.json: {', '.join(sorted(unknown))} is nothing "
                         "that eval.py writes")
-    check_ranges(content["swapped_labels"], f"{file} is not a metrics.json")
     songs = [content["predictions"], content["ridge_predictions"] or content["predictions"]]
     if any(abs(value) > 1e6 for each in songs for values in each.values() for value in values):
         raise UserError(f"{file} is not a metrics.json: a prediction far from any scale")
-    if any(len(values) != 2 for each in songs for values in each.values()) or (
-            set(songs[0]) != set(songs[1]) or content["songs"] != len(songs[0])):
+    if (content["ridge_penalty"] is None) != (content["ridge_predictions"] is None):
+        raise UserError(f"{file} is not a metrics.json: a ridge penalty and predictions belong "
+                        "together")
+    if set(songs[0]) != set(songs[1]) or content["songs"] != len(songs[0]):
         raise UserError(f"{file} is not a metrics.json: two predictions for each of its songs")
     return content
 
@@ -339,16 +340,16 @@ def compare_numbers(verdict, expected, annotations, splits):
                                  expected["ridge_predictions"]))
     numbers = flat(expected["numbers"])
     for name in {**numbers, **follows}:
-        verdict.compare(name, numbers.get(name, "absent"), follows.get(name, "absent"),
+        verdict.compare(name, numbers.get(name, ABSENT), follows.get(name, ABSENT),
                         same=SIX_DECIMALS)
 
 
 def verify_run(expected, file, found, data):
     """An evaluation just made against an earlier metrics.json; the exit code."""
     verdict = Verdict(file)
-    for key in ("finetune", "precision", "source", "split", "labels", "trained_on_labels", "songs",
-                "features", "splits", "label_values", "swapped_labels", "initial_model"):
-        verdict.compare(key.replace("_", " "), expected[key], found[key])
+    verdict.compare_all(("finetune", "precision", "source", "split", "labels", "trained_on_labels",
+                         "songs", "features", "splits", "label_values", "swapped_labels",
+                         "initial_model"), expected, found)
     exact = expected["precision"] == "exact"
     verdict.compare("model", expected["model"], found["model"], like=not exact)
     compare_numbers(verdict, expected, data.annotations, data.splits)
@@ -391,12 +392,10 @@ def verify_file(expected, file, deam):
     if (beside / "config.json").exists():
         _, content, _ = read_run(beside)
         config = content["config"]
-        for key, there in (("model", content["digest"]), ("features", config["features"]),
-                           ("initial_model", content["initial_model"]),
-                           ("source", splits["source"]),
-                           ("finetune", config["finetune"]), ("precision", config["precision"]),
-                           ("trained_on_labels", config["labels"])):
-            verdict.compare(key.replace("_", " "), expected[key], there)
+        there = {"model": content["digest"], "initial_model": content["initial_model"],
+                 "source": splits["source"], "trained_on_labels": config["labels"],
+                 **{key: config[key] for key in ("features", "finetune", "precision")}}
+        verdict.compare_all(there, expected, there)
     return verdict.finish(f"the numbers of {file} follow from its predictions and DEAM's labels")
 
 

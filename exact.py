@@ -114,7 +114,7 @@ def power_of_two(exponent):
 
 def grid(top, bits):
     """Powers of two (up, down, rest) for numbers of magnitude up to `top`: |x·up| <= 2^bits and
-    up·down·rest = 1. `down` is kept within 2^±200, lest products of two overflow or underflow; what
+    up·down·rest = 1. `down` is kept within 2^±200, lest a product of two overflow or underflow; what
     that leaves, nearly always 1, is `rest`. A `top` below 2^(bits - 1023) counts as that; NaN and
     infinity, which stay what they are on any grid, as 2^1023."""
     exponent = top.contiguous().view(torch.int64) & -(1 << 52)  # float64 without its fraction
@@ -1003,8 +1003,8 @@ movedim squeeze unsqueeze flatten unflatten select slice narrow diagonal split s
 unsafe_split unsafe_split_with_sizes chunk unbind unfold flip roll repeat cat stack tril triu
 constant_pad_nd clone contiguous copy detach alias lift lift_fresh lift_fresh_copy _to_copy set
 resize _pin_memory is_pinned record_stream _local_scalar_dense is_same_size _has_same_storage_numel
-select_backward slice_backward diagonal_backward select_scatter slice_scatter as_strided_scatter index index_select
-index_fill index_copy gather scatter take embedding masked_fill masked_scatter masked_select where
+select_backward slice_backward diagonal_backward select_scatter slice_scatter as_strided_scatter
+index index_select index_fill index_copy gather scatter take embedding masked_fill masked_scatter masked_select where
 nonzero empty empty_like empty_strided empty_permuted new_empty new_empty_strided zeros zeros_like
 new_zeros ones ones_like new_ones full full_like new_full fill zero scalar_tensor eye
 neg abs mul sign sgn signbit copysign relu leaky_relu leaky_relu_backward threshold
@@ -1138,36 +1138,39 @@ def sample(device, *shape):
 
 
 CASES = {  # of x[60, 500] and y[500, 40]: the digest of the answer, and what to compute
-    "product": ("0946f3a353cd", lambda x, y: x @ y),
-    "sum": ("e84c220bbbc8", lambda x, y: x.repeat(20, 1).sum()),
-    "index_add": ("281e0fda2697", lambda x, y: torch.zeros_like(x[:7]).index_add(
+    "product": ("0946f3a3", lambda x, y: x @ y),
+    "sum": ("e84c220b", lambda x, y: x.repeat(20, 1).sum()),
+    "index_add": ("281e0fda", lambda x, y: torch.zeros_like(x[:7]).index_add(
         0, torch.arange(60, device=x.device) % 7, x)),
-    "division": ("1a143734f5aa", lambda x, y: x / 3.0),
-    "square root": ("b50d9d82687c", lambda x, y: (x + 2.0).sqrt()),
-    "addition": ("271ef2bc69c1", lambda x, y: torch.addcmul(torch.lerp(x, x * x, 0.3), x, x, value=0.7)),
+    "division": ("1a143734", lambda x, y: x / 3.0),
+    "square root": ("b50d9d82", lambda x, y: (x + 2.0).sqrt()),
+    "addition": ("271ef2bc", lambda x, y: torch.lerp(x, x * x, 0.3).addcmul(x, x, value=0.7)),
     # so many that all of torch's threads take part
-    "denormal numbers": ("c267083240b2", lambda x, y: x.repeat(20, 1) * 2.0**-1030),
-    "exp": ("a58f73ce2591", lambda x, y: torch.exp(x * 20.0)),
-    "log": ("63c8543d6f22", lambda x, y: torch.log(x + 1.5)),
-    "gelu": ("9a120eb2d55d", lambda x, y: F.gelu(x * 6.0)),
-    "softmax": ("296f9a5f202c", lambda x, y: x.softmax(1)),
-    "layer norm": ("15cdbc6b039a", lambda x, y: F.layer_norm(x, x.shape[1:], y[:, 0], y[:, 1])),
-    "convolution": ("896f917840dc", lambda x, y: F.conv1d(x[None], y.view(100, 40, 5)[:20, :30], groups=2)),
-    "dropout": ("f599be47442b", lambda x, y: F.dropout(x, 0.3) + torch.native_dropout(x, 0.3, True)[0]),
-    "attention": ("feecf1997a79", lambda x, y: F.scaled_dot_product_attention(*x.view(3, 4, 50, 50))),
-    "Python's power": ("3808ebb35fd4", lambda x, y: torch.tensor([
+    "denormal numbers": ("c2670832", lambda x, y: x.repeat(20, 1) * 2.0**-1030),
+    "exp": ("a58f73ce", lambda x, y: torch.exp(x * 20.0)),
+    "log": ("63c8543d", lambda x, y: torch.log(x + 1.5)),
+    "gelu": ("9a120eb2", lambda x, y: F.gelu(x * 6.0)),
+    "softmax": ("296f9a5f", lambda x, y: x.softmax(1)),
+    "layer norm": ("15cdbc6b", lambda x, y: F.layer_norm(x, x.shape[1:], y[:, 0], y[:, 1])),
+    "convolution": ("896f9178", lambda x, y: F.conv1d(
+        x[None], y.view(100, 40, 5)[:20, :30], groups=2)),
+    "dropout": ("f599be47", lambda x, y: F.dropout(x, 0.3)
+                + torch.native_dropout(x, 0.3, True)[0]),
+    "attention": ("feecf199", lambda x, y: F.scaled_dot_product_attention(
+        *x.view(3, 4, 50, 50))),
+    "Python's power": ("3808ebb3", lambda x, y: torch.tensor([
         (1 - beta**n)**0.5 for beta in (0.9, 0.99, 0.999) for n in range(1, 300)],
         dtype=torch.float64)),
 }
 
 
 def answers(device):
-    """{operation: the first twelve hexadecimal digits of the sha256 of its result}."""
+    """{operation: the first eight hexadecimal digits of the sha256 of its result}."""
     x, y = sample(device, 60, 500), sample(device, 500, 40)
     with Exact(), torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         results = {name: case(x, y) for name, (_, case) in CASES.items()}
-    return {name: hashlib.sha256(value.cpu().numpy().astype("<f8").tobytes()).hexdigest()[:12]
+    return {name: hashlib.sha256(value.cpu().numpy().astype("<f8").tobytes()).hexdigest()[:8]
             for name, value in results.items()}
 
 

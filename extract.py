@@ -52,6 +52,7 @@ def parser():
 if __name__ == "__main__":
     ARGS = start(parser(), ADVICE)  # before torch is imported
 
+import functools
 import os
 import random
 import time
@@ -62,19 +63,19 @@ import torch
 
 from audit import audit_labels
 from cli import Progress, UserError
-from common import (COLUMNS, ENTRY, Arithmetic, Backbone, BadClip, DEAMHandler,
-                    check_features, environment, manifest_digest, operations, own_splits,
-                    read_manifest, read_splits, say_if_slow, songs_of)
-from files import (Verdict, ahead, differences, json_text, load_tensors, lock, read_json, sha256,
-                   shortened, state_digest, table_text, tensor_digest, write_file, write_json,
-                   write_tensors)
+from common import (COLUMNS, ENTRY, SETTINGS, TOP_LAYERS, Arithmetic, Backbone, BadClip, DEAMHandler,
+                    environment, manifest_digest, operations, own_splits,
+                    read_features, read_manifest, read_splits, say_if_slow, songs_of)
+from files import (DIGEST, Verdict, ahead, differences, json_text, lock, read_json,
+                   read_tensors, sha256, shortened, state_digest, table_text, tensor_digest,
+                   write_file, write_json, write_tensors)
 from weights import weights_name
 
 RANK = int(os.environ.get("RANK", 0))  # torchrun's number of this process, and how many there are
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 CORES = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 WORKERS = min(CORES, 16)  # threads that decode ahead, and as many that write
-RECORD = (ENTRY, {"failed": str})
+RECORD = (ENTRY, {"failed": str, "audio": (None, DIGEST)})
 
 
 def choose_songs(args, deam, splits):
@@ -101,24 +102,18 @@ class FeatureFolder:
     costs at most the songs in flight and several processes can fill one folder; the manifest is
     all records together."""
 
-    def __init__(self, root, ids, annotations, splits, backbone, settings, swapped, here):
-        table, top_layers = labels_table(annotations), backbone.top_layers(settings["layer"])
-        self.root, self.ids, self.writing = root, ids, deque()
-        self.manifest = {"settings": settings, "annotations": sha256(table.encode()),
-                         "top_layers": state_digest(top_layers["state"]), "swapped_labels": swapped,
-                         "songs": {}, "source": backbone.source, "environment": here}
-        path = root / "manifest.json"
+    def __init__(self, root, ids, audio, manifest, beside, top_layers):
+        """manifest: without songs. beside: {name: text} of the files that stand beside it."""
+        self.root, self.ids, self.audio, self.manifest = root, ids, audio, manifest
+        self.writing, path = deque(), root / "manifest.json"
         while RANK and not path.exists():  # the first process decides whether this folder will do
             time.sleep(0.2)
         if path.exists():
             self.join(read_manifest(path))
         self.lock = lock(root, f"extract-{RANK}", "the features folder")
-        for song in ids[RANK::PROCESSES]:  # what failed is tried again
-            if "failed" in (self.record(song) or {}):
-                (root / "songs" / f"{song}.json").unlink(missing_ok=True)
         if RANK == 0:
-            self.write("annotations.csv", table)
-            self.write("splits.json", json_text(splits))
+            for name, text in beside.items():
+                self.write(name, text)
             if not path.exists() or not (root / "top_layers.pt").exists():
                 write_tensors(root / "top_layers.pt", top_layers)
             self.write_manifest()
@@ -139,17 +134,23 @@ class FeatureFolder:
             write_file(path, text)
 
     def record(self, song):
-        """What is known of a song: its entry, {"failed": reason}, or None."""
+        """What is known of a song: its entry; {"failed": reason, …} for its file as it is now; or
+        None."""
         path = self.root / "songs" / f"{song}.json"
         try:
-            return read_json(path, "a song's record", RECORD)
+            entry = read_json(path, "a song's record", RECORD)
         except UserError:  # none, or damaged: what is not known is extracted again
             return self.manifest["songs"].get(str(song))
+        repaired = "failed" in entry and entry["audio"] != file_digest(self.audio[song])
+        return None if repaired else entry
 
     def missing(self, ids):
         """Those of the ids whose features are not there, or not as their records say."""
+        store = self.manifest["settings"]["store"]
+
         def intact(song):
-            return damage(self.root, song, self.record(song) or {}) is None
+            entry = self.record(song) or {}
+            return "features" in entry and damage(self.root, song, entry, store) is None
         known = [song for song in ids if (self.root / "songs" / f"{song}.pt").exists()]
         checked = Progress(ahead(intact, known), total=len(known), desc="check", unit="song",
                            disable=not known)
@@ -173,7 +174,8 @@ class FeatureFolder:
             "pcm": pcm, "features": tensor_digest(features), "frames": len(features)})
 
     def fail(self, song, reason):
-        write_json(self.root / "songs" / f"{song}.json", {"failed": reason})
+        write_json(self.root / "songs" / f"{song}.json", {
+            "failed": reason, "audio": file_digest(self.audio[song])})
 
     def write_manifest(self):
         """The manifest of all songs that have a record; again, should one have come meanwhile."""
@@ -197,8 +199,17 @@ class FeatureFolder:
         while not RANK and not all(map(self.record, self.ids)):
             time.sleep(0.5)
         self.write_manifest()
-        records = {song: self.record(song) for song in self.ids}
+        records = {song: self.record(song) or {} for song in self.ids}
         return {song: entry["failed"] for song, entry in records.items() if "failed" in entry}
+
+
+@functools.cache
+def file_digest(path):
+    """sha256 of a file that failed: it is tried again when it is another one. None for no file."""
+    try:
+        return sha256(path.read_bytes())
+    except OSError:
+        return None
 
 
 WRITERS = ThreadPoolExecutor(WORKERS, initializer=torch.set_num_threads, initargs=(1,))
@@ -230,26 +241,40 @@ def decoder(deam, sample_rate):
     return decode
 
 
-def damage(root, song, entry):
+def damage(root, song, entry, store):
     """What is wrong with a song's feature file, given its entry; None where nothing is."""
     path = root / "songs" / f"{song}.pt"
     try:
-        features = load_tensors(path, "a feature file")
-        check_features(features, path)
+        features = read_features(path, entry["features"])
     except UserError as error:
         return str(error)
-    return None if tensor_digest(features) == entry.get("features") else f"{path} is damaged"
+    fine = features.dtype == getattr(torch, store) and len(features) == entry["frames"]
+    return None if fine else f"{path}: not the type or the frames that the manifest says"
+
+
+def damage_beside(root, manifest):
+    """What is wrong with the files that stand beside a manifest: a line each."""
+    table = root / "annotations.csv"
+    if not table.is_file() or sha256(table.read_bytes()) != manifest["annotations"]:
+        yield f"damaged or missing: {table}"
+    try:
+        top_layers = read_tensors(root / "top_layers.pt", "the backbone's top layers", TOP_LAYERS)
+        if state_digest(top_layers["state"]) != manifest["top_layers"]:
+            yield f"{root / 'top_layers.pt'} is not the one of the manifest"
+        read_splits(root / "splits.json")
+    except UserError as error:
+        yield str(error)
+    if not manifest["songs"]:
+        yield f"{root} has no songs"
 
 
 def check(root):
     """Print what in a features folder is not as its manifest says; 0 where all is, else 1."""
     manifest = read_manifest(root / "manifest.json")
-    songs = manifest["songs"]
-    found = ahead(lambda song: damage(root, song, songs[song]), songs)
+    songs, store = manifest["songs"], manifest["settings"]["store"]
+    found = ahead(lambda song: damage(root, song, songs[song], store), songs)
     bad = [line for line in Progress(found, total=len(songs), desc="check", unit="song") if line]
-    count, table = len(songs) - len(bad), root / "annotations.csv"
-    if not table.is_file() or sha256(table.read_bytes()) != manifest["annotations"]:
-        bad.append(f"damaged or missing: {table}")
+    count, bad = len(songs) - len(bad), bad + list(damage_beside(root, manifest))
     print("".join(f"{line}\n" for line in bad) + f"{root}: {count} of {len(songs)} songs are as "
           f"the manifest says; root digest {manifest['digest']}")
     return 1 if bad else 0
@@ -279,6 +304,10 @@ def verify(args):
     verdict.compare("weights", settings["weights"], backbone.digest)
     verdict.compare("sample rate and z-score", [settings["sample_rate"],
                     settings["normalize_epsilon"]], [backbone.sample_rate, backbone.epsilon])
+    verdict.compare("names", [sorted(SETTINGS), *[sorted(ENTRY)] * len(manifest["songs"])],
+                    [sorted(settings), *map(sorted, manifest["songs"].values())])
+    verdict.compare("songs without a label", [], [
+        song for song in manifest["songs"] if int(song) not in deam.annotations])
     verdict.compare("annotations", manifest["annotations"],
                     sha256(labels_table(deam.annotations).encode()))
     verdict.compare("top layers", manifest["top_layers"],
@@ -314,17 +343,19 @@ def run(args):
     ids = choose_songs(args, deam, splits)
     swapped = swapped_ranges(deam)
     backbone = Backbone(args.weights or "WAV2VEC2_BASE")
-    layers = backbone.params["encoder_num_layers"]
-    if args.layer > layers:
-        raise UserError(f"--layer {args.layer}: {backbone.source['name']} has {layers} layers")
+    table, top_layers = labels_table(deam.annotations), backbone.top_layers(args.layer)
     settings = {"weights": backbone.digest, "layer": args.layer, "precision": args.precision,
                 "store": args.store, "sample_rate": backbone.sample_rate,
                 "normalize_epsilon": backbone.epsilon}
-    folder = FeatureFolder(args.features, ids, deam.annotations, splits, backbone, settings,
-                           swapped, environment(arithmetic.device))
+    manifest = {"settings": settings, "annotations": sha256(table.encode()),
+                "top_layers": state_digest(top_layers["state"]), "swapped_labels": swapped,
+                "songs": {}, "source": backbone.source,
+                "environment": environment(arithmetic.device)}
+    folder = FeatureFolder(args.features, ids, deam.audio, manifest, {
+        "annotations.csv": table, "splits.json": json_text(splits)}, top_layers)
     todo = folder.missing(ids[RANK::PROCESSES])
     print(f"{len(ids)} songs, {len(todo)} to do; {backbone.source['name']} layer {args.layer} of "
-          f"{layers}; weights {backbone.digest[:16]}; {args.precision} on {arithmetic.device.type}"
+          f"{backbone.params['encoder_num_layers']}; weights {backbone.digest[:16]}; {args.precision} on {arithmetic.device.type}"
           + (f"; process {RANK + 1} of {PROCESSES}" if PROCESSES > 1 else ""), flush=True)
     say_if_slow(arithmetic, len(todo) * operations(backbone.params, args.layer))
     backbone.to(arithmetic, args.layer)

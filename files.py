@@ -174,6 +174,13 @@ def read_json(path, what, form=None):
     return value
 
 
+def is_plain(value):
+    """Whether it is a dense tensor of finite numbers on the CPU."""
+    return (isinstance(value, torch.Tensor) and value.layout == torch.strided
+            and value.device.type == "cpu" and not value.is_neg() and not value.is_quantized
+            and (not value.is_floating_point() or bool(value.isfinite().all())))
+
+
 def load_tensors(path, what):
     """torch.load that can only make tensors and plain values, never run code. Raises UserError."""
     try:
@@ -207,8 +214,10 @@ KINDS = {int: "a whole number", str: "a text", bool: "true or false", dict: "nam
 def check_form(value, form, complaint):
     """Raise UserError, beginning with `complaint` and naming the place, where a value read from a
     file is not of a form: a type (float: any finite number; torch.Tensor: finite too), a string or
-    None itself, a regular expression, [form of each], {name: form} with at least these names,
-    {type: form} with names of a type (str, or int for digits), or a tuple of alternatives."""
+    None itself, a regular expression, [form of each], [form, form, …] of exactly so many, {name:
+    form} with at least these names, {type: form} with names of a type (str, or int for digits), or
+    a tuple of alternatives. {"songs": {int: [float, float]}, "labels": (None, str)}: a dict with
+    two numbers for each song id, and labels that may be missing."""
 
     def problem(value, form):
         """None, or (path to the place, what was expected there)."""
@@ -216,7 +225,9 @@ def check_form(value, form, complaint):
             problems = [problem(value, each) for each in form]
             return None if None in problems else max(problems, key=lambda each: len(each[0]))
         if isinstance(form, list) and isinstance(value, (list, tuple)):
-            return first((n, problem(each, form[0])) for n, each in enumerate(value))
+            if len(form) > 1 and len(value) != len(form):
+                return [], f"a list of {len(form)}"
+            return first((n, problem(each, form[n % len(form)])) for n, each in enumerate(value))
         if isinstance(form, dict) and isinstance(value, dict):
             if len(form) == 1 and (str in form or int in form):
                 (kind, inner), = form.items()
@@ -232,9 +243,7 @@ def check_form(value, form, complaint):
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             return None if number and abs(value) <= sys.float_info.max else ([], "a finite number")
         if form is torch.Tensor:
-            fine = isinstance(value, form) and (not value.is_floating_point()
-                                                or bool(value.isfinite().all()))
-            return None if fine else ([], "a tensor without NaN or infinity")
+            return None if is_plain(value) else ([], "a tensor without NaN or infinity")
         if isinstance(form, re.Pattern):
             fine = isinstance(value, str) and form.fullmatch(value)
             return None if fine else ([], "a sha256" if form is DIGEST else form.pattern)
@@ -304,6 +313,11 @@ class Verdict:
                  for value in (expected, found)]
         word = "close" if near else "DIFFERENT"
         print(f"  {name:42} {word}: expected {shown[0]}, found {shown[1]}")
+
+    def compare_all(self, names, expected, found):
+        """Compare what two dicts have under these names."""
+        for name in names:
+            self.compare(name.replace("_", " "), expected.get(name), found.get(name))
 
     def finish(self, what):
         print(f"  {self.identical} identical, {self.close} close, {self.different} different")

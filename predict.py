@@ -35,8 +35,9 @@ if __name__ == "__main__":
 
 import contextlib
 import csv
-import math
 import os
+import statistics
+from pathlib import Path
 
 import numpy as np
 import soundfile
@@ -57,16 +58,36 @@ SONGS = ["song", "valence", "arousal", "valence_spread", "arousal_spread", "wind
 WINDOWS = ["song", "start", "valence", "arousal"]
 
 
+def printable(name):
+    """A file's name for people: what is not text, or would move the cursor, as a question mark."""
+    text = os.fsencode(str(name)).decode(errors="replace")
+    return "".join(each if each.isprintable() else "?" for each in text)
+
+
 def find_songs(paths):
     """The files named, and all that look like audio in the folders named. Raises UserError."""
     files = []
     for each in paths:
-        found = files_below(each) if each.is_dir() else [each]
-        files += sorted(file for file in found
-                        if not each.is_dir() or file.suffix.lower() in READABLE | OTHERS)
+        files += [each] if not each.is_dir() else sorted(
+            file for file in files_below(each) if file.suffix.lower() in READABLE | OTHERS)
     if not files:
         raise UserError(f"no audio files in {', '.join(map(str, paths))}")
     return files
+
+
+def check_outputs(args):
+    """Raise UserError for tables and figures that would replace something else, before any work."""
+    real = {name: os.path.realpath(file) for name, file in (
+        ("--csv", args.csv), ("--windows-csv", args.windows_csv), ("--figure", args.figure)) if file}
+    if len(set(real.values())) < len(real):
+        raise UserError(f"{' and '.join(real)} name one file twice: name others")
+    for name, file in real.items():
+        endings = (".png", ".pdf") if name == "--figure" else (".csv",)
+        special = os.path.exists(file) and not os.path.isfile(file) and not os.path.isdir(file)
+        if not file.lower().endswith(endings) and not (special and name != "--figure"):
+            raise UserError(f"{name} {file}: its name must end in {' or '.join(endings)}")
+        if Path(file).is_relative_to(os.path.realpath(args.run)):
+            raise UserError(f"{name} {file} is in the run's folder: choose another place")
 
 
 class Table:
@@ -90,8 +111,11 @@ class Table:
 
     def write(self, *row):
         if self.file:
-            csv.writer(self.file, lineterminator="\n").writerow(row)
-            self.file.flush()
+            try:
+                csv.writer(self.file, lineterminator="\n").writerow(row)
+                self.file.flush()
+            except OSError as error:
+                raise UserError(f"cannot write {self.file.name}: {error.strerror}") from None
 
 
 class Predictor:
@@ -102,7 +126,9 @@ class Predictor:
         settings, source = content["settings"], content["source"]
         backbone = Backbone(args.weights or weights_name(source))
         wanted = settings.get("weights", backbone.digest)
-        if backbone.digest != wanted:
+        if backbone.digest != wanted or "weights" in settings and (
+                settings["sample_rate"], settings["normalize_epsilon"]) != (
+                backbone.sample_rate, backbone.epsilon):
             raise UserError(f"the features of {args.run} were made by other weights, of "
                             f"{source['name']} ({wanted[:16]}…), than these "
                             f"({backbone.digest[:16]}…): name them with --weights")
@@ -122,16 +148,12 @@ class Predictor:
         return (z_scored * self.std + self.mean).numpy()
 
 
-def mean(values):
-    """The correctly rounded mean, the same on any machine."""
-    return math.fsum(values) / len(values)
-
-
 def predict_song(file, predictor, args):
     """(starts of its windows in seconds, predictions [windows, 2], seconds a window). Raises
     BadClip."""
     if not file.is_file():
-        raise BadClip("no such file" if not os.path.lexists(file) else "not a regular file")
+        raise BadClip("no such file" if not os.path.lexists(file) else "not a regular file"
+                      if os.path.exists(file) else "a broken link")
     if file.suffix.lower() in OTHERS:
         raise BadClip(f"{file.suffix} is not readable here: convert it to WAV, FLAC or MP3")
     starts, values, seconds = [], [], 0
@@ -147,11 +169,7 @@ def run(args):
     files = find_songs(args.songs)
     if args.figure and len(files) > 1:
         raise UserError(f"--figure draws one song, and these are {len(files)}")
-    if args.csv and args.windows_csv and args.csv.resolve() == args.windows_csv.resolve():
-        raise UserError("--csv and --windows-csv are one file: name two")
-    for table in filter(None, (args.csv, args.windows_csv)):
-        if table.resolve() in [file.resolve() for file in (*files, args.run / "model.pt")]:
-            raise UserError(f"{table} is a file to read: name another table")
+    check_outputs(args)
     songs, windows = Table(args.csv), Table(args.windows_csv)
     predictor, failed = Predictor(args), 0
     songs.begin(SONGS)
@@ -162,25 +180,26 @@ def run(args):
         try:
             starts, values, seconds = predict_song(file, predictor, args)
         except (BadClip, OSError) as error:
-            bar.say(f"failed: {file}: {error}")
+            bar.say(f"failed: {printable(file)}: {printable(error)}")
             failed += 1
             continue
-        valence, arousal = centre = [mean(column) for column in values.T]
-        spread = [math.sqrt(mean((column - mean(column)) ** 2)) for column in values.T]
+        # of the correctly rounded sum: the same on any machine
+        valence, arousal = centre = [statistics.fmean(column) for column in values.T]
+        spread = [statistics.pstdev(column.tolist()) for column in values.T]
         n = int(quadrant(np.array(centre), 5))
         over = (f"±{spread[0]:.2f} ±{spread[1]:.2f} of {len(values)}" if len(values) > 1
                 else "one window")
         bar.say(f"{valence:8.3f}{arousal:9.3f}   {QUADRANTS[n] + ' ' + MOODS[n]:24}{over:>20}   "
-                f"{file}")
+                f"{printable(file)}")
         songs.write(file, *(f"{value:.6f}" for value in (*centre, *spread)), len(values),
                     QUADRANTS[n], MOODS[n])
         for begin, window in zip(starts, values):
             windows.write(file, f"{begin:.3f}", *(f"{value:.6f}" for value in window))
         if args.figure:
-            name = os.fsencode(file.name).decode(errors="replace")
             figures.draw_song(starts + seconds / 2, values, spread, args.figure.parent,
-                              args.figure.stem, f"{name} · model {args.run.name} · windows of "
-                              f"{seconds:.0f} s")
+                              args.figure.stem, f"{printable(file.name)} · model "
+                              f"{args.run.name} · windows of {seconds:.0f} s")
+            bar.say(f"written: {args.figure.with_suffix('.png')} and .pdf")
     return 1 if failed else 0
 
 

@@ -59,7 +59,7 @@ def parser():
     p.add_argument("--fold", type=number(int, 0, 9), metavar="K",
                    help="splits of folds.json, every artist in one fold of ten: test is fold K, "
                         "val the next one (default: the features folder's splits)")
-    p.add_argument("--seed", type=number(int, 0, 2**62), default=0, metavar="N",
+    p.add_argument("--seed", type=number(int, 0, 2**32 - 3), default=0, metavar="N",
                    help="of heads, shuffling and dropout")
     p.add_argument("--select", choices=["last", "best"], default="last",
                    help="the result: the last epoch, or the one of lowest val loss")
@@ -107,8 +107,10 @@ CONFIG = {  # all that decides the result: a run may be resumed only where it is
     "labels": ("shipped", "corrected"), "precision": ("exact", "float32", "bfloat16"),
     "threads": (None, int), "device": (None, str), "features": (None, DIGEST), "splits": DIGEST,
     "songs": {"train": int, "val": int, "test": int}}
-STATE = {"config": CONFIG, "model": {str: torch.Tensor}, "optimizer": {"state": {int: dict}},
-         "history": [[float]], "digests": [[(float, str)]], "shuffle": torch.Tensor,
+STATE = {"config": CONFIG, "model": {str: torch.Tensor},
+         "optimizer": {int: {"step": torch.Tensor, "exp_avg": torch.Tensor,
+                             "exp_avg_sq": torch.Tensor}},
+         "history": [[float] * 8], "digests": [[int, int, float, DIGEST]], "shuffle": torch.Tensor,
          "rng": torch.Tensor, "best": (None, {"loss": float, "model": {str: torch.Tensor}})}
 
 
@@ -280,14 +282,14 @@ class Training:
 
     def load(self, trained):
         """Take over what `trained` gave. Raises KeyError where it is that of another model."""
-        if trained.keys() != self.trained().keys():
-            raise KeyError("other names")
+        if like(trained) != like(self.trained()):
+            raise KeyError("other names, types or shapes")
         self.model.load_state_dict(trained, strict=False)
 
     def state(self):
         """What a resumed run goes on from."""
         state = {"config": self.config, "model": self.trained(),
-                 "optimizer": self.optimizer.state_dict(),
+                 "optimizer": self.optimizer.state_dict()["state"],
                  "shuffle": self.data.shuffle.get_state(), "rng": torch.get_rng_state(),
                  "history": self.history, "digests": self.digests, "best": self.best}
         if self.device.type == "cuda":
@@ -299,12 +301,21 @@ class Training:
             "history", "digests", "best"))
         for each in filter(None, (state["best"], state)):  # the best only to see that it fits
             self.load(each["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        moments, parameters = state["optimizer"], dict(enumerate(self.trainable))
+        if any(like(parameters) != like({n: each[name] for n, each in moments.items()})
+               for name in ("exp_avg", "exp_avg_sq")):
+            raise KeyError("moments of other parameters")
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
         self.data.shuffle.set_state(state["shuffle"])
         torch.set_rng_state(state["rng"])
         if "cuda_rng" in state and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
         self.step = len(self.history) * len(self.train)
+
+
+def like(state):
+    """{name: (dtype, shape)} of a dict of tensors."""
+    return {name: (value.dtype, value.shape) for name, value in state.items()}
 
 
 def to_resume(args, config):
@@ -327,9 +338,9 @@ def to_resume(args, config):
     if differing := differences(then, config):
         raise UserError(f"{args.run} was started otherwise ({differing}): resume with its own "
                         "settings, or choose another --run")
-    if not epochs or any(len(row) != len(HISTORY) for row in state["history"]):
-        raise UserError(f"{last} is not a training state: its history is not one; delete "
-                        f"{args.run} and train again")
+    if not epochs:
+        raise UserError(f"{last} is not a training state: it has no history; delete {args.run} and "
+                        "train again")
     return state
 
 
@@ -435,7 +446,8 @@ def predict_the_mean(data):
 # ------------------------------------------------------------------------------------------- verify
 
 RECORD = {"config": CONFIG, "digests": {"initial_model": DIGEST}, "source": str,
-          "features_settings": {"layer": int}, "label_mean": [float], "label_std": [float]}
+          "features_settings": {"layer": int}, "label_mean": [float, float],
+          "label_std": [float, float]}
 
 
 def read_digests(path):
@@ -496,9 +508,9 @@ def verify(args):
     if config["precision"] == "exact":
         verdict.compare("threads, device", [None, None], [config["threads"], config["device"]])
     verdict.compare("settings", sorted(config), sorted(CONFIG))
-    for name, there in (("source", splits["source"]), ("label_mean", data.mean.tolist()),
-                        ("label_std", data.std.tolist()), ("features_settings", data.settings)):
-        verdict.compare(name.replace("_", " "), record[name], there)
+    there = {"source": splits["source"], "label_mean": data.mean.tolist(),
+             "label_std": data.std.tolist(), "features_settings": data.settings}
+    verdict.compare_all(there, record, there)
     compare_features(verdict, data, folder, config)
     training = Training(config, data, arithmetic)
     compare_tables(verdict, training, record, rows, history)
@@ -517,15 +529,15 @@ def verify(args):
         for name, *values in zip(HISTORY, then, now):
             verdict.compare(f"epoch {now[0]}: {name}", *values)
     if training.step == training.steps:
-        for name, value in training.result().items():
-            verdict.compare(name.replace("_", " "), record["digests"].get(name), value)
+        digests = training.result()
+        verdict.compare_all(digests, record["digests"], digests)
     return verdict.finish(f"{training.step} of {training.steps} steps of {folder}, "
                           f"{config['precision']}")
 
 
 def compare_tables(verdict, training, record, rows, history):
     """What history.csv and digests.csv must say whatever was computed: their lines, the rates, the
-    same losses, and the result's digest at the end."""
+    same losses, and the result's digest at its epoch."""
     epochs, length = training.config["epochs"], len(training.train)
     ends = [(epoch, epoch * length) for epoch in range(1, epochs + 1)]
     early = [(1, 2**n) for n in range(length.bit_length())]
@@ -535,9 +547,11 @@ def compare_tables(verdict, training, record, rows, history):
         verdict.compare(f"epoch {epoch}: lr", rate,
                         learning_rate(step - 1, training.steps, training.config))
         verdict.compare(f"epoch {epoch}: loss in both files", loss, end[2])
-    if training.config["select"] == "last":
-        verdict.compare("model at the end of digests.csv", record["digests"].get("model"),
-                        rows[-1][3])
+    last = training.config["select"] == "last"
+    chosen = len(ends) - 1 if last else min(range(len(history)), key=lambda n: history[n][5])
+    states = [row[3] for row in rows[len(early):]]
+    verdict.compare("model in digests.csv", [record["digests"].get("model")],
+                    states[chosen:chosen + 1])
 
 
 def compare_features(verdict, data, folder, config):
@@ -548,8 +562,11 @@ def compare_features(verdict, data, folder, config):
         return
     manifest = read_manifest(folder / "manifest.json")
     verdict.compare("features", config["features"], manifest["digest"])
-    for key in ("settings", "annotations", "top_layers", "swapped_labels"):
-        verdict.compare(key.replace("_", " "), manifest[key], data.manifest.get(key))
+    verdict.compare_all(("settings", "annotations", "top_layers", "swapped_labels"), manifest,
+                        data.manifest)
+    here = data.manifest["songs"] or {}  # perhaps only the songs of these steps
+    verdict.compare("songs' PCM and features", here, {
+        song: manifest["songs"].get(song) for song in here})
     for dataset in data.datasets.values():
         dataset.songs = manifest["songs"]
 

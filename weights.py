@@ -3,6 +3,7 @@ or a file. Architecture and waveform normalisation are read from what stands bes
 """
 
 import hashlib
+import os
 import re
 import sys
 from pathlib import Path
@@ -50,14 +51,14 @@ def find_weights(name):
         epsilon = 1e-5 if bundle._normalize_waveform else None
         params = {**bundle._params, "aux_num_out": None}
         return params, downloaded(bundle, name), int(bundle.sample_rate), epsilon, {"name": name}
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         folder, revision = Path(name), None
-    elif Path(name).is_file():
+    elif os.path.isfile(name):
         state, params = read_state(Path(name)), torchaudio.pipelines.WAV2VEC2_BASE._params
         z_scored = not any(key.startswith("encoder.transformer.") for key in state)
         return ({**params, "aux_num_out": None}, from_hugging_face(state), 16000,
                 1e-7 if z_scored else None, source_of(Path(name), Path(name).name, None))
-    elif REPOSITORY.fullmatch(name) and not Path(name).parent.is_dir():
+    elif REPOSITORY.fullmatch(name) and not os.path.isdir(os.path.dirname(name)):
         folder, revision = fetch_repository(name)
     else:
         raise UserError(f"--weights {name}: no such file or folder, Hugging Face repository "

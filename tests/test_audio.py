@@ -65,7 +65,7 @@ def test_any_file_and_bad_ones_beside_them(demo, trained, tmp_path, compared):
     bad = {"tiny.wav": "too short", "text.mp3": "not readable", "._x.mp3": "not readable",
            "pcm.raw": "not readable", "x.m4a": ".m4a is not readable here: convert it",
            "empty.wav": "empty file", "pipe.wav": "not a regular file",
-           "dangling.wav": "not a regular file", "nowhere.wav": "no such file"}
+           "dangling.wav": "a broken link", "nowhere.wav": "no such file"}
     for name in ("text.mp3", "._x.mp3", "pcm.raw", "x.m4a", "notes.txt"):
         (music / name).write_bytes(b"\x00\x05\x16\x07 not audio" * 100)
     (music / "empty.wav").touch()
@@ -155,12 +155,19 @@ def test_rows_are_on_disk_as_they_are_done(demo, predicted, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("option, says", [
-    (["--csv", "."], "cannot write"), (["--windows-csv", "/dev/null/table.csv"], "cannot write"),
+    (["--csv", "folder.csv"], "cannot write"), (["--csv", "song.wav"], "must end in .csv"),
+    (["--windows-csv", "/dev/null/table.csv"], "cannot write"), (["--csv", "loop.csv"], "loop"),
+    (["--figure", "f.jpg"], "must end in .png or .pdf"), (["--csv", "run/a.csv"], "run's folder"),
+    (["--csv", "t.csv", "--windows-csv", "./t.csv"], "name one file twice"),
     (["a.wav", "b.wav", "--figure", "f.png"], "--figure draws one song, and these are 3"),
     (["--window", "nan"], "--window"), (["--hop", "0"], "--hop"), (["--csv", ""], "empty path")])
 def test_it_says_so_before_the_work(tmp_path, fails, monkeypatch, compared, option, says):
     monkeypatch.setattr(predict, "Predictor", lambda _: pytest.fail("work has begun"))
-    assert says in fails(predict, tmp_path, tmp_path / "song.wav", *option)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.csv").mkdir()
+    (tmp_path / "loop.csv").symlink_to("loop.csv")
+    (tmp_path / "run").mkdir()
+    assert says in fails(predict, "run", "song.wav", *option)
     compared(1, "command lines")
 
 

@@ -18,7 +18,7 @@ import common
 import extract
 from cli import UserError
 from common import (STATIC, BadClip, DEAMHandler, read_annotations, read_splits, read_waveform,
-                    resample, sin_pi, songs_of)
+                    read_windows, resample, sin_pi, songs_of)
 
 HEADER = ",".join(common.COLUMNS) + "\n"
 NOISE = np.random.default_rng(0).normal(0, 0.1, 5 * 44100)
@@ -154,14 +154,19 @@ def test_bad_clips_are_named(tmp_path, compared):
     soundfile.write(tmp_path / "slow.wav", np.zeros(16000), 3999)
     soundfile.write(tmp_path / "fast.wav", np.zeros(16000), 384_001)
     whole = (tmp_path / "whole.wav").read_bytes()
-    content = {"empty.mp3": b"", "text.mp3": b"not audio " * 100,
-               "cut.wav": whole[:len(whole) // 2],
-               "cut.flac": (tmp_path / "whole.flac").read_bytes()[:30000],
-               "cut.mp3": (tmp_path / "whole.mp3").read_bytes()[:20000]}
+    content = {"empty.mp3": b"", "text.mp3": b"not audio " * 100}
+    for kind in ("AIFF", "AU", "W64", "RF64", "CAF", "OGG", "WAV"):
+        soundfile.write(tmp_path / "whole", np.zeros(44100), 44100, format=kind)
+        read_waveform(tmp_path / "whole", 16000)
+        half = (tmp_path / "whole").read_bytes()
+        content[f"cut.{kind.lower()}"] = half[:len(half) // 2]
+    content |= {"cut.flac": (tmp_path / "whole.flac").read_bytes()[:30000],
+                "cut.mp3": (tmp_path / "whole.mp3").read_bytes()[:20000]}
     for name, data in content.items():
         (tmp_path / name).write_bytes(data)
     expected = {"short.wav": "too short", "nan.wav": "NaN", "empty.mp3": "empty file",
-                "text.mp3": "not readable", "cut.wav": "truncated", "cut.mp3": "truncated",
+                "text.mp3": "not readable", "cut.mp3": "truncated",
+                **{name: "truncated|malformed" for name in content if name.startswith("cut.")},
                 "cut.flac": "not readable|truncated", "slow.wav": "3999 Hz: convert it to 44100",
                 "fast.wav": "384001 Hz: convert it to 44100", "none.wav": "not readable"}
     for name, says in expected.items():
@@ -172,6 +177,26 @@ def test_bad_clips_are_named(tmp_path, compared):
     (tmp_path / "streamed.wav").write_bytes(streamed)
     assert len(read_waveform(tmp_path / "streamed.wav", 16000)[0]) == 16000
     compared(len(expected) + 1, "files")
+
+
+@pytest.mark.parametrize("claimed", [0, 2**36 - 1])
+def test_a_flac_of_any_claimed_length(tmp_path, compared, claimed):
+    """A stream says 0 frames, for unknown; a damaged header says anything: neither takes memory."""
+    soundfile.write(tmp_path / "song.flac", NOISE, 44100)
+    expected = read_waveform(tmp_path / "song.flac", 16000)[0]
+    data = bytearray((tmp_path / "song.flac").read_bytes())
+    data[21] = data[21] & 0xF0 | claimed >> 32  # 36 bits in the middle of STREAMINFO
+    struct.pack_into(">I", data, 22, claimed & 0xFFFFFFFF)
+    (tmp_path / "song.flac").write_bytes(data)
+    if claimed:
+        with pytest.raises(BadClip, match="truncated"):
+            read_waveform(tmp_path / "song.flac", 16000)
+        with pytest.raises(BadClip, match="truncated"):
+            list(read_windows(tmp_path / "song.flac", 16000, 1, 0.1))
+    else:
+        assert torch.equal(read_waveform(tmp_path / "song.flac", 16000)[0], expected)
+        assert len(list(read_windows(tmp_path / "song.flac", 16000, 1, 0.5))) > 1
+    compared(2, "readings")
 
 
 @pytest.mark.parametrize("rate, new", [

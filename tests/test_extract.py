@@ -19,7 +19,7 @@ from conftest import ROOT, call, extraction
 import extract
 from cli import UserError
 from common import DEAMHandler, manifest_digest, read_manifest, read_splits, songs_of
-from files import read_json, tensor_digest
+from files import read_json, tensor_digest, write_json
 
 FLOAT32 = ["--precision", "float32"]
 
@@ -170,14 +170,24 @@ def test_several_processes_share_the_songs(demo, features, ids, corpus, tmp_path
     command = extraction(demo, tmp_path / "two", *FLOAT32, "--deam", corpus, "--songs", *ids[:8])
     assert call(extract, *extraction(demo, tmp_path / "one", *FLOAT32, "--deam", corpus, "--songs",
                                      *ids[:8])) == 1
-    both = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                           "--local-addr", "127.0.0.1", "--nproc-per-node", "2",
-                           ROOT / "extract.py", *map(str, command)], capture_output=True, text=True)
+
+    def torchrun():
+        return subprocess.run([
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr",
+            "127.0.0.1", "--nproc-per-node", "2", ROOT / "extract.py", *map(str, command)],
+            capture_output=True, text=True)
+
+    both = torchrun()
     one, two = (read_manifest(tmp_path / name / "manifest.json") for name in ("one", "two"))
     assert both.returncode == 1 and one["digest"] == two["digest"], both.stderr
     assert len(two["songs"]) == 7 and two["songs"].items() <= songs_in(features).items()
     assert both.stdout.count("failed:") == 1 == both.stdout.count(one["digest"])
     assert f"{ids[1]}.wav: empty file" in both.stdout
+    # repaired: its old failure, of the other process, is not taken for a new one
+    shutil.copy(DEAMHandler(demo / "DEAM").audio[ids[1]], DEAMHandler(corpus).audio[ids[1]])
+    again = torchrun()
+    assert again.returncode == 0 and "failed" not in again.stdout, again.stdout + again.stderr
+    assert len(read_manifest(tmp_path / "two/manifest.json")["songs"]) == 8
     compared(len(two["songs"]), "songs")
 
 
@@ -198,15 +208,26 @@ def test_check_names_every_damage(copy, features, ids, capsys, fails, compared):
         assert call(extract, "--check", copy) == 1
         output = capsys.readouterr().out
         assert str(path) in output and "59 of 60 songs" in output
-    for other in (value.bfloat16(), value[0], value * torch.nan, [value], {"a": value}):
+    for other in (value.bfloat16(), value[0], value * torch.nan, [value], {"a": value},
+                  value.to_sparse(), value.to("meta")):
         torch.save(other, path)
         assert call(extract, "--check", copy) == 1
         assert str(path) in capsys.readouterr().out
     path.write_bytes(whole)
-    (copy / "annotations.csv").write_text("song_id\n")
-    assert call(extract, "--check", copy) == 1 and "annotations.csv" in capsys.readouterr().out
+    for name, content in (("annotations.csv", b"song_id\n"), ("splits.json", b"{}"),
+                          ("top_layers.pt", b"text")):
+        kept = (copy / name).read_bytes()
+        (copy / name).write_bytes(content)
+        assert call(extract, "--check", copy) == 1 and name in capsys.readouterr().out
+        (copy / name).write_bytes(kept)
+    manifest = read_json(copy / "manifest.json", "")
+    for change in ({"frames": 7}, {"store": "float16"}):
+        content = json.loads(json.dumps(manifest))
+        (content["songs"][str(ids[0])] if "frames" in change else content["settings"]).update(change)
+        write_json(copy / "manifest.json", {**content, "digest": manifest_digest(content)})
+        assert call(extract, "--check", copy) == 1 and str(path) in capsys.readouterr().out
     assert "cannot read a manifest" in fails(extract, "--check", copy / "songs")
-    compared(len(contents) + 7, "damaged folders")
+    compared(len(contents) + 13, "damaged folders")
 
 
 def test_a_damaged_file_is_extracted_again(demo, copy, features, ids, capsys, compared):
@@ -256,7 +277,7 @@ def test_verify(demo, features, ids, tmp_path, capsys, fails, compared):
         capsys.readouterr()
         assert call(extract, *command, "--songs", *songs) == 1
         output = capsys.readouterr().out
-        assert "7 identical, 0 close, 1 different" in output and "NOT REPRODUCED" in output
+        assert "12 identical, 0 close, 1 different" in output and "NOT REPRODUCED" in output
         assert re.findall(r"^  (\S.*?)  .*DIFFERENT", output, re.M) == [name]
     table = demo / "DEAM/DEAM_Annotations"  # annotations without audio: nothing can be verified
     assert "no audio of the manifest's songs" in fails(extract, *command, "--deam", table)
