@@ -305,14 +305,16 @@ def convolution(x, w, bias, stride, padding, dilation, transposed=False, _output
     if frames < 1:
         raise RuntimeError(f"a kernel of {kernel} is longer than its input of {x.shape[2]}")
     span = (BLOCK - 1) * stride + dilation * (kernel - 1) + 1  # input frames that a block sees
-    blocks = -(-frames // BLOCK)
-    length = (blocks - 1) * BLOCK * stride + span
-    x = F.pad(x, (padding[0], max(0, length - x.shape[2] - padding[0])))
     out = x.new_empty(len(x), outputs, frames)
 
     def convolve(part):
-        count, first = -(-(part.stop - part.start) // BLOCK), part.start * stride
-        seen = clip[:, first:first + (count - 1) * BLOCK * stride + span]
+        count, first = -(-(part.stop - part.start) // BLOCK), part.start * stride - padding[0]
+        length = (count - 1) * BLOCK * stride + span
+        seen = clip[:, max(first, 0):max(first + length, 0)]
+        left = min(max(-first, 0), length)
+        right = length - left - seen.shape[1]
+        if left or right:  # only here: padding the whole clip would copy it
+            seen = F.pad(seen, (left, right))
         seen = seen.reshape(groups, channels, -1).transpose(1, 2).contiguous()
         seen = seen.as_strided((groups, count, span, channels),
                                (seen.stride(0), BLOCK * stride * channels, channels, 1))
