@@ -699,10 +699,7 @@ class DEAMFeatHandler:
         if self.manifest is UNVERIFIED:
             return Backbone(UNVERIFIED["source"]["name"]).top_layers(10)
         top = read_tensors(self.root / "top_layers.pt", "the backbone's top layers", TOP_LAYERS)
-        wanted = {name: value.shape for name, value in state_above(
-            network(top["params"]), top["layer"]).items()}
-        if (top["layer"] != self.settings["layer"] or wanted != {
-                name: value.shape for name, value in top["state"].items()}
+        if (top["layer"] != self.settings["layer"]
                 or state_digest(top["state"]) != self.manifest["top_layers"]):
             raise UserError(f"{self.root / 'top_layers.pt'} is not the one of the manifest; run "
                             "extract.py again")
@@ -814,7 +811,8 @@ class EmotionModel(nn.Module):
 
     def start_from(self, top_layers, seed):
         """Take the layers and the norm from a backbone's top layers; draw the heads' weights as
-        nn.Linear does (uniform within 1/√fan-in), from a CPU generator of their own."""
+        nn.Linear does (uniform within 1/√fan-in), from a CPU generator of their own. Raises
+        UserError where they do not fit."""
         state, generator = dict(top_layers["state"]), torch.Generator().manual_seed(seed)
         modules = [(f"{name}.{place}", module) for name in ("valence", "arousal")
                    for place, module in getattr(self, name).named_modules()]
@@ -830,7 +828,11 @@ class EmotionModel(nn.Module):
                     raise NotImplementedError(f"{place}: say here how a {type(module).__name__} "
                                               "starts")
                 state[f"{place}.{part}".replace("..", ".")] = drawn
-        self.load_state_dict(state, assign=True)
+        try:
+            self.load_state_dict(state, assign=True)
+        except RuntimeError:
+            raise UserError("the top layers of these features are not those of their architecture; "
+                            "run extract.py again") from None
 
     @torch.no_grad()
     def frozen(self, features):

@@ -49,7 +49,7 @@ from metrics import (PUBLISHED, artist_groups, measure, measure_split, paired_di
 from train import CONFIG
 
 SIX_DECIMALS, ABSENT = 5e-7, ("absent",)  # a tuple: nothing that JSON can hold
-TOLERANCE = 0.01  # on the 1–9 scale: predictions of --precision float32 that differ less are close
+TOLERANCE = 0.01  # on the 1–9 scale: predictions of float32 that differ less are close
 MODEL = {"config": CONFIG, "settings": {"layer": int}, "params": PARAMS, "layer": int,
          "mean": torch.Tensor, "std": torch.Tensor, "state": {str: torch.Tensor},
          "initial_model": DIGEST, "splits_source": str, "source": {"name": str}}

@@ -114,8 +114,8 @@ def power_of_two(exponent):
 
 def grid(top, bits):
     """Powers of two (up, down, rest) for numbers of magnitude up to `top`: |x·up| <= 2^bits and
-    up·down·rest = 1. `down` is kept within 2^±200, lest a product of two overflow or underflow; what
-    that leaves, nearly always 1, is `rest`. A `top` below 2^(bits - 1023) counts as that; NaN and
+    up·down·rest = 1. `down` is kept within 2^±200, lest a product of two is out of range; what that
+    leaves, nearly always 1, is `rest`. A `top` below 2^(bits - 1023) counts as that; NaN and
     infinity, which stay what they are on any grid, as 2^1023."""
     exponent = top.contiguous().view(torch.int64) & -(1 << 52)  # float64 without its fraction
     down = exponent.view(torch.float64).clamp_(2.0 ** (bits - 1023), 2.0**1023)
@@ -588,7 +588,7 @@ def mse_loss_backward(dy, x, y, reduction):
 
 
 def standardised(x, eps, out):
-    """x[rows, n] → out: (x - mean) / sqrt(variance + eps); returns means[rows, 1], 1 / sqrt(…)."""
+    """x[rows, n] → out: (x - mean) / sqrt(variance + eps); returns means[rows, 1], 1 / sqrt()."""
     m = mean(x, 1, True)
     torch.sub(x, m, out=out)
     r = reciprocal(sqrt(mean(out * out, 1, True) + eps))
@@ -1006,7 +1006,8 @@ unsafe_split unsafe_split_with_sizes chunk unbind unfold flip roll repeat cat st
 constant_pad_nd clone contiguous copy detach alias lift lift_fresh lift_fresh_copy _to_copy set
 resize _pin_memory is_pinned record_stream _local_scalar_dense is_same_size _has_same_storage_numel
 select_backward slice_backward diagonal_backward select_scatter slice_scatter as_strided_scatter
-index index_select index_fill index_copy gather scatter take embedding masked_fill masked_scatter masked_select where
+index index_select index_fill index_copy gather scatter take embedding masked_fill masked_scatter
+masked_select where
 nonzero empty empty_like empty_strided empty_permuted new_empty new_empty_strided zeros zeros_like
 new_zeros ones ones_like new_ones full full_like new_full fill zero scalar_tensor eye
 neg abs mul sign sgn signbit copysign relu leaky_relu leaky_relu_backward threshold

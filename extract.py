@@ -63,8 +63,8 @@ import torch
 
 from audit import audit_labels
 from cli import Progress, UserError
-from common import (COLUMNS, ENTRY, SETTINGS, TOP_LAYERS, Arithmetic, Backbone, BadClip, DEAMHandler,
-                    environment, manifest_digest, operations, own_splits,
+from common import (COLUMNS, ENTRY, SETTINGS, TOP_LAYERS, Arithmetic, Backbone, BadClip,
+                    DEAMHandler, environment, manifest_digest, operations, own_splits,
                     read_features, read_manifest, read_splits, say_if_slow, songs_of)
 from files import (DIGEST, Verdict, ahead, differences, json_text, lock, read_json,
                    read_tensors, sha256, shortened, state_digest, table_text, tensor_digest,
@@ -355,7 +355,8 @@ def run(args):
         "annotations.csv": table, "splits.json": json_text(splits)}, top_layers)
     todo = folder.missing(ids[RANK::PROCESSES])
     print(f"{len(ids)} songs, {len(todo)} to do; {backbone.source['name']} layer {args.layer} of "
-          f"{backbone.params['encoder_num_layers']}; weights {backbone.digest[:16]}; {args.precision} on {arithmetic.device.type}"
+          f"{backbone.params['encoder_num_layers']}; weights {backbone.digest[:16]}; "
+          f"{args.precision} on {arithmetic.device.type}"
           + (f"; process {RANK + 1} of {PROCESSES}" if PROCESSES > 1 else ""), flush=True)
     say_if_slow(arithmetic, len(todo) * operations(backbone.params, args.layer))
     backbone.to(arithmetic, args.layer)

@@ -77,8 +77,8 @@ def find_songs(paths):
 
 def check_outputs(args):
     """Raise UserError for tables and figures that would replace something else, before any work."""
-    real = {name: os.path.realpath(file) for name, file in (
-        ("--csv", args.csv), ("--windows-csv", args.windows_csv), ("--figure", args.figure)) if file}
+    given = {"--csv": args.csv, "--windows-csv": args.windows_csv, "--figure": args.figure}
+    real = {name: os.path.realpath(file) for name, file in given.items() if file}
     if len(set(real.values())) < len(real):
         raise UserError(f"{' and '.join(real)} name one file twice: name others")
     for name, file in real.items():

@@ -15,6 +15,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import cli
 
 os.environ.update(cli.PINS)  # before torch is imported: for the tests of float32
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the demo runs beside; small work waits for threads
 
 import numpy as np
 import torch

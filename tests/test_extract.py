@@ -223,7 +223,8 @@ def test_check_names_every_damage(copy, features, ids, capsys, fails, compared):
     manifest = read_json(copy / "manifest.json", "")
     for change in ({"frames": 7}, {"store": "float16"}):
         content = json.loads(json.dumps(manifest))
-        (content["songs"][str(ids[0])] if "frames" in change else content["settings"]).update(change)
+        place = content["songs"][str(ids[0])] if "frames" in change else content["settings"]
+        place.update(change)
         write_json(copy / "manifest.json", {**content, "digest": manifest_digest(content)})
         assert call(extract, "--check", copy) == 1 and str(path) in capsys.readouterr().out
     assert "cannot read a manifest" in fails(extract, "--check", copy / "songs")

@@ -419,9 +419,11 @@ def test_a_manifest_of_other_songs_or_labels(demo, features, tmp_path, verdict, 
     song = next(iter(kept["songs"]))
     base = ("--deam", demo / "DEAM", "--weights", demo / "backbone", "--songs", song, "--device",
             "cpu", "--verify", file)
+    entries = [{**kept["songs"][song], **change} for change in (
+        {"pcm": "0" * 64}, {"features": "0" * 64}, {"frames": 3}, {"more": 1})]
     changes = [{}, {"annotations": "0" * 64}, {"top_layers": "0" * 64},
-               {"swapped_labels": [[1, 9]]}, *({"songs": {song: {**kept["songs"][song], key: value}}} for key, value in (
-                   ("pcm", "0" * 64), ("features", "0" * 64), ("frames", 3)))]
+               {"swapped_labels": [[1, 9]]}, {"songs": {**kept["songs"], "999": entries[0]}},
+               *({"songs": {song: entry}} for entry in entries)]
     for change in changes:
         content = {**kept, **change}
         write_json(file, {**content, "digest": manifest_digest(content)})

@@ -231,15 +231,17 @@ def test_a_killed_run_resumes_to_the_undisturbed_one(features, tmp_path, undrawn
     compared(len(results), "runs: undisturbed, killed and resumed, prolonged")
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_is_one_line(features, tmp_path, number, code):
-    process = python("train.py", "--features", features, "--run", tmp_path / "r", *QUICK,
-                     "--epochs", 500)
-    wait_for((tmp_path / "r/last.pt").exists, process)
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=20)
-    assert process.returncode == code and "Traceback" not in output
-    assert output.strip().splitlines()[-1].startswith("interrupted: rerun the same command")
+def test_a_signal_is_one_line(features, tmp_path, compared):
+    codes = {signal.SIGINT: 130, signal.SIGTERM: 143}
+    processes = {number: python("train.py", "--features", features, "--run", tmp_path / str(code),
+                                *QUICK, "--epochs", 500) for number, code in codes.items()}
+    for number, process in processes.items():
+        wait_for((tmp_path / str(codes[number]) / "last.pt").exists, process)
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=20)
+        assert process.returncode == codes[number] and "Traceback" not in output
+        assert output.strip().splitlines()[-1].startswith("interrupted: rerun the same command")
+    compared(len(codes), "signals")
 
 
 def test_a_run_is_not_overwritten_or_mixed(features, trained, tmp_path, fails, compared):
@@ -298,6 +300,24 @@ def test_features_that_do_not_belong(features, tmp_path, fails, compared):
     table.write_text(table.read_text().replace(",1.", ",2.", 1))
     assert "is not the file of the manifest" in fails(train, "--features", copy, *run)
     compared(8, "refusals")
+
+
+def test_layers_above_that_do_not_fit(features, tmp_path, fails, compared):
+    """Also where whoever edits them computes all digests anew."""
+    copy = shutil.copytree(features, tmp_path / "f")
+    top = DEAMFeatHandler(copy).top_layers
+    name, state = next(iter(top["state"])), top["state"]
+    edits = ({"state": {key: value for key, value in state.items() if key != name}},
+             {"state": {**state, "more": state[name]}}, {"state": {**state, name: state[name][:1]}},
+             {"layer": 9}, {"layer": -3}, {"params": {**top["params"], "encoder_embed_dim": 128}})
+    for edit in edits:
+        write_tensors(copy / "top_layers.pt", {**top, **edit})
+        manifest = read_json(copy / "manifest.json", "")
+        manifest["top_layers"] = state_digest(edit.get("state", state))
+        write_json(copy / "manifest.json", {
+            **manifest, "digest": common.manifest_digest(manifest)})
+        fails(train, "--features", copy, "--run", tmp_path / "r", *QUICK)
+    compared(len(edits), "edits")
 
 
 @pytest.mark.parametrize("options, says", [
