@@ -201,6 +201,8 @@ def total(x, dim=None, keepdim=False, dtype=None):
 
 
 def mean(x, dim=None, keepdim=False, dtype=None):
+    if not x.is_floating_point() and dtype is None:
+        raise RuntimeError("the mean of integers needs a floating-point dtype")
     count = math.prod(x.shape[d] for d in listed(x, dim))
     return total(x.to(torch.float64), dim, keepdim, dtype) * (1.0 / count)
 

@@ -202,7 +202,7 @@ def test_what_has_no_rule_raises_by_name(compared):
 def test_what_torch_refuses_is_refused(compared):
     calls = (lambda: F.layer_norm(X, (8,)), lambda: torch.bmm(X, X[:1].mT),
              lambda: F.conv1d(X[:, :, :3], KERNEL), lambda: TARGET.clone().div_(2),
-             lambda: TARGET.clone().add_(0.5), lambda: W @ W)
+             lambda: TARGET.clone().add_(0.5), lambda: W @ W, lambda: TARGET.mean())
     for call in calls:
         for context in (contextlib.nullcontext(), Exact()):
             with pytest.raises(RuntimeError), context:
