@@ -23,10 +23,11 @@ It is for float64, and errors are those of fixed-point numbers: for a product so
 largest value in its row times the largest in its column, for the features of a transformer with ten
 layers 2e-6, for exp, log and tanh 2^-53 of 1 or of the result, whichever is larger. So features of
 very unlike scale lose the small ones. In attention, weights below 2^-21 of a row's largest count as
-0. Grids belong to single rows, heads or stretches of a clip: what is computed for an element of a
-batch does not depend on the others, except for gradients of weights, which sum over them. NaN and
-infinity stay visible (which of a NaN's bit patterns is not defined). Denormal numbers count as IEEE
-754 says, flush-to-zero is switched off.
+0, and keys that are masked still share the values' grid. Grids belong to single rows, heads or
+stretches of a clip: what is computed for an element of a batch does not depend on the others,
+except for gradients of weights, which sum over them. NaN and infinity stay visible (which of a
+NaN's bit patterns is not defined). Denormal numbers count as IEEE 754 says, flush-to-zero is
+switched off.
 
 Every thread of Python enters for itself. Out of scope: torch.compile, random numbers drawn on a
 GPU, and what Python computes itself (check() tests the powers that Adam takes).
