@@ -15,9 +15,9 @@ def parser():
     p.add_argument("run", type=path, metavar="RUN", help="folder that train.py wrote")
     p.add_argument("songs", type=path, nargs="+", metavar="SONG",
                    help="audio files, or folders of them")
-    p.add_argument("--csv", type=path, metavar="FILE", help="write a table with one row a song")
+    p.add_argument("--csv", type=path, metavar="FILE", help="write a .csv table with one row a song")
     p.add_argument("--windows-csv", type=path, metavar="FILE",
-                   help="write a table with one row a window")
+                   help="write a .csv table with one row a window")
     p.add_argument("--figure", type=path, metavar="FILE",
                    help="draw one song over time and through the plane (PNG, and PDF beside it)")
     p.add_argument("--window", type=number(float, 1, 600), default=45.0, metavar="SECONDS",
