@@ -447,8 +447,8 @@ def read_windows(path, sample_rate, window=None, hop=None):
                 if not np.isfinite(held[:size]).all():
                     raise BadClip("holds NaN or infinity")
                 yield first / rate, to_waveform(held[:size], rate, sample_rate), held[:size]
-                if len(held) == size == first + size:
-                    break  # the whole file
+                if not window:
+                    break  # that was the whole file
                 step = max(1, round(hop * rate))
                 held = np.concatenate([held, read_frames(file, step + size - len(held))])
                 if len(held) == size:

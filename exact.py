@@ -1010,9 +1010,8 @@ constant_pad_nd clone contiguous copy detach alias lift lift_fresh lift_fresh_co
 resize _pin_memory is_pinned record_stream _local_scalar_dense is_same_size _has_same_storage_numel
 select_backward slice_backward diagonal_backward select_scatter slice_scatter as_strided_scatter
 index index_select index_fill index_copy gather scatter take embedding masked_fill masked_scatter
-masked_select where
-nonzero empty empty_like empty_strided empty_permuted new_empty new_empty_strided zeros zeros_like
-new_zeros ones ones_like new_ones full full_like new_full fill zero scalar_tensor eye
+masked_select where nonzero empty empty_like empty_strided empty_permuted new_empty
+new_empty_strided zeros zeros_like new_zeros ones ones_like new_ones full full_like new_full fill zero scalar_tensor eye
 neg abs mul sign sgn signbit copysign relu leaky_relu leaky_relu_backward threshold
 threshold_backward hardtanh hardtanh_backward clamp clamp_min clamp_max maximum minimum fmax fmin
 amax amin max min aminmax argmax argmin round floor ceil trunc nan_to_num isnan isinf isfinite eq ne

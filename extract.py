@@ -66,7 +66,7 @@ from cli import Progress, UserError
 from common import (COLUMNS, ENTRY, SETTINGS, TOP_LAYERS, Arithmetic, Backbone, BadClip,
                     DEAMHandler, environment, manifest_digest, operations, own_splits,
                     read_features, read_manifest, read_splits, say_if_slow, songs_of)
-from files import (DIGEST, Verdict, ahead, differences, json_text, lock, read_json,
+from files import (DIGEST, Verdict, ahead, differences, file_digest, json_text, lock, read_json,
                    read_tensors, sha256, shortened, state_digest, table_text, tensor_digest,
                    write_file, write_json, write_tensors)
 from weights import weights_name
@@ -141,7 +141,7 @@ class FeatureFolder:
             entry = read_json(path, "a song's record", RECORD)
         except UserError:  # none, or damaged: what is not known is extracted again
             return self.manifest["songs"].get(str(song))
-        repaired = "failed" in entry and entry["audio"] != file_digest(self.audio[song])
+        repaired = "failed" in entry and entry["audio"] != audio_digest(self.audio[song])
         return None if repaired else entry
 
     def missing(self, ids):
@@ -175,7 +175,7 @@ class FeatureFolder:
 
     def fail(self, song, reason):
         write_json(self.root / "songs" / f"{song}.json", {
-            "failed": reason, "audio": file_digest(self.audio[song])})
+            "failed": reason, "audio": audio_digest(self.audio[song])})
 
     def write_manifest(self):
         """The manifest of all songs that have a record; again, should one have come meanwhile."""
@@ -204,10 +204,10 @@ class FeatureFolder:
 
 
 @functools.cache
-def file_digest(path):
+def audio_digest(path):
     """sha256 of a file that failed: it is tried again when it is another one. None for no file."""
     try:
-        return sha256(path.read_bytes())
+        return file_digest(path)
     except OSError:
         return None
 

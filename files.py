@@ -60,6 +60,11 @@ def sha256(data):
     return hashlib.sha256(data).hexdigest()
 
 
+def file_digest(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def tensor_digest(tensor):
     """sha256 over dtype, shape and little-endian bytes, never over a file's format."""
     array = tensor.detach().cpu().numpy() if isinstance(tensor, torch.Tensor) else tensor

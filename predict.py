@@ -75,7 +75,7 @@ def find_songs(paths):
     return files
 
 
-def check_outputs(args):
+def check_outputs(args, files):
     """Raise UserError for tables and figures that would replace something else, before any work."""
     given = {"--csv": args.csv, "--windows-csv": args.windows_csv, "--figure": args.figure}
     real = {name: os.path.realpath(file) for name, file in given.items() if file}
@@ -86,6 +86,8 @@ def check_outputs(args):
         special = os.path.exists(file) and not os.path.isfile(file) and not os.path.isdir(file)
         if not file.lower().endswith(endings) and not (special and name != "--figure"):
             raise UserError(f"{name} {file}: its name must end in {' or '.join(endings)}")
+        if file in map(os.path.realpath, files):
+            raise UserError(f"{name} {file} is a file to read: name another")
         if Path(file).is_relative_to(os.path.realpath(args.run)):
             raise UserError(f"{name} {file} is in the run's folder: choose another place")
 
@@ -169,7 +171,7 @@ def run(args):
     files = find_songs(args.songs)
     if args.figure and len(files) > 1:
         raise UserError(f"--figure draws one song, and these are {len(files)}")
-    check_outputs(args)
+    check_outputs(args, files)
     songs, windows = Table(args.csv), Table(args.windows_csv)
     predictor, failed = Predictor(args), 0
     songs.begin(SONGS)

@@ -208,8 +208,8 @@ class Training:
             validation, self.pred = self.validate()
             self.history.append([epoch, self.rate, *means, *validation])
             self.digests.append([epoch, self.step, means[0], self.digest()])
-            if self.config["select"] == "best" and not (
-                    self.best and self.best["loss"] <= validation[0]):
+            if self.config["select"] == "best" and (
+                    not self.best or validation[0] < self.best["loss"]):
                 self.best = {"loss": validation[0], "model": {
                     name: value.cpu().clone() for name, value in self.trained().items()}}
             yield self.history[-1]

@@ -2,7 +2,6 @@
 or a file. Architecture and waveform normalisation are read from what stands beside the weights.
 """
 
-import hashlib
 import os
 import re
 import sys
@@ -14,7 +13,7 @@ import torchaudio
 
 from cli import UserError
 from exact import Exact
-from files import check_form, load_tensors, read_json
+from files import check_form, file_digest, load_tensors, read_json
 
 POSITION = "encoder.transformer.pos_conv_embed.conv."
 WEIGHTS = "model.safetensors", "pytorch_model.bin"
@@ -89,9 +88,7 @@ def weights_name(source):
 
 
 def source_of(file, name, revision):
-    with open(file, "rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
-    return {"name": name, "revision": revision, "file": file.name, "sha256": digest}
+    return {"name": name, "revision": revision, "file": file.name, "sha256": file_digest(file)}
 
 
 def read_state(file):

@@ -157,6 +157,7 @@ def test_rows_are_on_disk_as_they_are_done(demo, predicted, tmp_path, monkeypatc
 @pytest.mark.parametrize("option, says", [
     (["--csv", "folder.csv"], "cannot write"), (["--csv", "song.wav"], "must end in .csv"),
     (["--windows-csv", "/dev/null/table.csv"], "cannot write"), (["--csv", "loop.csv"], "loop"),
+    (["a.csv", "--csv", "./a.csv"], "a file to read"),
     (["--figure", "f.jpg"], "must end in .png or .pdf"), (["--csv", "run/a.csv"], "run's folder"),
     (["--csv", "t.csv", "--windows-csv", "./t.csv"], "name one file twice"),
     (["a.wav", "b.wav", "--figure", "f.png"], "--figure draws one song, and these are 3"),
