@@ -7,6 +7,7 @@ import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 import torchaudio
@@ -28,42 +29,58 @@ HUGGING_FACE = {
     "do_stable_layer_norm": False, "layerdrop": 0.1, "hidden_act": "gelu",
     "feat_extract_activation": "gelu"}
 CONFIGURATION = {
-    **{name: ([int] if isinstance(value, list) else bool if isinstance(value, bool) else
-              float if isinstance(value, float) else type(value))
+    **{name: [int] if isinstance(value, list) else type(value)
        for name, value in HUGGING_FACE.items()},
     "model_type": ("wav2vec2", "hubert"), "hidden_act": "gelu", "feat_extract_activation": "gelu"}
 PROCESSOR = {"sampling_rate": int, "do_normalize": bool}
 
 
+class Weights(NamedTuple):
+    params: dict  # torchaudio's parameters of the architecture
+    state: dict  # {torchaudio's name: tensor}
+    sample_rate: int  # Hz
+    epsilon: float | None  # of the waveform's z-score; None: it is not z-scored
+    source: dict  # its name; of a file also revision, file and sha256
+
+
 def find_weights(name):
-    """--weights → (params, state dict in torchaudio's names, sample rate in Hz, epsilon of the
-    waveform's z-score or None, source). Raises UserError."""
+    """The Weights that --weights names. Raises UserError."""
     bundles = {key: value for key, value in vars(torchaudio.pipelines).items()
                if isinstance(value, torchaudio.pipelines.Wav2Vec2Bundle)}
     if name in bundles:
-        bundle = bundles[name]
-        if bundle._model_type == "WavLM":
-            raise UserError(f"{name} is a WavLM: its layers share one position bias, so the top "
-                            "layers cannot be run on cached states; choose a WAV2VEC2_… or "
-                            "HUBERT_… bundle")
-        # torchaudio's z-score has layer_norm's epsilon; the Hugging Face processor's is 1e-7
-        epsilon = 1e-5 if bundle._normalize_waveform else None
-        params = {**bundle._params, "aux_num_out": None}
-        return params, downloaded(bundle, name), int(bundle.sample_rate), epsilon, {"name": name}
+        return bundle_weights(name, bundles[name])
     if os.path.isdir(name):
-        folder, revision = Path(name), None
-    elif os.path.isfile(name):
-        state, params = read_state(Path(name)), torchaudio.pipelines.WAV2VEC2_BASE._params
-        z_scored = not any(key.startswith("encoder.transformer.") for key in state)
-        return ({**params, "aux_num_out": None}, from_hugging_face(state), 16000,
-                1e-7 if z_scored else None, source_of(Path(name), Path(name).name, None))
-    elif REPOSITORY.fullmatch(name) and not os.path.isdir(os.path.dirname(name)):
-        folder, revision = fetch_repository(name)
-    else:
-        raise UserError(f"--weights {name}: no such file or folder, Hugging Face repository "
-                        f"(owner/name) or bundle; bundles: {', '.join(sorted(bundles))}")
-    config = {**HUGGING_FACE, **read_json(folder / "config.json", "a Hugging Face configuration",
-                                          {str: object})}
+        return folder_weights(name, Path(name))
+    if os.path.isfile(name):
+        return file_weights(Path(name))
+    if REPOSITORY.fullmatch(name) and not os.path.isdir(os.path.dirname(name)):
+        return folder_weights(name, *fetch_repository(name))
+    raise UserError(f"--weights {name}: no such file or folder, Hugging Face repository "
+                    f"(owner/name) or bundle; bundles: {', '.join(sorted(bundles))}")
+
+
+def bundle_weights(name, bundle):
+    if bundle._model_type == "WavLM":
+        raise UserError(f"{name} is a WavLM: its layers share one position bias, so the top layers "
+                        "cannot be run on cached states; choose a WAV2VEC2_… or HUBERT_… bundle")
+    # torchaudio's z-score has layer_norm's epsilon; the Hugging Face processor's is 1e-7
+    return Weights({**bundle._params, "aux_num_out": None}, downloaded(bundle, name),
+                   int(bundle.sample_rate), 1e-5 if bundle._normalize_waveform else None,
+                   {"name": name})
+
+
+def file_weights(file):
+    """Of a file alone: of the base architecture, z-scored where its names are Hugging Face's."""
+    state = read_state(file)
+    params = {**torchaudio.pipelines.WAV2VEC2_BASE._params, "aux_num_out": None}
+    return Weights(params, from_hugging_face(state), 16000,
+                   None if in_torchaudios_names(state) else 1e-7, source_of(file, file.name, None))
+
+
+def folder_weights(name, folder, commit=None):
+    """Of a folder laid out like a Hugging Face repository, or of a repository at a commit."""
+    config = HUGGING_FACE | read_json(folder / "config.json", "a Hugging Face configuration",
+                                      {str: object})
     check_form(config, CONFIGURATION, f"{folder / 'config.json'} describes no network of this kind")
     params = torchaudio.models.wav2vec2.utils.import_huggingface._get_config(
         SimpleNamespace(**config))
@@ -77,9 +94,9 @@ def find_weights(name):
     file = next((folder / file for file in WEIGHTS if (folder / file).exists()), None)
     if file is None:
         raise UserError(f"no weights in {name}: it has neither {' nor '.join(WEIGHTS)}")
-    return (params, from_hugging_face(read_state(file)), processor["sampling_rate"],
-            1e-7 if processor["do_normalize"] else None,
-            source_of(file, name.partition("@")[0] if revision else folder.name, revision))
+    return Weights(params, from_hugging_face(read_state(file)), processor["sampling_rate"],
+                   1e-7 if processor["do_normalize"] else None,
+                   source_of(file, name.partition("@")[0] if commit else folder.name, commit))
 
 
 def weights_name(source):
@@ -129,19 +146,14 @@ def fetch_repository(name):
         return None
 
     try:
-        try:
-            folder = Path(huggingface_hub.hf_hub_download(repository, "config.json",
-                                                          revision=revision)).parent
-        except LocalEntryNotFoundError:
-            raise
-        except EntryNotFoundError:
-            raise UserError(f"{name} is not a wav2vec2 repository: it has no config.json") from None
+        folder = Path(huggingface_hub.hf_hub_download(repository, "config.json",
+                                                      revision=revision)).parent
         commit = folder.name  # of all files, though the branch may move on meanwhile
         fetch("preprocessor_config.json")
         next(filter(None, map(fetch, WEIGHTS)), None)
-    except UserError:
-        raise
     except Exception as error:  # the hub's own, its HTTP client's, the system's: many kinds
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            raise UserError(f"{name} is not a wav2vec2 repository: it has no config.json") from None
         reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
         raise UserError(f"cannot get {name} from Hugging Face ({reason[:150]}): check the name and "
                         "the network, or download its files elsewhere and pass the folder with "
@@ -165,10 +177,14 @@ def downloaded(bundle, name):
                         f"{Path(torch.hub.get_dir()) / 'checkpoints'} and rerun") from None
 
 
+def in_torchaudios_names(state):
+    return any(name.startswith("encoder.transformer.") for name in state)
+
+
 def from_hugging_face(state):
     """Rename a Hugging Face wav2vec2 or HuBERT state dict to torchaudio's names, pretraining-only
     parts dropped; one in torchaudio's names stays as it is."""
-    if any(name.startswith("encoder.transformer.") for name in state):
+    if in_torchaudios_names(state):
         return state
     renamed = {}
     for name, value in state.items():
