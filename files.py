@@ -212,8 +212,10 @@ def read_tensors(path, what, form):
     return value
 
 
-DIGEST = re.compile("[0-9a-f]{64}")
-KINDS = {int: "a whole number", str: "a text", bool: "true or false", dict: "names with values"}
+DIGEST, WHOLE = re.compile("[0-9a-f]{64}"), re.compile("0|[1-9][0-9]{0,8}")
+KINDS = {int: "a whole number", float: "a finite number", str: "a text", bool: "true or false",
+         dict: "names with values", DIGEST: "a sha256",
+         torch.Tensor: "a tensor without NaN or infinity"}
 
 
 def check_form(value, form, complaint):
@@ -223,47 +225,55 @@ def check_form(value, form, complaint):
     form} with at least these names, {type: form} with names of a type (str, or int for digits), or
     a tuple of alternatives. {"songs": {int: [float, float]}, "labels": (None, str)}: a dict with
     two numbers for each song id, and labels that may be missing."""
+    for place, expected in misfits(value, form, ()):
+        where = ".".join(map(str, place)) or "what it holds"
+        raise UserError(f"{complaint}: {where} is not {expected}")
 
-    def problem(value, form):
-        """None, or (path to the place, what was expected there)."""
-        if isinstance(form, tuple):
-            problems = [problem(value, each) for each in form]
-            return None if None in problems else max(problems, key=lambda each: len(each[0]))
-        if isinstance(form, list) and isinstance(value, (list, tuple)):
-            if len(form) > 1 and len(value) != len(form):
-                return [], f"a list of {len(form)}"
-            return first((n, problem(each, form[n % len(form)])) for n, each in enumerate(value))
-        if isinstance(form, dict) and isinstance(value, dict):
-            if len(form) == 1 and (str in form or int in form):
-                (kind, inner), = form.items()
-                for key in value:
-                    if not isinstance(key, kind if kind is str else (int, str)) or (
-                            kind is int and not re.fullmatch("0|[1-9][0-9]{0,8}", str(key))):
-                        return [repr(key)], "another kind of name"
-                return first((key, problem(each, inner)) for key, each in value.items())
-            if missing := [key for key in form if key not in value]:
-                return [missing[0]], "there"
-            return first((key, problem(value[key], inner)) for key, inner in form.items())
-        if form is float:
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            return None if number and abs(value) <= sys.float_info.max else ([], "a finite number")
-        if form is torch.Tensor:
-            return None if is_plain(value) else ([], "a tensor without NaN or infinity")
-        if isinstance(form, re.Pattern):
-            fine = isinstance(value, str) and form.fullmatch(value)
-            return None if fine else ([], "a sha256" if form is DIGEST else form.pattern)
-        if isinstance(form, type):
-            fine = isinstance(value, form) and (form is not int or not isinstance(value, bool))
-            return None if fine else ([], KINDS.get(form, f"a {form.__name__}"))
-        return None if value == form and not isinstance(form, (list, dict)) else ([], {
-            list: "a list", dict: "names with values"}.get(type(form), repr(form)))
 
-    def first(places):
-        found = next(((place, inner) for place, inner in places if inner), None)
-        return found and ([str(found[0]), *found[1][0]], found[1][1])
+def misfits(value, form, place):
+    """Yield (place, what was expected there) wherever a value is not of a form."""
+    if isinstance(form, tuple):
+        found = [next(misfits(value, each, place), None) for each in form]
+        if None not in found:
+            yield max(found, key=lambda each: len(each[0]))  # the alternative that was meant
+    elif isinstance(form, list):
+        if not isinstance(value, (list, tuple)):
+            yield place, "a list"
+        elif len(form) > 1 and len(value) != len(form):
+            yield place, f"a list of {len(form)}"
+        else:
+            for n, each in enumerate(value):
+                yield from misfits(each, form[n % len(form)], (*place, n))
+    elif isinstance(form, dict):
+        if not isinstance(value, dict):
+            yield place, KINDS[dict]
+        elif form.keys() == {str} or form.keys() == {int}:
+            (kind, inner), = form.items()
+            for key, each in value.items():
+                if not (isinstance(key, str) if kind is str else WHOLE.fullmatch(str(key))):
+                    yield (*place, repr(key)), f"{KINDS[kind]}, as a name has to be"
+                yield from misfits(each, inner, (*place, key))
+        else:
+            for key, inner in form.items():
+                if key in value:
+                    yield from misfits(value[key], inner, (*place, key))
+                else:
+                    yield (*place, key), "there"
+    elif not fits(value, form):
+        yield place, KINDS.get(form, repr(form))
 
-    if found := problem(value, form):
-        raise UserError(f"{complaint}: {'.'.join(found[0]) or 'what it holds'} is not {found[1]}")
+
+def fits(value, form):
+    """Whether a value is of a form that has no forms in it."""
+    if isinstance(form, re.Pattern):
+        return isinstance(value, str) and form.fullmatch(value)
+    if form is torch.Tensor:
+        return is_plain(value)
+    if isinstance(value, bool) and form in (int, float):
+        return False  # though Python has it as a whole number
+    if form is float:
+        return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
+    return isinstance(value, form) if isinstance(form, type) else value == form
 
 
 def lock(folder, name, what):
@@ -272,19 +282,19 @@ def lock(folder, name, what):
     read needs no lock."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        path = Path(folder) / f".{name}.lock"
-        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
+        file = open(Path(folder) / f".{name}.lock", "a+b", buffering=0)
     except OSError:
         return None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        file.seek(0)
         holder = file.read(200).decode(errors="replace").strip() or "another process"
         raise UserError(f"{what} {folder} is being written by {holder}: wait for it, or stop "
                         "it") from None
     except OSError:  # a file system without locks
         return None
-    file.truncate()
+    file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
     return file
 
