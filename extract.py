@@ -56,8 +56,6 @@ import functools
 import os
 import random
 import time
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -74,7 +72,7 @@ from weights import weights_name
 RANK = int(os.environ.get("RANK", 0))  # torchrun's number of this process, and how many there are
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 CORES = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-WORKERS = min(CORES, 16)  # threads that decode ahead, and as many that write
+DECODERS = min(CORES, 16)  # threads that decode ahead
 RECORD = (ENTRY, {"failed": str, "audio": (None, DIGEST)})
 
 
@@ -97,23 +95,31 @@ def labels_table(annotations):
     return table_text(COLUMNS, [[song, *values] for song, values in annotations.items()])
 
 
+def manifest_of(deam, backbone, layer, precision, store):
+    """How features are made: a manifest but for its songs and which labels are swapped."""
+    settings = {"weights": backbone.digest, "layer": layer, "precision": precision, "store": store,
+                "sample_rate": backbone.sample_rate, "normalize_epsilon": backbone.epsilon}
+    return {"settings": settings, "annotations": sha256(labels_table(deam.annotations).encode()),
+            "top_layers": state_digest(backbone.top_layers(layer)["state"])}
+
+
 class FeatureFolder:
     """DEAM_feats/ while it is filled: every song with a record of its own beside it, so that a kill
     costs at most the songs in flight and several processes can fill one folder; the manifest is
     all records together."""
 
-    def __init__(self, root, ids, audio, manifest, beside, top_layers):
-        """manifest: without songs. beside: {name: text} of the files that stand beside it."""
-        self.root, self.ids, self.audio, self.manifest = root, ids, audio, manifest
-        self.writing, path = deque(), root / "manifest.json"
+    def __init__(self, root, ids, deam, splits, top_layers, manifest):
+        """manifest: without songs."""
+        self.root, self.ids, self.deam, self.manifest = root, ids, deam, manifest
+        self.settings, path = manifest["settings"], root / "manifest.json"
         while RANK and not path.exists():  # the first process decides whether this folder will do
             time.sleep(0.2)
         if path.exists():
             self.join(read_manifest(path))
         self.lock = lock(root, f"extract-{RANK}", "the features folder")
         if RANK == 0:
-            for name, text in beside.items():
-                self.write(name, text)
+            self.write("annotations.csv", labels_table(deam.annotations))
+            self.write("splits.json", json_text(splits))
             if not path.exists() or not (root / "top_layers.pt").exists():
                 write_tensors(root / "top_layers.pt", top_layers)
             self.write_manifest()
@@ -135,38 +141,33 @@ class FeatureFolder:
 
     def record(self, song):
         """What is known of a song: its entry; {"failed": reason, …} for its file as it is now; or
-        None."""
+        {}."""
         path = self.root / "songs" / f"{song}.json"
         try:
-            entry = read_json(path, "a song's record", RECORD)
-        except UserError:  # none, or damaged: what is not known is extracted again
-            return self.manifest["songs"].get(str(song))
-        repaired = "failed" in entry and entry["audio"] != audio_digest(self.audio[song])
-        return None if repaired else entry
+            record = read_json(path, "a song's record", RECORD)
+        except UserError:  # none, or damaged
+            return self.manifest["songs"].get(str(song), {})
+        repaired = "failed" in record and record["audio"] != audio_digest(self.deam.audio[song])
+        return {} if repaired else record
 
     def missing(self, ids):
         """Those of the ids whose features are not there, or not as their records say."""
-        store = self.manifest["settings"]["store"]
+        records = {song: self.record(song) for song in ids}
+        known = {song: record for song, record in records.items() if "features" in record}
+        damages = find_damage(self.root, known, self.settings["store"])
+        return [song for song in ids if song not in known or damages[song]]
 
-        def intact(song):
-            entry = self.record(song) or {}
-            return "features" in entry and damage(self.root, song, entry, store) is None
-        known = [song for song in ids if (self.root / "songs" / f"{song}.pt").exists()]
-        checked = Progress(ahead(intact, known), total=len(known), desc="check", unit="song",
-                           disable=not known)
-        done = {song for fine, song in zip(checked, known) if fine}  # checked first: the bar ends
-        return [song for song in ids if song not in done]
+    def decode(self, song):
+        """(song, waveform, digest of its PCM); None for a song that fails."""
+        try:
+            return song, *self.deam.get_waveform(song, self.settings["sample_rate"])
+        except BadClip as error:
+            return self.fail(song, f"{self.deam.audio[song]}: {error}")
 
-    def write_behind(self, batch, states):
-        """Write [(song, waveform, digest of its PCM), …] and their states [B, T, D] in other
-        threads; wait where they fall behind."""
-        for (song, _, pcm), features in zip(batch, states):
-            self.writing.append(WRITERS.submit(self.write_song, song, pcm, features))
-        while len(self.writing) > 2 * max(WORKERS, len(batch)):
-            self.writing.popleft().result()
-
-    def write_song(self, song, pcm, features):
-        features = features.to(getattr(torch, self.manifest["settings"]["store"])).cpu().clone()
+    def write_song(self, clip):
+        """clip: (song, digest of its PCM, features[T, D])."""
+        song, pcm, features = clip
+        features = features.to(getattr(torch, self.settings["store"])).cpu().clone()
         if not features.isfinite().all():
             return self.fail(song, f"its features overflow {features.dtype}")
         write_tensors(self.root / "songs" / f"{song}.pt", features)
@@ -175,16 +176,14 @@ class FeatureFolder:
 
     def fail(self, song, reason):
         write_json(self.root / "songs" / f"{song}.json", {
-            "failed": reason, "audio": audio_digest(self.audio[song])})
+            "failed": reason, "audio": audio_digest(self.deam.audio[song])})
 
     def write_manifest(self):
-        """The manifest of all songs that have a record; again, should one have come meanwhile."""
+        """The manifest of all songs that have features; again, should one have come meanwhile."""
         while True:
-            known = {**self.manifest["songs"]}
-            for song in self.ids:
-                known[str(song)] = self.record(song)
-            songs = {song: known[song] for song in sorted(known, key=int)
-                     if known[song] and "failed" not in known[song]}
+            records = self.manifest["songs"] | {str(song): self.record(song) for song in self.ids}
+            songs = {song: records[song] for song in sorted(records, key=int)
+                     if "features" in records[song]}
             if songs == self.manifest["songs"] and (self.root / "manifest.json").exists():
                 return
             self.manifest["songs"] = songs
@@ -192,15 +191,13 @@ class FeatureFolder:
             write_json(self.root / "manifest.json", self.manifest)
 
     def finish(self):
-        """Wait for all writing, complete the manifest → {song: reason} of the failed songs. The
-        first process waits until the others have dealt with their songs."""
-        while self.writing:
-            self.writing.popleft().result()
+        """Complete the manifest → the reasons of the songs that failed. The first process waits
+        until the others have dealt with their songs."""
         while not RANK and not all(map(self.record, self.ids)):
             time.sleep(0.5)
         self.write_manifest()
-        records = {song: self.record(song) or {} for song in self.ids}
-        return {song: entry["failed"] for song, entry in records.items() if "failed" in entry}
+        records = map(self.record, self.ids)
+        return [record["failed"] for record in records if "failed" in record]
 
 
 @functools.cache
@@ -212,33 +209,19 @@ def audio_digest(path):
         return None
 
 
-WRITERS = ThreadPoolExecutor(WORKERS, initializer=torch.set_num_threads, initargs=(1,))
-
-
-def equal_lengths(decoded, size, fail):
-    """Group (song, waveform, digest of its PCM) by length, up to `size` together, in memory at most
-    four times that. Bad clips, (song, None, reason), go to `fail`."""
+def equal_lengths(clips, size):
+    """Group clips (song, waveform, digest of its PCM) by length, up to `size` together, in memory
+    at most four times that; None is left out."""
     waiting = {}
-    for song, waveform, note in decoded:
-        if waveform is None:
-            fail(song, note)
-            continue
-        same = waiting.setdefault(len(waveform), [])
-        same.append((song, waveform, note))
+    for clip in filter(None, clips):
+        length = len(clip[1])
+        same = waiting.setdefault(length, [])
+        same.append(clip)
         if len(same) == size:
-            yield waiting.pop(len(waveform))
+            yield waiting.pop(length)
         elif sum(map(len, waiting.values())) > 4 * size:
             yield waiting.pop(next(iter(waiting)))
     yield from waiting.values()
-
-
-def decoder(deam, sample_rate):
-    def decode(song):
-        try:
-            return song, *deam.get_waveform(song, sample_rate)
-        except BadClip as error:
-            return song, None, f"{deam.audio[song]}: {error}"
-    return decode
 
 
 def damage(root, song, entry, store):
@@ -250,6 +233,13 @@ def damage(root, song, entry, store):
         return str(error)
     fine = features.dtype == getattr(torch, store) and len(features) == entry["frames"]
     return None if fine else f"{path}: not the type or the frames that the manifest says"
+
+
+def find_damage(root, entries, store):
+    """{song: what is wrong with its feature file, or None}, given {song: entry}."""
+    found = ahead(lambda song: damage(root, song, entries[song], store), entries)
+    bar = Progress(found, total=len(entries), desc="check", unit="song", disable=not entries)
+    return dict(zip(entries, list(bar)))
 
 
 def damage_beside(root, manifest):
@@ -271,88 +261,81 @@ def damage_beside(root, manifest):
 def check(root):
     """Print what in a features folder is not as its manifest says; 0 where all is, else 1."""
     manifest = read_manifest(root / "manifest.json")
-    songs, store = manifest["songs"], manifest["settings"]["store"]
-    found = ahead(lambda song: damage(root, song, songs[song], store), songs)
-    bad = [line for line in Progress(found, total=len(songs), desc="check", unit="song") if line]
-    count, bad = len(songs) - len(bad), bad + list(damage_beside(root, manifest))
-    print("".join(f"{line}\n" for line in bad) + f"{root}: {count} of {len(songs)} songs are as "
-          f"the manifest says; root digest {manifest['digest']}")
-    return 1 if bad else 0
+    songs = manifest["songs"]
+    bad = list(filter(None, find_damage(root, songs, manifest["settings"]["store"]).values()))
+    beside = list(damage_beside(root, manifest))
+    print("".join(f"{line}\n" for line in bad + beside) + f"{root}: {len(songs) - len(bad)} of "
+          f"{len(songs)} songs are as the manifest says; root digest {manifest['digest']}")
+    return 1 if bad or beside else 0
+
+
+def songs_to_verify(args, manifest, deam):
+    """The ids of --songs, or --sample of those whose audio is there. Raises UserError."""
+    ids = args.songs or list(map(int, manifest["songs"]))
+    unknown = [song for song in ids if str(song) not in manifest["songs"]]
+    if unknown or not ids:
+        raise UserError(f"{args.verify} has no songs {shortened(unknown)}")
+    there = [song for song in ids if song in deam.audio]
+    if not there or args.songs and len(there) < len(ids):
+        missing = [song for song in ids if song not in there]
+        raise UserError(f"no audio of songs {shortened(missing)} in {args.deam}: give DEAM's with "
+                        "--deam")
+    if args.songs:
+        return ids
+    seed = random.SystemRandom().randrange(10**6)
+    ids = sorted(random.Random(seed).sample(there, min(args.sample, len(there))))
+    print(f"{len(ids)} of the {len(there)} songs whose audio is here, drawn with seed {seed}; for "
+          f"the same ones again: --songs {' '.join(map(str, ids))}")
+    return ids
 
 
 def verify(args):
     """Extract a few of a manifest's songs and compare their digests; the exit code of a verdict."""
-    manifest = read_manifest(args.verify)
-    settings, source = manifest["settings"], manifest["source"]
-    unknown = [song for song in args.songs or [] if str(song) not in manifest["songs"]]
-    if unknown or not manifest["songs"]:
-        raise UserError(f"{args.verify} has no songs {shortened(unknown)}")
-    deam = DEAMHandler(args.deam)
-    there = [song for song in map(int, manifest["songs"]) if song in deam.audio]
-    if not args.songs and not there:
-        raise UserError(f"no audio of the manifest's songs in {args.deam}: give DEAM's with --deam")
-    ids, seed = args.songs, random.SystemRandom().randrange(10**6)
-    if not ids:
-        ids = sorted(random.Random(seed).sample(there, min(args.sample, len(there))))
-        print(f"{len(ids)} of the {len(there)} songs whose audio is here, drawn with seed {seed}; "
-              f"for the same ones again: --songs {' '.join(map(str, ids))}")
-    if missing := [song for song in ids if song not in deam.audio]:
-        raise UserError(f"no audio of {shortened(missing)} in {args.deam}")
+    manifest, deam = read_manifest(args.verify), DEAMHandler(args.deam)
+    settings, songs = manifest["settings"], manifest["songs"]
+    ids = songs_to_verify(args, manifest, deam)
     arithmetic = Arithmetic(settings["precision"], args.device)
-    backbone = Backbone(args.weights or weights_name(source))
+    backbone = Backbone(args.weights or weights_name(manifest["source"]))
+    here = manifest_of(deam, backbone, settings["layer"], settings["precision"], settings["store"])
     verdict = Verdict(args.verify)
-    verdict.compare("weights", settings["weights"], backbone.digest)
-    verdict.compare("sample rate and z-score", [settings["sample_rate"],
-                    settings["normalize_epsilon"]], [backbone.sample_rate, backbone.epsilon])
-    verdict.compare("names", [sorted(SETTINGS), *[sorted(ENTRY)] * len(manifest["songs"])],
-                    [sorted(settings), *map(sorted, manifest["songs"].values())])
-    verdict.compare("songs without a label", [], [
-        song for song in manifest["songs"] if int(song) not in deam.annotations])
-    verdict.compare("annotations", manifest["annotations"],
-                    sha256(labels_table(deam.annotations).encode()))
-    verdict.compare("top layers", manifest["top_layers"],
-                    state_digest(backbone.top_layers(settings["layer"])["state"]))
+    verdict.compare_all(("weights", "sample_rate", "normalize_epsilon"), settings, here["settings"])
+    verdict.compare("names", [sorted(SETTINGS), *[sorted(ENTRY)] * len(songs)],
+                    [sorted(settings), *map(sorted, songs.values())])
+    verdict.compare("songs without a label", [],
+                    [song for song in songs if int(song) not in deam.annotations])
+    verdict.compare_all(("annotations", "top_layers"), manifest, here)
     if len(deam.dynamic) == 2:
         verdict.compare("swapped labels", manifest["swapped_labels"], swapped_ranges(deam))
     backbone.to(arithmetic, settings["layer"])
-    decode = decoder(deam, backbone.sample_rate)
+    dtype = getattr(torch, settings["store"])
     for song in Progress(ids, desc="verify", unit="song"):
-        expected, (_, waveform, pcm) = manifest["songs"][str(song)], decode(song)
-        found = {"pcm": pcm, "features": "none", "frames": 0}
-        if waveform is not None:
-            features = backbone.hidden_states(waveform[None])[0]
-            features = features.to(getattr(torch, settings["store"])).cpu()
-            found |= {"features": tensor_digest(features), "frames": len(features)}
+        try:
+            waveform, pcm = deam.get_waveform(song, backbone.sample_rate)
+            features = backbone.hidden_states(waveform[None])[0].to(dtype)
+            found = {"pcm": pcm, "features": tensor_digest(features), "frames": len(features)}
+        except BadClip as error:
+            found = {"pcm": str(error), "features": "none", "frames": 0}
         for key in ENTRY:
-            verdict.compare(f"song {song}: {key}", expected[key], found[key])
-    return verdict.finish(f"PCM and features of {len(ids)} of {len(manifest['songs'])} songs, "
+            verdict.compare(f"song {song}: {key}", songs[str(song)][key], found[key])
+    return verdict.finish(f"PCM and features of {len(ids)} of {len(songs)} songs, "
                           f"{settings['precision']}")
 
 
-def run(args):
-    if args.check:
-        return check(args.check)
-    if args.verify:
-        return verify(args)
+def extract(args):
+    """Fill a features folder; 1 where songs failed, else 0."""
     arithmetic = Arithmetic(args.precision, args.device)
     on_gpu = arithmetic.device.type == "cuda"
     if on_gpu:  # torch's other threads would only spin, on the cores that decode
         torch.set_num_threads(1)
     deam = DEAMHandler(args.deam)
     splits = read_splits(args.splits) if args.splits else own_splits(args.features)
-    ids = choose_songs(args, deam, splits)
-    swapped = swapped_ranges(deam)
+    ids, swapped = choose_songs(args, deam, splits), swapped_ranges(deam)
     backbone = Backbone(args.weights or "WAV2VEC2_BASE")
-    table, top_layers = labels_table(deam.annotations), backbone.top_layers(args.layer)
-    settings = {"weights": backbone.digest, "layer": args.layer, "precision": args.precision,
-                "store": args.store, "sample_rate": backbone.sample_rate,
-                "normalize_epsilon": backbone.epsilon}
-    manifest = {"settings": settings, "annotations": sha256(table.encode()),
-                "top_layers": state_digest(top_layers["state"]), "swapped_labels": swapped,
-                "songs": {}, "source": backbone.source,
+    manifest = {**manifest_of(deam, backbone, args.layer, args.precision, args.store),
+                "swapped_labels": swapped, "songs": {}, "source": backbone.source,
                 "environment": environment(arithmetic.device)}
-    folder = FeatureFolder(args.features, ids, deam.audio, manifest, {
-        "annotations.csv": table, "splits.json": json_text(splits)}, top_layers)
+    folder = FeatureFolder(args.features, ids, deam, splits, backbone.top_layers(args.layer),
+                           manifest)
     todo = folder.missing(ids[RANK::PROCESSES])
     print(f"{len(ids)} songs, {len(todo)} to do; {backbone.source['name']} layer {args.layer} of "
           f"{backbone.params['encoder_num_layers']}; weights {backbone.digest[:16]}; "
@@ -360,20 +343,31 @@ def run(args):
           + (f"; process {RANK + 1} of {PROCESSES}" if PROCESSES > 1 else ""), flush=True)
     say_if_slow(arithmetic, len(todo) * operations(backbone.params, args.layer))
     backbone.to(arithmetic, args.layer)
-    decoded = Progress(ahead(decoder(deam, backbone.sample_rate), todo, WORKERS), total=len(todo),
-                       desc="extract", unit="song", disable=RANK > 0 or not todo)
-    for batch in equal_lengths(decoded, args.batch_size or (8 if on_gpu else 1), folder.fail):
-        waveforms = torch.stack([waveform for _, waveform, _ in batch])
-        folder.write_behind(batch, backbone.hidden_states(waveforms))
+    decoded = Progress(ahead(folder.decode, todo, DECODERS), total=len(todo), desc="extract",
+                       unit="song", disable=RANK > 0 or not todo)
+
+    def computed():
+        for batch in equal_lengths(decoded, args.batch_size or (8 if on_gpu else 1)):
+            songs, waveforms, pcms = zip(*batch)
+            yield from zip(songs, pcms, backbone.hidden_states(torch.stack(waveforms)))
+
+    for _ in ahead(folder.write_song, computed()):
+        pass
     failed = folder.finish()
     if RANK:
         return 0
     songs = folder.manifest["songs"].values()
     print(f"{args.features}: {len(songs)} songs, {sum(entry['frames'] for entry in songs)} frames; "
           f"root digest {folder.manifest['digest']}\n{splits['source']}")
-    for reason in failed.values():
+    for reason in failed:
         print(f"failed: {reason}")
     return 1 if failed else 0
+
+
+def run(args):
+    if args.check:
+        return check(args.check)
+    return verify(args) if args.verify else extract(args)
 
 
 def swapped_ranges(deam):
@@ -381,12 +375,10 @@ def swapped_ranges(deam):
     is nothing to compare with."""
     try:
         rows = audit_labels(deam)
+        if all(row["swapped"] is None for row in rows):
+            raise UserError("the data do not tell whether they are swapped")
     except UserError as error:
         print(f"the labels cannot be audited ({error}); --labels corrected will not be possible")
-        return None
-    if all(row["swapped"] is None for row in rows):
-        print("the data do not tell whether labels are swapped; --labels corrected will not be "
-              "possible")
         return None
     return [[row["low"], row["high"]] for row in rows if row["swapped"]]
 

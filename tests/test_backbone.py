@@ -352,7 +352,7 @@ def test_a_manifest_remembers_the_revision(demo, tmp_path, monkeypatch, capsys, 
     assert (source["name"], source["revision"]) == ("demo/model", OTHER)
     assert call(extract, "--verify", tmp_path / "f/manifest.json", "--deam", demo / "DEAM",
                 "--device", "cpu") == 0
-    assert "10 identical, 0 close, 0 different" in capsys.readouterr().out
+    assert "11 identical, 0 close, 0 different" in capsys.readouterr().out
     assert asked == ["demo/model@v1", f"demo/model@{OTHER}"]
     compared(5, "values of the manifest")
 
