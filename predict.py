@@ -60,8 +60,7 @@ WINDOWS = ["song", "start", "valence", "arousal"]
 
 def printable(name):
     """A file's name for people: what is not text, or would move the cursor, as a question mark."""
-    text = os.fsencode(str(name)).decode(errors="replace")
-    return "".join(each if each.isprintable() else "?" for each in text)
+    return "".join(each if each.isprintable() else "?" for each in str(name))
 
 
 def find_songs(paths):
@@ -83,8 +82,8 @@ def check_outputs(args, files):
         raise UserError(f"{' and '.join(real)} name one file twice: name others")
     for name, file in real.items():
         endings = (".png", ".pdf") if name == "--figure" else (".csv",)
-        special = os.path.exists(file) and not os.path.isfile(file) and not os.path.isdir(file)
-        if not file.lower().endswith(endings) and not (special and name != "--figure"):
+        pipe = name != "--figure" and os.path.exists(file) and not os.path.isfile(file)
+        if not file.lower().endswith(endings) and not pipe:
             raise UserError(f"{name} {file}: its name must end in {' or '.join(endings)}")
         if file in map(os.path.realpath, files):
             raise UserError(f"{name} {file} is a file to read: name another")
@@ -127,12 +126,11 @@ class Predictor:
         self.model, content = read_model(args.run / "model.pt")
         settings, source = content["settings"], content["source"]
         backbone = Backbone(args.weights or weights_name(source))
-        wanted = settings.get("weights", backbone.digest)
-        if backbone.digest != wanted or "weights" in settings and (
-                settings["sample_rate"], settings["normalize_epsilon"]) != (
-                backbone.sample_rate, backbone.epsilon):
+        here = {"weights": backbone.digest, "sample_rate": backbone.sample_rate,
+                "normalize_epsilon": backbone.epsilon}
+        if any(settings.get(key, value) != value for key, value in here.items()):
             raise UserError(f"the features of {args.run} were made by other weights, of "
-                            f"{source['name']} ({wanted[:16]}…), than these "
+                            f"{source['name']} ({settings['weights'][:16]}…), than these "
                             f"({backbone.digest[:16]}…): name them with --weights")
         self.backbone = backbone.to(Arithmetic(settings.get("precision", "float32"), args.device),
                                     settings["layer"])
