@@ -2,7 +2,8 @@
 
 import builtins
 import contextlib
-import json
+import functools
+import operator
 import os
 import re
 import shutil
@@ -28,13 +29,26 @@ def songs_in(folder):
     return read_manifest(folder / "manifest.json")["songs"]
 
 
+def edited(folder, place, *value):
+    """A folder's manifest with another value at a place, or nothing there; its digest is that of
+    what it holds, where it can be computed."""
+    manifest, (*outer, key) = read_json(folder / "manifest.json", ""), place
+    inner = functools.reduce(operator.getitem, outer, manifest)
+    inner.pop(key)
+    inner.update({key: each for each in value})
+    if key != "digest":
+        with contextlib.suppress(KeyError):
+            manifest["digest"] = manifest_digest(manifest)
+    return manifest
+
+
 @pytest.fixture(scope="session")
 def ids(demo):
     return sorted(songs_of(read_splits(demo / "splits.json")))
 
 
 @pytest.fixture
-def copy(features, tmp_path):
+def own(features, tmp_path):
     """A copy of the demo's features."""
     return shutil.copytree(features, tmp_path / "DEAM_feats")
 
@@ -163,205 +177,157 @@ def loopback():
 
 
 @pytest.mark.skipif(not loopback(), reason="torchrun's processes talk over 127.0.0.1")
-def test_several_processes_share_the_songs(demo, features, ids, corpus, tmp_path, compared):
+def test_several_processes_share_the_songs(demo, features, ids, corpus, tmp_path, monkeypatch,
+                                           compared):
     """As `torchrun --nproc-per-node N` on N GPUs, here on the CPU: one manifest with the digests of
     one process; and the songs that failed anywhere are named once."""
     DEAMHandler(corpus).audio[ids[1]].write_bytes(b"")  # the second process's
-    command = extraction(demo, tmp_path / "two", *FLOAT32, "--deam", corpus, "--songs", *ids[:8])
-    assert call(extract, *extraction(demo, tmp_path / "one", *FLOAT32, "--deam", corpus, "--songs",
-                                     *ids[:8])) == 1
-
-    def torchrun():
-        return subprocess.run([
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr",
-            "127.0.0.1", "--nproc-per-node", "2", ROOT / "extract.py", *map(str, command)],
-            capture_output=True, text=True)
-
-    both = torchrun()
-    one, two = (read_manifest(tmp_path / name / "manifest.json") for name in ("one", "two"))
-    assert both.returncode == 1 and one["digest"] == two["digest"], both.stderr
-    assert len(two["songs"]) == 7 and two["songs"].items() <= songs_in(features).items()
-    assert both.stdout.count("failed:") == 1 == both.stdout.count(one["digest"])
+    one, two = (extraction(demo, tmp_path / name, *FLOAT32, "--deam", corpus, "--songs", *ids[:8])
+                for name in ("one", "two"))
+    assert call(extract, *one) == 1
+    both = subprocess.run([
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1",
+        "--nproc-per-node", "2", ROOT / "extract.py", *map(str, two)],
+        capture_output=True, text=True)
+    digest = read_manifest(tmp_path / "one/manifest.json")["digest"]
+    assert both.returncode == 1, both.stderr
+    assert read_manifest(tmp_path / "two/manifest.json")["digest"] == digest
+    assert len(songs_in(tmp_path / "two")) == 7
+    assert songs_in(tmp_path / "two").items() <= songs_in(features).items()
+    assert both.stdout.count("failed:") == 1 == both.stdout.count(digest)
     assert f"{ids[1]}.wav: empty file" in both.stdout
-    # repaired: its old failure, of the other process, is not taken for a new one
+    # repaired: the first process, with nothing to do, does not take the old failure for a new one
     shutil.copy(DEAMHandler(demo / "DEAM").audio[ids[1]], DEAMHandler(corpus).audio[ids[1]])
-    again = torchrun()
-    assert again.returncode == 0 and "failed" not in again.stdout, again.stdout + again.stderr
-    assert len(read_manifest(tmp_path / "two/manifest.json")["songs"]) == 8
-    compared(len(two["songs"]), "songs")
+    with subprocess.Popen([sys.executable, ROOT / "extract.py", *map(str, two)], text=True,
+                          stdout=subprocess.PIPE, env={**os.environ, "WORLD_SIZE": "2"}) as first:
+        assert "8 songs, 0 to do" in first.stdout.readline()
+        monkeypatch.setattr(extract, "RANK", 1)
+        monkeypatch.setattr(extract, "PROCESSES", 2)
+        assert call(extract, *two) == 0
+        assert "8 songs, " in first.stdout.read() and first.wait() == 0
+    assert len(songs_in(tmp_path / "two")) == 8
+    compared(8, "songs")
 
 
-def test_check_names_every_damage(copy, features, ids, capsys, fails, compared):
+def test_check_names_every_damage(own, features, ids, capsys, fails, compared):
     """Ten bytes flipped in turn, and files missing, of other types or of other songs."""
     assert call(extract, "--check", features) == 0
     assert "60 of 60 songs are as the manifest says" in capsys.readouterr().out
-    path = copy / "songs" / f"{ids[0]}.pt"
+    path = own / "songs" / f"{ids[0]}.pt"
     whole, value = path.read_bytes(), torch.load(path, weights_only=True)
     data = whole.index(value.numpy().tobytes()[:64])  # the rest is the zip's own
     flipped = [bytearray(whole) for _ in range(10)]
     for n, each in enumerate(flipped):
         each[data + n * value.numel() * 4 // 10] ^= 1
     contents = [*map(bytes, flipped), b"", b"text", whole[:-100], None,
-                (copy / "songs" / f"{ids[1]}.pt").read_bytes()]
+                (own / "songs" / f"{ids[1]}.pt").read_bytes()]
     for content in contents:
         path.write_bytes(content) if content is not None else path.unlink()
-        assert call(extract, "--check", copy) == 1
+        assert call(extract, "--check", own) == 1
         output = capsys.readouterr().out
         assert str(path) in output and "59 of 60 songs" in output
     for other in (value.bfloat16(), value[0], value * torch.nan, [value], {"a": value},
                   value.to_sparse(), value.to("meta")):
         torch.save(other, path)
-        assert call(extract, "--check", copy) == 1
+        assert call(extract, "--check", own) == 1
         assert str(path) in capsys.readouterr().out
     path.write_bytes(whole)
     for name, content in (("annotations.csv", b"song_id\n"), ("splits.json", b"{}"),
                           ("top_layers.pt", b"text")):
-        kept = (copy / name).read_bytes()
-        (copy / name).write_bytes(content)
-        assert call(extract, "--check", copy) == 1 and name in capsys.readouterr().out
-        (copy / name).write_bytes(kept)
-    manifest = read_json(copy / "manifest.json", "")
-    for change in ({"frames": 7}, {"store": "float16"}):
-        content = json.loads(json.dumps(manifest))
-        place = content["songs"][str(ids[0])] if "frames" in change else content["settings"]
-        place.update(change)
-        write_json(copy / "manifest.json", {**content, "digest": manifest_digest(content)})
-        assert call(extract, "--check", copy) == 1 and str(path) in capsys.readouterr().out
-    assert "cannot read a manifest" in fails(extract, "--check", copy / "songs")
+        kept = (own / name).read_bytes()
+        (own / name).write_bytes(content)
+        assert call(extract, "--check", own) == 1 and name in capsys.readouterr().out
+        (own / name).write_bytes(kept)
+    for change in ((("songs", str(ids[0]), "frames"), 7), (("settings", "store"), "float16")):
+        write_json(own / "manifest.json", edited(features, *change))
+        assert call(extract, "--check", own) == 1 and str(path) in capsys.readouterr().out
+    assert "cannot read a manifest" in fails(extract, "--check", own / "songs")
     compared(len(contents) + 13, "damaged folders")
 
 
-def test_a_damaged_file_is_extracted_again(demo, copy, features, ids, capsys, compared):
+def test_a_damaged_file_is_extracted_again(demo, own, features, ids, capsys, compared):
     """Of any kind, as the messages advise."""
-    paths = [copy / "songs" / f"{song}.pt" for song in ids[:6]]
+    paths = [own / "songs" / f"{song}.pt" for song in ids[:6]]
     value = torch.load(paths[0], weights_only=True)
     for path, other in zip(paths, (value.bfloat16(), value + 1, value * torch.nan, [value])):
         torch.save(other, path)
     paths[4].unlink()
     paths[5].write_bytes(b"")
-    assert call(extract, *extraction(demo, copy, *FLOAT32)) == 0
+    assert call(extract, *extraction(demo, own, *FLOAT32)) == 0
     assert "60 songs, 6 to do" in capsys.readouterr().out
-    assert songs_in(copy) == songs_in(features) and call(extract, "--check", copy) == 0
+    assert songs_in(own) == songs_in(features) and call(extract, "--check", own) == 0
     compared(len(paths), "damaged files")
-
-
-def edited(manifest, change):
-    """The manifest after change(manifest), its own digest put right unless that was changed."""
-    manifest, before = json.loads(json.dumps(manifest)), manifest["digest"]
-    change(manifest)
-    if manifest.get("digest") == before:
-        with contextlib.suppress(KeyError):
-            manifest["digest"] = manifest_digest(manifest)
-    return json.dumps(manifest)
 
 
 def test_verify(demo, features, ids, tmp_path, capsys, fails, compared):
     """Songs drawn at random, or named; whatever does not fit is said by name, and exit code 1."""
-    path, songs = tmp_path / "manifest.json", ids[3:5]
-    manifest = read_json(features / "manifest.json", "")
-    path.write_text(json.dumps(manifest))
+    path, (first, second) = tmp_path / "manifest.json", map(str, ids[3:5])
     command = ["--deam", demo / "DEAM", "--weights", demo / "backbone", "--device", "cpu",
                "--verify", path]
+    shutil.copy(features / "manifest.json", path)
     assert call(extract, *command, "--sample", 2) == 0
     output = capsys.readouterr().out
     assert "2 of the 60 songs whose audio is here, drawn with seed " in output
     assert "REPRODUCED: PCM and features of 2 of 60 songs, float32" in output
     assert call(extract, *command, "--songs", *re.findall(r"--songs (\d+) (\d+)", output)[0]) == 0
-    tampered = {
-        f"song {songs[0]}: pcm": lambda m: m["songs"][str(songs[0])].update(pcm="0" * 64),
-        f"song {songs[1]}: features": lambda m: m["songs"][str(songs[1])].update(features="0" * 64),
-        f"song {songs[1]}: frames": lambda m: m["songs"][str(songs[1])].update(frames=298),
-        "weights": lambda m: m["settings"].update(weights="0" * 64),
-        "normalize epsilon": lambda m: m["settings"].update(normalize_epsilon=1e-7)}
+    assert "has no songs 3" in fails(extract, *command, "--songs", 3)
+    table = demo / "DEAM/DEAM_Annotations"  # annotations without audio: nothing can be verified
+    assert f"no audio of songs {ids[0]}, " in fails(extract, *command, "--deam", table)
+    tampered = {f"song {first}: pcm": (("songs", first, "pcm"), "0" * 64),
+                f"song {second}: features": (("songs", second, "features"), "0" * 64),
+                f"song {second}: frames": (("songs", second, "frames"), 298),
+                "weights": (("settings", "weights"), "0" * 64),
+                "normalize epsilon": (("settings", "normalize_epsilon"), 1e-7)}
     for name, change in tampered.items():
-        path.write_text(edited(manifest, change))
+        write_json(path, edited(features, *change))
         capsys.readouterr()
-        assert call(extract, *command, "--songs", *songs) == 1
+        assert call(extract, *command, "--songs", first, second) == 1
         output = capsys.readouterr().out
         assert "13 identical, 0 close, 1 different" in output and "NOT REPRODUCED" in output
         assert re.findall(r"^  (\S.*?)  .*DIFFERENT", output, re.M) == [name]
-    table = demo / "DEAM/DEAM_Annotations"  # annotations without audio: nothing can be verified
-    assert f"no audio of songs {ids[0]}, " in fails(extract, *command, "--deam", table)
-    path.write_text(json.dumps({**manifest, "annotations": "0" * 64}))
+    write_json(path, edited(features, ("digest",), "0" * 64))
     assert "does not match its own digest" in fails(extract, *command)
-    path.write_text(json.dumps(manifest))
-    assert "has no songs 3" in fails(extract, *command, "--songs", 3)
     compared(len(tampered) + 4, "manifests and songs")
 
 
 def test_no_manifest_ends_in_a_traceback(features, tmp_path, compared):
-    """Every key removed and retyped, its digest put right."""
-    manifest, path, tried = read_json(features / "manifest.json", ""), tmp_path / "m.json", 0
-    song = next(iter(manifest["songs"]))
-    places = [(), ("settings",), ("songs",), ("songs", song), ("source",)]
+    """Every key removed and retyped, its digest put right: only what may be there is taken."""
+    manifest, path = read_json(features / "manifest.json", ""), tmp_path / "m.json"
+    song, tried, taken = next(iter(manifest["songs"])), 0, set()
+    places = [*((key,) for key in manifest if key != "environment"), ("source", "name"),
+              *(("settings", key) for key in manifest["settings"]), ("songs", song),
+              *(("songs", song, key) for key in manifest["songs"][song])]
     for place in places:
-        inner = manifest
-        for key in place:
-            inner = inner[key]
-        for key in list(inner)[:12]:
-            if key == "environment" or place == ("source",) and key != "name":
-                continue  # beside the result, and not read
-            for value in ("removed", None, [], {}, "x", -1.5, True):
-                if isinstance(inner[key], type(value)) and not isinstance(value, (str, dict)) or (
-                        inner[key] is None and value is None):
-                    continue
-
-                def change(found):
-                    for each in place:
-                        found = found[each]
-                    found.pop(key) if value == "removed" else found.update({key: value})
-
-                path.write_text(edited(manifest, change))
-                try:
-                    read_manifest(path)
-                    assert (value == "removed" and place == ("songs",) or key in (
-                        "swapped_labels", "normalize_epsilon", "songs", "name")), (key, value)
-                except UserError as error:
-                    assert str(path) in str(error)
-                tried += 1
+        for value in ((), (None,), ([],), ({},), ("x",), (-1.5,), (True,)):
+            write_json(path, edited(features, place, *value))
+            try:
+                read_manifest(path)
+                taken.add((place[-1], *map(str, value)))
+            except UserError as error:
+                assert str(path) in str(error)
+            tried += 1
+    assert taken == {(song,), ("songs", "{}"), ("name", "x"), ("swapped_labels", "None"),
+                     ("swapped_labels", "[]"), ("normalize_epsilon", "None"),
+                     ("normalize_epsilon", "-1.5")}
     compared(tried, "manifests")
 
 
-@pytest.fixture
-def read_only(monkeypatch):
-    """read_only(folder): from now on nothing can be written in it, by root neither."""
-
-    def forbid(folder):
-        opened, created, replaced = builtins.open, os.open, os.replace
-
-        def refuse(path):
-            if str(path).startswith(str(folder)):
-                raise PermissionError(13, "Permission denied", str(path))
-
-        def open_file(path, mode="r", *rest, **more):
-            if set(mode) & set("wax+"):
-                refuse(path)
-            return opened(path, mode, *rest, **more)
-
-        def open_number(path, flags, *rest, **more):
-            if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
-                refuse(path)
-            return created(path, flags, *rest, **more)
-
-        def replace(source, target):
-            refuse(target)
-            return replaced(source, target)
-
-        monkeypatch.setattr(builtins, "open", open_file)
-        monkeypatch.setattr(os, "open", open_number)
-        monkeypatch.setattr(os, "replace", replace)
-
-    return forbid
-
-
-def test_a_complete_folder_may_be_for_reading_only(demo, copy, ids, read_only, capsys, fails,
+def test_a_complete_folder_may_be_for_reading_only(demo, own, ids, monkeypatch, capsys, fails,
                                                    compared):
-    (copy / ".extract-0.lock").unlink(missing_ok=True)
-    read_only(copy)
-    assert call(extract, *extraction(demo, copy, *FLOAT32)) == 0
-    assert "60 songs, 0 to do" in capsys.readouterr().out
-    assert call(extract, "--check", copy) == 0
-    (copy / "songs" / f"{ids[0]}.pt").unlink()
-    message = fails(extract, *extraction(demo, copy, *FLOAT32))
+    """By root neither: what opens a file in it for writing is refused."""
+    opened, command = builtins.open, extraction(demo, own, *FLOAT32)
+
+    def refuse(path, mode="r", *rest, **more):
+        if str(path).startswith(str(own)) and set(mode) & set("wax+"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, mode, *rest, **more)
+
+    monkeypatch.setattr(builtins, "open", refuse)
+    before = {path: path.stat().st_mtime_ns for path in own.rglob("*")}
+    assert call(extract, *command) == 0 and "60 songs, 0 to do" in capsys.readouterr().out
+    assert call(extract, "--check", own) == 0
+    assert before == {path: path.stat().st_mtime_ns for path in own.rglob("*")}
+    (own / "songs" / f"{ids[0]}.pt").unlink()
+    message = fails(extract, *command)
     assert "cannot write" in message and "choose a folder that you may write to" in message
     compared(len(ids), "songs")
