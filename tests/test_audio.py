@@ -34,8 +34,9 @@ def predicted(demo, trained, tmp_path):
 
 
 def test_a_song_of_the_corpus_gets_what_eval_gave_it(demo, features, trained, predicted, tmp_path,
-                                                     compared):
+                                                     monkeypatch, compared):
     """From the audio file to six decimals what its stored features give."""
+    monkeypatch.setattr("figures.draw_report", lambda *_: None)
     run = shutil.copytree(trained, tmp_path / "run")
     assert call(eval_script, run, "--features", features, "--device", "cpu") == 0
     stored = read_json(run / "eval-test/metrics.json", "")["predictions"]
@@ -125,14 +126,18 @@ def test_long_files_are_streamed(tmp_path, compared):
 
 
 def test_tables_and_figure_of_a_long_song(predicted, tmp_path, compared):
+    """A tenth of the default windows, and of a song for them."""
+    defaults = predict.parser().parse_args(["run", "song"])
+    assert (defaults.window, defaults.hop) == (45, 15)
     song = tmp_path / os.fsdecode(b"caf\xe9 \xc3\xa9 $x$.flac")
     with open(song, "wb") as file:
-        soundfile.write(file, NOISE, 8000, format="FLAC")
-    code, [row] = predicted(song, "--figure", tmp_path / "figures/song.png", "--windows-csv",
+        soundfile.write(file, NOISE[:80_000], 8000, format="FLAC")
+    code, [row] = predicted(song, "--window", 4.5, "--hop", 1.5, "--figure",
+                            tmp_path / "figures/song.png", "--windows-csv",
                             tmp_path / "tables/windows.csv")
     windows = list(csv.DictReader(open(tmp_path / "tables/windows.csv")))
     assert code == 0 and row["windows"] == "5"
-    assert [float(each["start"]) for each in windows] == [0, 15, 30, 45, 55]
+    assert [float(each["start"]) for each in windows] == [0, 1.5, 3, 4.5, 5.5]
     for name in ("valence", "arousal"):
         values = [float(each[name]) for each in windows]
         assert float(row[name]) == pytest.approx(np.mean(values), abs=2e-6)
