@@ -224,21 +224,20 @@ def equal_lengths(clips, size):
     yield from waiting.values()
 
 
-def damage(root, song, entry, store):
-    """What is wrong with a song's feature file, given its entry; None where nothing is."""
-    path = root / "songs" / f"{song}.pt"
-    try:
-        features = read_features(path, entry["features"])
-    except UserError as error:
-        return str(error)
-    fine = features.dtype == getattr(torch, store) and len(features) == entry["frames"]
-    return None if fine else f"{path}: not the type or the frames that the manifest says"
-
-
 def find_damage(root, entries, store):
-    """{song: what is wrong with its feature file, or None}, given {song: entry}."""
-    found = ahead(lambda song: damage(root, song, entries[song], store), entries)
-    bar = Progress(found, total=len(entries), desc="check", unit="song", disable=not entries)
+    """{song: what is wrong with its feature file, None where nothing is}, given {song: entry}."""
+
+    def damage(song):
+        path, entry = root / "songs" / f"{song}.pt", entries[song]
+        try:
+            features = read_features(path, entry["features"])
+        except UserError as error:
+            return str(error)
+        fine = features.dtype == getattr(torch, store) and len(features) == entry["frames"]
+        return None if fine else f"{path}: not the type or the frames that the manifest says"
+
+    bar = Progress(ahead(damage, entries), total=len(entries), desc="check", unit="song",
+                   disable=not entries)
     return dict(zip(entries, list(bar)))
 
 
@@ -262,7 +261,8 @@ def check(root):
     """Print what in a features folder is not as its manifest says; 0 where all is, else 1."""
     manifest = read_manifest(root / "manifest.json")
     songs = manifest["songs"]
-    bad = list(filter(None, find_damage(root, songs, manifest["settings"]["store"]).values()))
+    found = find_damage(root, songs, manifest["settings"]["store"])
+    bad = [line for line in found.values() if line]
     beside = list(damage_beside(root, manifest))
     print("".join(f"{line}\n" for line in bad + beside) + f"{root}: {len(songs) - len(bad)} of "
           f"{len(songs)} songs are as the manifest says; root digest {manifest['digest']}")
