@@ -15,7 +15,8 @@ def parser():
     p.add_argument("run", type=path, metavar="RUN", help="folder that train.py wrote")
     p.add_argument("songs", type=path, nargs="+", metavar="SONG",
                    help="audio files, or folders of them")
-    p.add_argument("--csv", type=path, metavar="FILE", help="write a .csv table with one row a song")
+    p.add_argument("--csv", type=path, metavar="FILE",
+                   help="write a .csv table with one row a song")
     p.add_argument("--windows-csv", type=path, metavar="FILE",
                    help="write a .csv table with one row a window")
     p.add_argument("--figure", type=path, metavar="FILE",
