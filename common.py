@@ -786,22 +786,22 @@ class EmotionModel(nn.Module):
     def __init__(self, params, layer, finetune, attention_dropout=None):
         super().__init__()
         top = params["encoder_num_layers"] - layer
-        trained = layers_to_train(finetune, top, layer)
+        cut = top - layers_to_train(finetune, top, layer)
         transformer, dimension = network(params).encoder.transformer, params["encoder_embed_dim"]
         self.layers, self.norm = transformer.layers[layer:], transformer.layer_norm
         with torch.device("meta"):
             self.valence, self.arousal = Head(dimension), Head(dimension)
-        self.first_trained, self.trains_layers = top - trained, trained > 0
-        self.all_train, self.recompute = 0 < trained == top, True
-        if attention_dropout is not None:
-            for encoder_layer in self.layers:
+        self.frozen_layers, self.trained_layers = list(self.layers[:cut]), list(self.layers[cut:])
+        self.params, self.recompute = params, True
+        for encoder_layer in self.trained_layers:
+            if attention_dropout is not None:
                 encoder_layer.attention.dropout = attention_dropout
         for module in self.frozen_modules():
             module.requires_grad_(False)
         self.train()
 
     def frozen_modules(self):
-        return [*self.layers[:self.first_trained], *([] if self.trains_layers else [self.norm])]
+        return self.frozen_layers if self.trained_layers else [*self.frozen_layers, self.norm]
 
     def train(self, mode=True):
         super().train(mode)
@@ -840,19 +840,18 @@ class EmotionModel(nn.Module):
         model's device, the features as they are if all train; where none trains, on through norm
         and mean: pooled[1, D]. Clip by clip, so that it can be kept or computed again, whichever
         memory allows, without changing a bit."""
-        weight = self.norm.weight
-        if self.all_train:
-            return features.to(weight.device)
-        states = features.to(weight)[None]
-        for layer in self.layers[:self.first_trained]:
+        if self.trained_layers and not self.frozen_layers:
+            return features.to(self.norm.weight.device)
+        states = features.to(self.norm.weight)[None]
+        for layer in self.frozen_layers:
             states, _ = layer(states)
-        return (states if self.trains_layers else self.norm(states).mean(1, keepdim=True))[0]
+        return (states if self.trained_layers else self.norm(states).mean(1, keepdim=True))[0]
 
     def pool(self, states):
         """states[B, T, D] of `frozen` → pooled[B, D]."""
-        for layer in self.layers[self.first_trained:]:
+        for layer in self.trained_layers:
             states, _ = layer(states)
-        return (self.norm(states) if self.trains_layers else states).mean(1)
+        return (self.norm(states) if self.trained_layers else states).mean(1)
 
     def forward(self, clips, micro_batch=1):
         """[states of `frozen`, …], of any lengths → z-scored [B, 2]: valence, arousal."""
@@ -874,7 +873,7 @@ class EmotionModel(nn.Module):
                 group = same[start:start + micro_batch]
                 states = torch.stack([clips[place].to(weight.device, non_blocking=True)
                                       for place in group]).to(weight)
-                if self.training and self.trains_layers and self.recompute:
+                if self.training and self.trained_layers and self.recompute:
                     rows = checkpoint(self.pool, states, use_reentrant=False)
                 else:
                     rows = self.pool(states)
@@ -920,34 +919,30 @@ class FrozenOutputs(Dataset):
 
 def where_to_keep(count, frames, model, stored, device):
     """The device with room for the frozen outputs of `count` clips of `frames` frames: the model's
-    own, the host, or None. Half of what is free stays free. stored: dtype of the features, which
-    are kept as they are where no layer is frozen."""
+    own, the host, or None. stored: dtype of the features, which are kept as they are where no layer
+    is frozen."""
     parameter = model.norm.weight
-    size = stored.itemsize if model.all_train else parameter.element_size()
-    needed = count * (frames if model.trains_layers else 1) * len(parameter) * size
-    if device.type == "cuda" and needed < torch.cuda.mem_get_info(device)[0] / 2:
-        return device
-    return torch.device("cpu") if needed < free_memory() / 2 else None
+    dtype = parameter.dtype if model.frozen_layers or not model.trained_layers else stored
+    needed = count * (frames if model.trained_layers else 1) * len(parameter) * dtype.itemsize
+    return next((place for place in (device, torch.device("cpu")) if fits(needed, place)), None)
 
 
 def room_for_activations(clips, frames, model, device):
-    """Whether the activations of a whole batch fit into half of the memory that is free: some 12
-    values a channel and 4 a feed-forward unit, for every frame and layer that trains."""
-    layers = model.layers[model.first_trained:]
-    if not layers:
-        return True
-    units = 12 * layers[0].final_layer_norm.weight.numel() + 4 * (
-        layers[0].feed_forward.intermediate_dense.out_features)
-    needed = clips * frames * len(layers) * units * model.norm.weight.element_size()
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
-    return needed < free / 2
+    """Whether there is room for the activations of a whole batch: some 12 values a channel and 4 a
+    feed-forward unit, for every frame and layer that trains."""
+    width, inner = model.params["encoder_embed_dim"], model.params["encoder_ff_interm_features"]
+    values = clips * frames * len(model.trained_layers) * (12 * width + 4 * inner)
+    return fits(values * model.norm.weight.element_size(), device)
 
 
-def free_memory():
-    """Bytes of memory that are free; where the system does not say, a quarter of what there is."""
-    pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else None
-    size = os.sysconf("SC_PAGE_SIZE")
-    return os.sysconf(pages) * size if pages else os.sysconf("SC_PHYS_PAGES") * size / 4
+def fits(size, device):
+    """Whether `size` bytes leave half of the memory free that is free now; where a system does not
+    say what is, a quarter of all memory counts as free."""
+    if device.type == "cuda":
+        return size < torch.cuda.mem_get_info(device)[0] / 2
+    known = "SC_AVPHYS_PAGES" in os.sysconf_names
+    pages = os.sysconf("SC_AVPHYS_PAGES") if known else os.sysconf("SC_PHYS_PAGES") / 4
+    return size < pages * os.sysconf("SC_PAGE_SIZE") / 2
 
 
 # --------------------------------------------------------------------------------------------- loss

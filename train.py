@@ -296,20 +296,25 @@ class Training:
             state["cuda_rng"] = torch.cuda.get_rng_state(self.device)
         return state
 
-    def restore(self, state):
-        self.history, self.digests, self.best = (state[key] for key in (
-            "history", "digests", "best"))
-        for each in filter(None, (state["best"], state)):  # the best only to see that it fits
-            self.load(each["model"])
-        moments, parameters = state["optimizer"], dict(enumerate(self.trainable))
-        if any(like(parameters) != like({n: each[name] for n, each in moments.items()})
-               for name in ("exp_avg", "exp_avg_sq")):
-            raise KeyError("moments of other parameters")
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
-        self.data.shuffle.set_state(state["shuffle"])
-        torch.set_rng_state(state["rng"])
-        if "cuda_rng" in state and self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+    def restore(self, state, file):
+        """Go on from what `state` gave. Raises UserError where it is that of another model."""
+        try:
+            self.history, self.digests, self.best = (state[key] for key in (
+                "history", "digests", "best"))
+            for each in filter(None, (state["best"], state)):  # the best only to see that it fits
+                self.load(each["model"])
+            moments, parameters = state["optimizer"], dict(enumerate(self.trainable))
+            if any(like(parameters) != like({n: each[name] for n, each in moments.items()})
+                   for name in ("exp_avg", "exp_avg_sq")):
+                raise KeyError("moments of other parameters")
+            self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+            self.data.shuffle.set_state(state["shuffle"])
+            torch.set_rng_state(state["rng"])
+            if "cuda_rng" in state and self.device.type == "cuda":
+                torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+        except (KeyError, ValueError, RuntimeError, TypeError, AttributeError, IndexError):
+            raise UserError(f"{file} is not a training state of this run: delete {file.parent} and "
+                            "train again") from None
         self.step = len(self.history) * len(self.train)
 
 
@@ -344,8 +349,11 @@ def to_resume(args, config):
     return state
 
 
-def open_data(args):
-    splits = None if args.fold is None else fold_splits(args.fold, own_splits(args.features))
+def open_data(args, splits=None):
+    """The features and the splits to train on, the folder's own or those of --fold. Raises
+    UserError where they are too few."""
+    if args.fold is not None and not splits:
+        splits = fold_splits(args.fold, own_splits(args.features))
     data = DEAMFeatHandler(args.features, splits, args.batch_size, args.seed + 1,
                            args.allow_missing, args.labels)
     if len(data.ids["train"]) < args.batch_size:
@@ -360,6 +368,28 @@ def save(training, folder):
     write_csv(folder / "history.csv", HISTORY, training.history)
     write_csv(folder / "digests.csv", DIGESTS, training.digests)
     write_tensors(folder / "last.pt", training.state())
+
+
+def record_of(training):
+    """What config.json says of a run; `digests` gets those of the result when there is one."""
+    data = training.data
+    return {"config": training.config, "features_settings": data.settings,
+            "source": data.splits["source"], "label_mean": data.mean.tolist(),
+            "label_std": data.std.tolist(), "digests": {"initial_model": training.digest()},
+            "environment": environment(training.device)}
+
+
+def announce(args, training, initial):
+    """Say what is about to be trained, and where that would take hours."""
+    model, data = training.model, training.data
+    print(f"{args.run}: {args.finetune} on {data.summary}; "
+          f"{sum(each.numel() for each in training.trainable):,} trainable of "
+          f"{sum(each.numel() for each in model.parameters()):,} parameters; {args.precision} on "
+          f"{training.device}\nfeatures {str(data.digest)[:16]}; initial model {initial[:16]}",
+          flush=True)
+    clips = (training.steps - training.step) * args.batch_size
+    say_if_slow(training.arithmetic, 3 * clips * operations(  # forward, and backward twice that
+        model.params, len(model.trained_layers), convolutions=False))
 
 
 def run(args):
@@ -379,24 +409,11 @@ def run(args):
     held = lock(args.run, "train", "the run")  # as long as this name is there
     state = to_resume(args, config)
     training = Training(config, data, arithmetic)
-    model, initial = training.model, training.digest()
-    print(f"{args.run}: {args.finetune} on {data.summary}; "
-          f"{sum(each.numel() for each in training.trainable):,} trainable of "
-          f"{sum(each.numel() for each in model.parameters()):,} parameters; {args.precision} on "
-          f"{arithmetic.device}\nfeatures {str(data.digest)[:16]}; initial model {initial[:16]}",
-          flush=True)
-    say_if_slow(arithmetic, 3 * (training.steps - training.step) * args.batch_size * operations(
-        data.top_layers["params"], len(model.layers) - model.first_trained, convolutions=False))
+    record = record_of(training)
     if state:
-        try:
-            training.restore(state)
-        except (KeyError, ValueError, RuntimeError, TypeError, AttributeError, IndexError):
-            raise UserError(f"{args.run / 'last.pt'} is not a training state of this run: delete "
-                            f"{args.run} and train again") from None
+        training.restore(state, args.run / "last.pt")
         print(f"resumed after epoch {len(training.history)} of {args.epochs}")
-    record = {"config": config, "features_settings": data.settings, "source": data.splits["source"],
-              "label_mean": data.mean.tolist(), "label_std": data.std.tolist(),
-              "digests": {"initial_model": initial}, "environment": environment(arithmetic.device)}
+    announce(args, training, record["digests"]["initial_model"])
     write_json(args.run / "config.json", record)
     write_json(args.run / "splits.json", {"source": data.splits["source"], **data.ids})
     if data.digest:
@@ -408,13 +425,13 @@ def run(args):
             bar.say("epoch {:3d}  lr {:.2e}  train loss {:.4f} MSE {:.4f} MAE {:.4f}  val loss "
                     "{:.4f} MSE {:.4f} MAE {:.4f}".format(*row))
             save(training, args.run)
-    finish(args, record, training, data)
+    finish(args, record, training)
     return 0
 
 
-def finish(args, record, training, data):
+def finish(args, record, training):
     """Write the result of a run and say what it is."""
-    history, digests = training.history, training.result()
+    data, history, digests = training.data, training.history, training.result()
     lowest = min(history, key=lambda row: row[5])
     selected = lowest if args.select == "best" else history[-1]
     kind = "original" if args.labels == "shipped" else "corrected"
@@ -423,13 +440,13 @@ def finish(args, record, training, data):
     figures.draw_history([dict(zip(HISTORY, row)) for row in history], selected[0], lowest[0],
                          predict_the_mean(data), args.run, caption)
     state = {name: value.cpu() for name, value in training.model.state_dict().items()}
-    record["digests"] |= digests
     write_tensors(args.run / "model.pt", {
         "config": record["config"], "settings": data.settings, "source": data.manifest["source"],
         "params": data.top_layers["params"], "layer": data.top_layers["layer"], "mean": data.mean,
         "std": data.std, "splits_source": data.splits["source"], "state": state,
         "initial_model": record["digests"]["initial_model"]})
-    write_json(args.run / "config.json", record)  # now with the digests of the result
+    record["digests"] |= digests
+    write_json(args.run / "config.json", record)
     if args.select == "last" and lowest[0] <= 0.7 * len(history):
         print(f"the lowest val loss, {lowest[5]:.4f}, was that of epoch {lowest[0]}; the result is "
               f"epoch {len(history)}'s, {history[-1][5]:.4f} (--select best takes the lowest)")
@@ -450,89 +467,89 @@ RECORD = {"config": CONFIG, "digests": {"initial_model": DIGEST}, "source": str,
           "label_std": [float, float]}
 
 
-def read_digests(path):
-    """[[epoch, step, loss, state digest], …] of digests.csv. Raises UserError."""
-    rows = read_rows(path, DIGESTS, (int, int, float, str))
-    if not all(DIGEST.fullmatch(row[3]) for row in rows):
-        raise UserError(f"{path} is not a file that train.py wrote: not a sha256 in every line")
-    return rows
+def whole(cell):
+    if not re.fullmatch("[0-9]{1,9}", cell):
+        raise ValueError
+    return int(cell)
+
+
+def sha256_text(cell):
+    if not DIGEST.fullmatch(cell):
+        raise ValueError
+    return cell
 
 
 def read_rows(path, names, kinds):
-    """The rows of a CSV file with these columns, of these kinds. Raises UserError."""
+    """The rows of a CSV file with these columns, each cell read by its kind. Raises UserError."""
+    header, *rows = read_table(path, "a file of a run") or [[]]
     try:
-        header, *rows = read_table(path, "a file of a run")
-        if any(kind is int and not re.fullmatch("[0-9]{1,9}", cell)
-               for row in rows for kind, cell in zip(kinds, row)):
-            raise ValueError
         rows = [[kind(cell) for kind, cell in zip(kinds, row, strict=True)] for row in rows]
-        if header == names and rows:
-            return rows
     except ValueError:
-        pass
-    raise UserError(f"{path} is not a file that train.py wrote")
+        rows = []
+    if header != names or not rows:
+        raise UserError(f"{path} is not a file that train.py wrote")
+    return rows
 
 
-def check_settings(config, folder):
-    """Raise UserError where a recorded setting is not one that the command line takes."""
-    complaint = f"{folder / 'config.json'} is not a run's configuration"
+def read_digests(folder):
+    """[[epoch, step, loss, state digest], …] of a run. Raises UserError."""
+    return read_rows(folder / "digests.csv", DIGESTS, (whole, whole, float, sha256_text))
+
+
+def take_settings(args, config, folder):
+    """Set the options to a run's own settings. Raises UserError where one is not what the command
+    line takes."""
     for action in parser()._actions:
-        value = config.get(action.dest)
-        if value is not None and action.type not in (None, path):
-            try:
-                action.type(str(value))
-            except (ValueError, ArgumentTypeError) as error:
-                raise UserError(f"{complaint}: {action.dest} {error}") from None
-    if config["max_lr"] is None and config["schedule"] != "constant":
-        raise UserError(f"{complaint}: max_lr is not there")
-    if config["lambda_var"] is None and not config["weight_loss"]:
-        raise UserError(f"{complaint}: lambda_var is not there")
+        name = action.dest
+        if name not in config or name in ("features", "device"):
+            continue
+        try:
+            if config[name] is not None and action.type:
+                action.type(str(config[name]))
+        except (ValueError, ArgumentTypeError) as error:
+            raise UserError(f"{folder / 'config.json'} is not a run's configuration: {name} "
+                            f"{error}") from None
+        setattr(args, name, config[name] if name != "threads" else config[name] or args.threads)
 
 
 def verify(args):
     """Repeat a run with its own settings, compare line by line, write nothing; a verdict's code."""
     folder = args.verify
-    record = read_json(folder / "config.json", "a run's configuration", RECORD)
-    config, rows = record["config"], read_digests(folder / "digests.csv")
-    history = read_rows(folder / "history.csv", HISTORY, (int, *[float] * 7))
+    recorded = read_json(folder / "config.json", "a run's configuration", RECORD)
+    rows = read_digests(folder)
+    history = read_rows(folder / "history.csv", HISTORY, (whole, *[float] * 7))
     splits = read_splits(folder / "splits.json")
-    check_settings(config, folder)
-    if len(splits["train"]) < config["batch_size"]:
-        raise UserError(f"{folder}: its splits have no full batch of {config['batch_size']}")
-    arithmetic = Arithmetic(config["precision"], args.device, config["threads"] or args.threads)
-    data = DEAMFeatHandler(args.features, splits, config["batch_size"], config["seed"] + 1, None,
-                           config["labels"])
+    take_settings(args, recorded["config"], folder)
+    args.allow_missing = None  # need_songs says which are missing
+    arithmetic = Arithmetic(args.precision, args.device, args.threads)
+    data = open_data(args, splits)
+    config = configuration(args, data, arithmetic)
     verdict = Verdict(folder)
-    verdict.compare("splits", config["splits"], splits_digest(splits))
-    verdict.compare("songs", config["songs"], {name: len(splits[name]) for name in config["songs"]})
-    if config["precision"] == "exact":
-        verdict.compare("threads, device", [None, None], [config["threads"], config["device"]])
-    verdict.compare("settings", sorted(config), sorted(CONFIG))
-    there = {"source": splits["source"], "label_mean": data.mean.tolist(),
-             "label_std": data.std.tolist(), "features_settings": data.settings}
-    verdict.compare_all(there, record, there)
-    compare_features(verdict, data, folder, config)
+    if recorded["config"]["features"]:
+        config["features"] = compare_features(verdict, data, folder)
     training = Training(config, data, arithmetic)
-    compare_tables(verdict, training, record, rows, history)
+    record = record_of(training)
     steps = min(args.steps or training.steps, training.steps)
-    need_songs(training, data, steps)
-    verdict.compare("initial model", record["digests"]["initial_model"], training.digest())
+    need_songs(training, steps)
+    verdict.compare_all({**recorded["config"], **config}, recorded["config"], config)
+    verdict.compare_all(record.keys() - {"config", "digests", "environment"}, recorded, record)
+    verdict.compare_all(record["digests"], recorded["digests"], record["digests"])
+    compare_tables(verdict, training, recorded, rows, history)
     bar = Progress(total=steps, desc="verify", unit="step")
     with bar:
         for _ in training.epochs(bar, steps):
             pass
-    for then, (epoch, step, loss, state) in zip(rows, training.digests):
-        name = f"epoch {epoch}, step {step}"
-        verdict.compare(f"{name}: loss", then[2], loss)
-        verdict.compare(f"{name}: state", then[3], state)
+    for then, now in zip(rows, training.digests):
+        for name, *values in zip(DIGESTS, then, now):
+            verdict.compare(f"epoch {now[0]}, step {now[1]}: {name}", *values)
     for then, now in zip(history, training.history):
         for name, *values in zip(HISTORY, then, now):
             verdict.compare(f"epoch {now[0]}: {name}", *values)
     if training.step == training.steps:
-        digests = training.result()
-        verdict.compare_all(digests, record["digests"], digests)
+        result = training.result()
+        verdict.compare_all(result, recorded["digests"], result)
     return verdict.finish(f"{training.step} of {training.steps} steps of {folder}, "
-                          f"{config['precision']}")
+                          f"{args.precision}")
 
 
 def compare_tables(verdict, training, record, rows, history):
@@ -554,27 +571,25 @@ def compare_tables(verdict, training, record, rows, history):
                     states[chosen:chosen + 1])
 
 
-def compare_features(verdict, data, folder, config):
-    """The run's manifest against its configuration, the features here against that manifest; from
-    here on, a song's file has to be what the run's manifest says."""
-    if config["features"] is None:
-        verdict.compare("features", None, data.digest)
-        return
+def compare_features(verdict, data, folder):
+    """Compare the run's manifest with the features here, perhaps only those of some songs → its
+    digest. From here on a song's file has to be what the run's manifest says."""
     manifest = read_manifest(folder / "manifest.json")
-    verdict.compare("features", config["features"], manifest["digest"])
     verdict.compare_all(("settings", "annotations", "top_layers", "swapped_labels"), manifest,
                         data.manifest)
-    here = data.manifest["songs"] or {}  # perhaps only the songs of these steps
+    here = data.manifest["songs"] or {}
     verdict.compare("songs' PCM and features", here, {
         song: manifest["songs"].get(song) for song in here})
     for dataset in data.datasets.values():
         dataset.songs = manifest["songs"]
+    return manifest["digest"]
 
 
-def need_songs(training, data, steps):
+def need_songs(training, steps):
     """Raise UserError where features of the first `steps` batches' songs are not there, naming the
     command that makes them."""
-    generator, ids, needed = torch.Generator(), data.ids["train"], []
+    data, generator, needed = training.data, torch.Generator(), []
+    ids = data.ids["train"]
     generator.set_state(data.shuffle.get_state())
     batches = DataLoader(ids, training.config["batch_size"], shuffle=True, drop_last=True,
                          generator=generator)

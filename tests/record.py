@@ -49,7 +49,7 @@ def run(args):
     _, content, _ = read_run(folder)
     if read_manifest(folder / "manifest.json")["digest"] != content["config"]["features"]:
         raise UserError(f"{folder}: manifest.json is not that of the run's features")
-    if read_digests(folder / "digests.csv")[-1][0] != content["config"]["epochs"]:
+    if read_digests(folder)[-1][0] != content["config"]["epochs"]:
         raise UserError(f"{folder} is not complete: digests.csv ends before the last epoch")
     for each in evaluations:
         if read_metrics(folder / each / "metrics.json")["model"] != content["digest"]:

@@ -190,7 +190,7 @@ def test_what_a_run_leaves(trained, compared):
     assert {path.name for path in trained.iterdir() if path.name[0] != "."} == names
     rows = list(csv.DictReader(open(trained / "history.csv")))
     assert [row["epoch"] for row in rows] == ["1", "2"]
-    digests = train.read_digests(trained / "digests.csv")
+    digests = train.read_digests(trained)
     assert [row[:2] for row in digests] == [[1, 1], [1, 2], [1, 2], [2, 4]]
     found = read_json(trained / "config.json", "")["digests"]["model"]
     state = load_tensors(trained / "model.pt", "")["state"]
