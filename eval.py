@@ -33,6 +33,8 @@ if __name__ == "__main__":
     ARGS = start(parser(), "rerun the same command")  # before torch is imported
 
 import functools
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -40,12 +42,13 @@ from torch.utils.data import DataLoader
 
 import figures
 from cli import Progress, UserError
-from common import (DIMENSIONS, HERE, PARAMS, QUADRANTS, SETTINGS, Arithmetic, DEAMFeatHandler,
+from common import (DIMENSIONS, PARAMS, QUADRANTS, SETTINGS, Arithmetic, DEAMFeatHandler,
                     DEAMHandler, EmotionModel, FrozenOutputs, collate, corrected, environment,
-                    read_manifest, read_splits, songs_of, splits_digest)
+                    own_splits, read_manifest, read_splits, songs_of, splits_digest)
 from files import (DIGEST, Verdict, ahead, check_form, differences, json_digest, read_json,
                    read_tensors, read_text, state_digest, table_text, write_file, write_json)
-from metrics import (PUBLISHED, artist_groups, measure, measure_split, paired_difference, ridge)
+from metrics import (PUBLISHED, arrays, artist_groups, measure, measure_split, paired_difference,
+                     ridge, stated)
 from train import CONFIG
 
 SIX_DECIMALS, ABSENT = 5e-7, ("absent",)  # a tuple: nothing that JSON can hold
@@ -65,18 +68,19 @@ METRICS = {"finetune": str, "precision": ("exact", "float32", "bfloat16"), "sour
 def read_model(file):
     """(EmotionModel in eval mode, what else model.pt holds). Raises UserError for anything else."""
     content = read_tensors(file, "a trained model", MODEL)
+    complaint = f"{file} is not a model that train.py wrote"
     try:
         model = EmotionModel(content["params"], content["layer"], content["config"]["finetune"])
         model.load_state_dict(content["state"], assign=True)
     except (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError):
-        raise UserError(f"{file} is not a model that train.py wrote") from None
-    if any(each.shape != (2,) or each.dtype != torch.float64 or not (0 < each).all()
-           or not (each < 9).all() for each in (content["mean"], content["std"])):
-        raise UserError(f"{file} is not a model that train.py wrote: mean and std of two labels")
+        raise UserError(complaint) from None
+    if any(each.shape != (2,) or each.dtype != torch.float64 or not ((0 < each) & (each < 9)).all()
+           for each in (content["mean"], content["std"])):
+        raise UserError(f"{complaint}: mean and std of two labels")
     if content["settings"].keys() != {"layer"}:  # not of features without manifest
-        check_form(content["settings"], SETTINGS, f"{file} is not a model that train.py wrote")
+        check_form(content["settings"], SETTINGS, complaint)
     if not content["settings"]["layer"] == content["layer"] >= 0:
-        raise UserError(f"{file} is not a model that train.py wrote: two layers in it")
+        raise UserError(f"{complaint}: two layers in it")
     return model.eval(), content
 
 
@@ -96,9 +100,8 @@ def read_run(folder):
     there = {"model": content["digest"], "initial_model": content["initial_model"],
              "label_mean": content["mean"].tolist(), "label_std": content["std"].tolist()}
     recorded = {**record, **record["digests"]}
-    differing = "; ".join(filter(None, (differences(record["config"], content["config"]),
-                                        differences({key: recorded[key] for key in there}, there))))
-    if differing:
+    if differing := differences(record["config"], content["config"]) or differences(
+            {key: recorded[key] for key in there}, there):
         raise UserError(f"{folder}: config.json and model.pt are not of one run ({differing})")
     if content["config"]["splits"] != splits_digest(splits):
         raise UserError(f"{folder}: splits.json is not the one that the run was trained on")
@@ -119,54 +122,68 @@ def pooled_features(dataset, index):
     return POOLED[key]
 
 
+@functools.cache  # several runs may share a DEAMFeatHandler
 def ridge_predictions(data, split):
     """({song id: [valence, arousal]} by ridge on mean-pooled features, its penalty)."""
     if not data.ids["train"] or not data.ids["val"]:
         return None, None
-    labels = {name: data.datasets[name].labels.numpy() for name in data.ids}
-    x, std = {}, data.std.numpy()
+    x, y, std = {}, {}, data.std.numpy()
     for name in dict.fromkeys(["train", "val", split]):
         dataset = data.datasets[name]
         pooled = ahead(functools.partial(pooled_features, dataset), range(len(dataset)))
-        x[name] = np.stack([*Progress(pooled, total=len(dataset), desc=f"ridge {name}", unit="song",
-                                      leave=False)])
-    predict, penalty = ridge(x["train"], labels["train"] / std, x["val"], labels["val"] / std)
+        bar = Progress(pooled, total=len(dataset), desc=f"ridge {name}", unit="song", leave=False)
+        x[name], y[name] = np.stack([*bar]), dataset.labels.numpy() / std
+    predict, penalty = ridge(x["train"], y["train"], x["val"], y["val"])
     pred = (predict(x[split]) * std).round(6) + 0.0
     return dict(zip(map(str, data.ids[split]), pred.tolist())), penalty
 
 
-def evaluate(args, folder, arithmetic, open_features):
-    """One run: what its metrics.json is to hold, and the annotations behind it."""
+class Evaluation(NamedTuple):
+    """A run on one split, or folds pooled: where its report goes, the run's settings, the features,
+    and what its metrics.json is to hold."""
+    out: Path
+    config: dict
+    data: DEAMFeatHandler
+    found: dict
+
+
+def evaluate(args, folder, arithmetic, opened):
+    """The Evaluation of a run. opened: features by labels and splits, for the runs that follow."""
     model, content, splits = read_run(folder)
-    config = content["config"]
+    config, split = content["config"], args.split
     labels = args.labels or config["labels"]
-    data = open_features(labels, splits)
+    key = labels, splits_digest(splits)
+    if key not in opened:
+        opened[key] = DEAMFeatHandler(args.features, splits, labels=labels)
+    data = opened[key]
     if config["features"] != data.digest:
         raise UserError(f"{folder} was trained on features {str(config['features'])[:16]}…, "
                         f"{data.root} holds {str(data.digest)[:16]}…: name its own with "
                         "--features, or extract them again with its settings")
-    ids = data.ids[args.split]
+    ids = data.ids[split]
     if not ids:
-        raise UserError(f"{data.summary}: no {args.split} song to evaluate on")
+        raise UserError(f"{data.summary}: no {split} song to evaluate on")
     model.to(arithmetic.device, arithmetic.dtype)
-    clips = DataLoader(FrozenOutputs(data.datasets[args.split], model, arithmetic), 1,
-                       collate_fn=collate)
-    progress = Progress(clips, desc=f"eval {folder.name}", unit="song")
-    pred = model.predict(progress, arithmetic) * content["std"] + content["mean"]
+    clips = FrozenOutputs(data.datasets[split], model, arithmetic)
+    bar = Progress(DataLoader(clips, 1, collate_fn=collate), desc=f"eval {folder.name}",
+                   unit="song")
+    pred = model.predict(bar, arithmetic) * content["std"] + content["mean"]
     pred = pred.numpy().round(6) + 0.0
     if not np.isfinite(pred).all():
         raise UserError(f"{folder}: a prediction is NaN or infinite")
-    pred, (other, penalty) = dict(zip(map(str, ids), pred.tolist())), data.ridge(args.split)
+    pred = dict(zip(map(str, ids), pred.tolist()))
+    ridge_pred, penalty = ridge_predictions(data, split)
     found = {"run": folder.name, "finetune": config["finetune"], "precision": config["precision"],
-             "source": splits["source"], "split": args.split, "labels": labels,
+             "source": splits["source"], "split": split, "labels": labels,
              "trained_on_labels": config["labels"], "songs": len(ids), "features": data.digest,
              "splits": splits_digest(splits),
              "label_values": label_digest(data.annotations, splits),
              "swapped_labels": data.manifest["swapped_labels"],
              "initial_model": content["initial_model"], "model": content["digest"],
-             "numbers": measure_split(data.annotations, splits, args.split, pred, other),
-             "ridge_penalty": penalty, "predictions": pred, "ridge_predictions": other}
-    return found, config, data
+             "numbers": measure_split(data.annotations, splits, split, pred, ridge_pred),
+             "ridge_penalty": penalty, "predictions": pred, "ridge_predictions": ridge_pred}
+    apart = "" if labels == config["labels"] else f"-{labels}"
+    return Evaluation(folder / f"eval-{split}{apart}", config, data, found)
 
 
 def label_digest(annotations, splits):
@@ -174,10 +191,7 @@ def label_digest(annotations, splits):
     return json_digest({str(song): annotations[song] for song in songs_of(splits)})
 
 
-def caption_of(found):
-    kind = "original" if found["labels"] == "shipped" else "corrected"
-    return (f"{found['finetune']} · {kind} labels · {found['split']}, n = {found['songs']}\n"
-            f"{found['source']}")
+# ------------------------------------------------------------------------------------------- report
 
 
 def predictions_table(found, annotations):
@@ -188,62 +202,81 @@ def predictions_table(found, annotations):
          for song, pred in found["predictions"].items()])
 
 
-def write_report(found, folder, annotations, here):
-    """metrics.json, predictions.csv and the figures; in a folder of their own where the labels are
-    not those that the run was trained on."""
-    other = "" if found["labels"] == found["trained_on_labels"] else f"-{found['labels']}"
-    out = folder / f"eval-{found['split'].replace(' ', '-')}{other}"
+def write_report(evaluation, here):
+    """metrics.json, predictions.csv and the figures; here: the environment."""
+    out, _, data, found = evaluation
     content = {**found, "environment": here}
     write_json(out / "metrics.json", {**content, "digest": json_digest(content)})
-    ids, numbers = list(found["predictions"]), found["numbers"]
-    true = np.array([annotations[int(song)][::2] for song in ids])
-    pred = np.array(list(found["predictions"].values()))
-    write_file(out / "predictions.csv", predictions_table(found, annotations))
-    figures.draw_report(true, pred, numbers["metrics"], numbers["intervals"], numbers["confusion"],
-                        out, caption_of(found))
-    return out
+    write_file(out / "predictions.csv", predictions_table(found, data.annotations))
+    kind = "original" if found["labels"] == "shipped" else "corrected"
+    caption = (f"{found['finetune']} · {kind} labels · {found['split']}, n = {found['songs']}\n"
+               f"{found['source']}")
+    songs = list(map(int, found["predictions"]))
+    true, pred = arrays(data.annotations, found["predictions"], songs)
+    figures.draw_report(true, pred, found["numbers"], out, caption)
 
 
-def print_report(found):
-    numbers = found["numbers"]
-    metrics, intervals, counts = (numbers[key] for key in ("metrics", "intervals", "confusion"))
+def print_row(label, cells, first=18, width=8):
+    """A line of a table: numbers with four decimals, counts and words as they are."""
+    print(f"{label:{first}}" + "".join(
+        f"{cell:z{width}.4f}" if isinstance(cell, float) else f"{cell:>{width}}"
+        for cell in cells))
+
+
+def print_evaluation(evaluation):
+    """What was evaluated, what a reader should know about it, and the numbers."""
+    out, _, data, found = evaluation
+    runs = found.get("runs", {found["run"]: found})
+    title = out.parent if len(runs) == 1 else f"{len(runs)} runs"
+    print(f"{title}: {found['finetune']}, {found['split']} split, {found['songs']} songs, "
+          f"{found['labels']} labels, trained in {found['precision']}")
+    for note in data.notes():
+        print(note)
+    if found["labels"] != found["trained_on_labels"]:
+        print(f"for comparison: the run was trained on {found['trained_on_labels']} labels")
+    print(f"features {found['features']}")
+    for name, each in runs.items():
+        print(f"model    {each['model']}  {name}")
+    print_numbers(found["numbers"], found["songs"])
+
+
+def print_numbers(numbers, songs):
+    metrics, intervals = numbers["metrics"], numbers["intervals"]
     heads = "MSE", "RMSE", "MAE", "z MSE", "z RMSE", "z MAE", "R²", "r", "CCC"
-    print(f"\n{'':18}" + "".join(f"{head:>8}" for head in heads))
+    print_row("\n" + " " * 18, heads)
     for name in (*DIMENSIONS, "average"):
-        rows = {name: metrics[name].values(),
-                "  95% from": [interval[0] for interval in intervals[name].values()],
-                "  to": [interval[1] for interval in intervals[name].values()],
-                **{f"  {other}": values[name].values()
-                   for other, values in numbers["baselines"].items()}}
-        for label, row in rows.items():
-            print(f"{label:18}" + "".join(f"{round(value, 4) + 0.0:8.4f}" for value in row))
-        print(f"{'  ceiling':66}{numbers['ceiling_r2'][name]:8.4f}")
+        edges = intervals[name].values()
+        rows = {name: metrics[name].values(), "  95% from": [low for low, _ in edges],
+                "  to": [high for _, high in edges],
+                **{f"  {other}": each[name].values()
+                   for other, each in numbers["baselines"].items()}}
+        for label, values in rows.items():
+            print_row(label, values)
+        print_row("  ceiling", [*[""] * 6, numbers["ceiling_r2"][name]])
         if new := numbers.get("new_artists"):
-            shown = "  ".join(f"{label} {new['metrics'][name][key]:.2f} "
-                              f"[{new['intervals'][name][key][0]:.2f}, "
-                              f"{new['intervals'][name][key][1]:.2f}]"
-                              for label, key in (("R²", "r2"), ("r", "pearson"), ("CCC", "ccc")))
-            print(f"  {new['songs']} songs by artists not in train or val: {shown}")
-    q, edges = metrics["quadrant"], intervals["quadrant"]["accuracy"]
-    print(f"\nquadrants right: {q['accuracy']:.1%} [{edges[0]:.1%}, {edges[1]:.1%}] of "
-          f"{found['songs']}; macro F1 {q['macro_f1']:.4f}  (threshold 5; rows true, columns "
-          "predicted)\n" + " " * 8 + "".join(f"{name:>8}" for name in QUADRANTS) + f"{'F1':>8}")
-    for name, row in zip(QUADRANTS, counts):
-        print(f"{name:8}" + "".join(f"{count:8d}" for count in row) + f"{q['f1'][name]:8.4f}")
-    print_correlation(metrics, intervals, numbers["baselines"])
+            print(f"  {new['songs']} songs by artists not in train or val: "
+                  f"R² {stated(new, name, 'r2')}  r {stated(new, name, 'pearson')}  "
+                  f"CCC {stated(new, name, 'ccc')}")
+    q = metrics["quadrant"]
+    print(f"\nquadrants right: {stated(numbers, 'quadrant', 'accuracy', '.1%')} of {songs}; macro "
+          f"F1 {q['macro_f1']:.4f}  (threshold 5; rows true, columns predicted)")
+    print_row("", [*QUADRANTS, "F1"], 8)
+    for name, counts in zip(QUADRANTS, numbers["confusion"]):
+        print_row(name, [*counts, q["f1"][name]], 8)
+    print_correlation(numbers)
     if p := numbers.get("published_protocol"):
         print(f"published protocol (first 160 test songs): z-scored MSE {p['z_mse']:.4f} "
               f"(published {PUBLISHED['mse']}), quadrants right {p['quadrants_right']} (published "
               f"{PUBLISHED['quadrants']})")
 
 
-def print_correlation(metrics, intervals, baselines):
+def print_correlation(numbers):
+    metrics, linear = numbers["metrics"], numbers["baselines"].get("ridge")
     key = "valence_arousal_correlation"
-    r, edges = metrics[key], intervals[key]["predicted"]
+    r = metrics[key]
     collapsed = abs(r["predicted"]) >= 0.9 and abs(r["predicted"]) - abs(r["true"]) >= 0.2
-    linear = baselines.get("ridge")
-    print(f"\ncorrelation of valence with arousal: predicted {r['predicted']:.4f} "
-          f"[{edges[0]:.4f}, {edges[1]:.4f}], true {r['true']:.4f}"
+    print("\ncorrelation of valence with arousal: predicted "
+          f"{stated(numbers, key, 'predicted', '.4f')}, true {r['true']:.4f}"
           + (f", ridge's {linear[key]['predicted']:.4f}" if linear else "")
           + (": a collapse, the two heads predict one thing" if collapsed else ""))
     better = [f"{name} (R² {linear[name]['r2']:.2f}, the network {metrics[name]['r2']:.2f})"
@@ -252,43 +285,32 @@ def print_correlation(metrics, intervals, baselines):
         print(f"ridge on the same features does better than the network for {', '.join(better)}")
 
 
-TABLE = [(name, key) for name in DIMENSIONS for key in ("z_mse", "r2", "pearson", "ccc")]
-
-
-def table_row(metrics):
-    return [metrics[name][key] for name, key in TABLE] + [
-        metrics["quadrant"]["accuracy"], metrics["valence_arousal_correlation"]["predicted"]]
-
-
-def differing_settings(evaluated, *apart):
-    """"finetune, lr": in which settings, apart from some, evaluated runs differ; empty where in
-    none."""
-    settings = [config for _, config, _ in evaluated]
-    return ", ".join(key for key in settings[0] if key not in apart
-                     and any(each[key] != settings[0][key] for each in settings))
+TABLE = [*((name, key) for name in DIMENSIONS for key in ("z_mse", "r2", "pearson", "ccc")),
+         ("quadrant", "accuracy"), ("valence_arousal_correlation", "predicted")]
+HEADS = [f"{name[:3]} {key}" for name, key in TABLE[:-2]] + ["quadrants", "pred. r"]
 
 
 def print_runs(evaluated):
     """One row a run; mean ± standard deviation (of the sample) over runs that differ in the seed
     alone; ridge and the ceiling of the first."""
-    found = [each for each, _, _ in evaluated]
-    heads = [f"{name[:3]} {key}" for name, key in TABLE] + ["quadrants", "pred. r"]
-    print(f"\n{'run':20}" + "".join(f"{head:>17}" for head in heads))
-    rows = np.array([table_row(each["numbers"]["metrics"]) for each in found])
-    for each, row in zip(found, rows):
-        print(f"{each['run'][:19]:20}" + "".join(f"{value:17.4f}" for value in row))
+    def cells(numbers):
+        return [numbers[name][key] for name, key in TABLE]
+
+    rows = [cells(each.found["numbers"]["metrics"]) for each in evaluated]
+    print()
+    print_row("run", HEADS, 20, 17)
+    for each, values in zip(evaluated, rows):
+        print_row(each.found["run"][:19], values, 20, 17)
     if differing := differing_settings(evaluated, "seed"):
         print(f"the runs differ in {differing}: no mean over them")
     else:
-        pairs = zip(rows.mean(0), rows.std(0, ddof=1))
-        print(f"{'mean ± std':20}" + "".join(f"{f'{mean:.4f} ± {std:.4f}':>17}"
-                                             for mean, std in pairs))
-    numbers = found[0]["numbers"]
+        pairs = zip(np.mean(rows, 0), np.std(rows, 0, ddof=1))
+        print_row("mean ± std", [f"{mean:.4f} ± {std:.4f}" for mean, std in pairs], 20, 17)
+    numbers = evaluated[0].found["numbers"]
     if "ridge" in numbers["baselines"]:
-        print(f"{'ridge':20}" + "".join(f"{value:17.4f}"
-                                        for value in table_row(numbers["baselines"]["ridge"])))
-    tops = [numbers["ceiling_r2"][name] if key == "r2" else None for name, key in TABLE]
-    print(f"{'ceiling':20}" + "".join(f"{value:17.4f}" if value else " " * 17 for value in tops))
+        print_row("ridge", cells(numbers["baselines"]["ridge"]), 20, 17)
+    tops = [numbers["ceiling_r2"][name] if key == "r2" else "" for name, key in TABLE]
+    print_row("ceiling", tops, 20, 17)
 
 
 # ------------------------------------------------------------------------------------------ verdict
@@ -303,17 +325,18 @@ def read_metrics(file):
     digest = content.pop("digest")
     if digest != json_digest(content):
         raise UserError(f"{file} does not match its own digest: it was edited or damaged")
-    if unknown := content.keys() - METRICS.keys() - {"run", "environment"}:
-        raise UserError(f"{file} is not a metrics.json: {', '.join(sorted(unknown))} is nothing "
-                        "that eval.py writes")
-    songs = [content["predictions"], content["ridge_predictions"] or content["predictions"]]
-    if any(abs(value) > 1e6 for each in songs for values in each.values() for value in values):
-        raise UserError(f"{file} is not a metrics.json: a prediction far from any scale")
-    if (content["ridge_penalty"] is None) != (content["ridge_predictions"] is None):
-        raise UserError(f"{file} is not a metrics.json: a ridge penalty and predictions belong "
-                        "together")
-    if set(songs[0]) != set(songs[1]) or content["songs"] != len(songs[0]):
-        raise UserError(f"{file} is not a metrics.json: two predictions for each of its songs")
+    pred, ridge_pred = content["predictions"], content["ridge_predictions"]
+    pairs = [*pred.values(), *(ridge_pred or {}).values()]
+    unknown = content.keys() - METRICS.keys() - {"run", "environment"}
+    for wrong, complaint in (
+            (unknown, f"{', '.join(sorted(unknown))} is nothing that eval.py writes"),
+            (any(abs(value) > 1e6 for pair in pairs for value in pair), "a prediction far from any scale"),
+            ((content["ridge_penalty"] is None) != (ridge_pred is None),
+             "a ridge penalty and predictions belong together"),
+            (content["songs"] != len(pred) or set(ridge_pred or pred) != set(pred),
+             "two predictions for each of its songs")):
+        if wrong:
+            raise UserError(f"{file} is not a metrics.json: {complaint}")
     return content
 
 
@@ -328,37 +351,37 @@ def flat(value, name=""):
     return {key: leaf for place, inner in pairs for key, leaf in flat(inner, place).items()}
 
 
+def compare_leaves(verdict, expected, found, **closeness):
+    """Compare two nested dicts number by number."""
+    then, now = flat(expected), flat(found)
+    for name in {**then, **now}:
+        verdict.compare(name, then.get(name, ABSENT), now.get(name, ABSENT), **closeness)
+
+
 def compare_numbers(verdict, expected, annotations, splits):
     """Every number of an earlier metrics.json against what follows from its own predictions."""
-    ids = [str(song) for song in splits[expected["split"]]]
-    verdict.compare("songs", list(expected["predictions"]), ids)
+    split, pred = expected["split"], expected["predictions"]
+    ids = [str(song) for song in splits[split]]
+    verdict.compare("songs", list(pred), ids)
     verdict.compare("splits", expected["splits"], splits_digest(splits))
     verdict.compare("labels", expected["label_values"], label_digest(annotations, splits))
-    if set(ids) != set(expected["predictions"]):
-        return
-    follows = flat(measure_split(annotations, splits, expected["split"], expected["predictions"],
-                                 expected["ridge_predictions"]))
-    numbers = flat(expected["numbers"])
-    for name in {**numbers, **follows}:
-        verdict.compare(name, numbers.get(name, ABSENT), follows.get(name, ABSENT),
-                        same=SIX_DECIMALS)
+    if set(ids) == set(pred):
+        follows = measure_split(annotations, splits, split, pred, expected["ridge_predictions"])
+        compare_leaves(verdict, expected["numbers"], follows, same=SIX_DECIMALS)
 
 
-def verify_run(expected, file, found, data):
+def verify_run(expected, file, evaluation):
     """An evaluation just made against an earlier metrics.json; the exit code."""
-    verdict = Verdict(file)
+    verdict, found, data = Verdict(file), evaluation.found, evaluation.data
     verdict.compare_all(("finetune", "precision", "source", "split", "labels", "trained_on_labels",
                          "songs", "features", "splits", "label_values", "swapped_labels",
                          "initial_model"), expected, found)
     exact = expected["precision"] == "exact"
     verdict.compare("model", expected["model"], found["model"], like=not exact)
     compare_numbers(verdict, expected, data.annotations, data.splits)
-    for kind, same, limit in (("predictions", 0, 0 if exact else TOLERANCE),
-                              ("ridge_predictions", 2e-6, 0)):
-        then, now = flat(expected[kind] or {}), flat(found[kind] or {})
-        for name in {**then, **now}:
-            verdict.compare(f"{kind.replace('_', ' ')} {name}", then.get(name), now.get(name),
-                            limit, same)
+    for kind, closeness in (("predictions", {"limit": 0 if exact else TOLERANCE}),
+                            ("ridge_predictions", {"same": 2e-6})):
+        compare_leaves(verdict, {kind: expected[kind]}, {kind: found[kind]}, **closeness)
     verdict.compare("ridge penalty", expected["ridge_penalty"], found["ridge_penalty"],
                     same=1e-9 * (found["ridge_penalty"] or 0))
     return verdict.finish(f"features, model, predictions and numbers of {file}, "
@@ -368,18 +391,16 @@ def verify_run(expected, file, found, data):
 def verify_file(expected, file, deam):
     """Do the numbers of a metrics.json follow from its predictions and DEAM's labels? Beside a
     run's other files, are its digests theirs? The exit code."""
-    annotations = DEAMHandler(deam).annotations
+    annotations, beside = DEAMHandler(deam).annotations, file.resolve().parent.parent
     if expected["labels"] == "corrected":
         annotations = corrected(annotations, expected["swapped_labels"] or [])
-    beside = file.resolve().parent.parent
-    own = beside / "splits.json"
-    splits = read_splits(own if own.exists() else HERE / "splits.json")
+    splits = own_splits(beside)
     if unknown := [song for song in songs_of(splits) if song not in annotations]:
         raise UserError(f"{deam} has no labels of {len(unknown)} songs of the splits: give the "
                         "DEAM that the file is about")
     verdict = Verdict(file)
     compare_numbers(verdict, expected, annotations, splits)
-    if own.exists():
+    if (beside / "splits.json").exists():
         verdict.compare("source", expected["source"], splits["source"])
     table = file.with_name("predictions.csv")
     if table.exists() and set(expected["predictions"]) <= set(map(str, annotations)):
@@ -390,7 +411,7 @@ def verify_file(expected, file, deam):
         verdict.compare("manifest.json", expected["features"], manifest["digest"])
         verdict.compare("swapped labels", expected["swapped_labels"], manifest["swapped_labels"])
     if (beside / "config.json").exists():
-        _, content, _ = read_run(beside)
+        _, content, splits = read_run(beside)
         config = content["config"]
         there = {"model": content["digest"], "initial_model": content["initial_model"],
                  "source": splits["source"], "trained_on_labels": config["labels"],
@@ -404,81 +425,58 @@ def verify_file(expected, file, deam):
 
 def disjoint(evaluated):
     """Whether several runs were evaluated on songs that no two share: folds."""
-    songs = [song for found, _, _ in evaluated for song in found["predictions"]]
+    songs = [song for each in evaluated for song in each.found["predictions"]]
     return len(evaluated) > 1 and len(set(songs)) == len(songs)
 
 
+def differing_settings(evaluated, *apart):
+    """"finetune, lr": in which settings, apart from some, evaluated runs differ; empty where in
+    none."""
+    first = evaluated[0].config
+    return ", ".join(key for key in first if key not in apart
+                     and any(each.config[key] != first[key] for each in evaluated))
+
+
 def pool(evaluated):
-    """One report over runs with disjoint songs; intervals by resampling artists. Raises UserError
-    for runs that differ in more than their songs and seed."""
-    found, _, data = evaluated[0]
+    """The Evaluation of folds as one; intervals by resampling artists. Raises UserError for runs
+    that differ in more than their songs and seed."""
     if differing := differing_settings(evaluated, "seed", "splits", "songs"):
         raise UserError(f"these runs have no song in common, and differ in {differing}: give the "
                         "folds of one configuration, or one run at a time")
-    merged = {key: {song: values for each, _, _ in evaluated for song, values in
-                    (each[key] or {}).items()} for key in ("predictions", "ridge_predictions")}
-    ids, annotations = list(map(int, merged["predictions"])), data.annotations
-    name = found["run"].rstrip("0123456789").removesuffix("-fold")
+    first = evaluated[0]
+    merged = {kind: {song: values for each in evaluated
+                     for song, values in (each.found[kind] or {}).items()}
+              for kind in ("predictions", "ridge_predictions")}
+    ids = list(map(int, merged["predictions"]))
+    name = first.found["run"].rstrip("0123456789").removesuffix("-fold") + "-pooled"
     own = "model", "initial_model", "splits", "label_values", "ridge_penalty"  # one run's each
-    digests = {each["run"]: {key: each[key] for key in own} for each, _, _ in evaluated}
-    found = {key: value for key, value in found.items() if key not in own}
-    return {**found, **merged, "run": f"{name}-pooled", "songs": len(ids), "runs": digests,
-            "split": f"pooled {found['split']}",
-            "numbers": measure(annotations, ids, ids, merged["predictions"],
-                               merged["ridge_predictions"], groups=artist_groups(ids))}
+    found = {key: value for key, value in first.found.items() if key not in own}
+    found |= {**merged, "run": name, "songs": len(ids), "split": f"pooled {found['split']}",
+              "numbers": measure(first.data.annotations, ids, ids, *merged.values(),
+                                 groups=artist_groups(ids)),
+              "runs": {each.found["run"]: {key: each.found[key] for key in own}
+                       for each in evaluated}}
+    out = first.out.parent.parent / name / first.out.name.replace("eval-", "eval-pooled-", 1)
+    return first._replace(out=out, found=found)
 
 
 def print_difference(first, second, annotations):
-    """Metrics of one set of predictions less those of another on the same songs, with intervals of
-    the difference, by resampling artists: what a claim of improvement needs."""
+    """What two reports on the same songs differ by."""
     if set(first["predictions"]) != set(second["predictions"]):
         raise UserError(f"{first['run']} and {second['run']} predict different songs: nothing to "
                         "compare song by song")
     if first["labels"] != second["labels"]:
         raise UserError(f"{first['run']} and {second['run']} were trained on different labels: say "
                         "with --labels which to compare with")
-    ids = list(map(int, first["predictions"]))
-    true = np.array([annotations[song][::2] for song in ids])
-    a, b = (np.array([each["predictions"][str(song)] for song in ids]) for each in (first, second))
-
-    found, intervals = paired_difference(true, a, b, artist_groups(ids))
-    print(f"\n{first['run']} less {second['run']}, the same {len(ids)} songs, 95% over artists")
-    for name, values in found.items():
-        print(f"  {name:10}" + "   ".join(
-            f"{key} {value:+.4f} [{intervals[name][key][0]:+.4f}, {intervals[name][key][1]:+.4f}]"
-            for key, value in values.items()))
+    numbers = paired_difference(annotations, first["predictions"], second["predictions"])
+    print(f"\n{first['run']} less {second['run']}, the same {first['songs']} songs, 95% over "
+          "artists")
+    for name, metrics in numbers["metrics"].items():
+        print(f"  {name:10}" + "   ".join(f"{key} {stated(numbers, name, key, '+.4f')}"
+                                          for key in metrics))
 
 
 # ---------------------------------------------------------------------------------------------- run
-
-
-def feature_folders(args):
-    """open(labels, splits) → DEAMFeatHandler, the same one for all runs that ask for the same."""
-    opened = {}
-
-    def open_features(labels, splits):
-        key = labels, splits_digest(splits)
-        if key not in opened:
-            data = opened[key] = DEAMFeatHandler(args.features, splits, labels=labels)
-            data.ridge = functools.cache(functools.partial(ridge_predictions, data))
-        return opened[key]
-
-    return open_features
-
-
-def tell(found, data, folder, out):
-    print(f"{folder}: {found['finetune']}, {found['split']} split, {found['songs']} songs, "
-          f"{found['labels']} labels, trained in {found['precision']}")
-    for note in data.notes():
-        print(note)
-    if found["labels"] != found["trained_on_labels"]:
-        print(f"for comparison: the run was trained on {found['trained_on_labels']} labels")
-    models = {found["run"]: found} if "model" in found else found["runs"]
-    print(f"features {found['features']}\n" + "".join(
-        f"model    {each['model']}  {name}\n" for name, each in models.items()), end="")
-    print_report(found)
-    print(f"written: {out}/metrics.json, predictions.csv and four figures" if out else
-          "nothing written: what is verified is in this run's folder")
 
 
 def run(args):
@@ -489,35 +487,35 @@ def run(args):
     expected = read_metrics(args.verify) if args.verify else None  # before anything is written
     if not args.runs:
         return verify_file(expected, args.verify, args.deam)
-    arithmetic, open_features = Arithmetic("exact", args.device), feature_folders(args)
+
+    arithmetic, opened = Arithmetic("exact", args.device), {}
     here = environment(arithmetic.device)
-    evaluated = [evaluate(args, folder, arithmetic, open_features) for folder in args.runs]
-    folds = disjoint(evaluated)
-    for found, _, data in evaluated:
-        if found["songs"] < 2 and not folds:
-            raise UserError(f"{data.summary}: too few {args.split} songs to evaluate on")
-    for folder, (found, _, data) in zip(args.runs, evaluated):
-        out = None
-        if not (expected and args.verify.resolve().is_relative_to(folder.resolve())):
-            out = write_report(found, folder, data.annotations, here)  # never over what is verified
-        if not folds:
-            tell(found, data, folder, out)
-    pooled = pool(evaluated) if folds else None
-    if pooled:
-        out = write_report(pooled, args.runs[0].parent / pooled["run"], evaluated[0][2].annotations,
-                           here)
-        tell(pooled, evaluated[0][2], f"{len(args.runs)} runs", out)
-    elif len(evaluated) > 1:
+    evaluated = [evaluate(args, folder, arithmetic, opened) for folder in args.runs]
+    small = [each for each in evaluated if each.found["songs"] < 2]
+    if small and not disjoint(evaluated):
+        raise UserError(f"{small[0].data.summary}: too few {args.split} songs to evaluate on")
+
+    # never over what is verified
+    write = not expected or not args.verify.resolve().is_relative_to(args.runs[0].resolve())
+    for each in evaluated if write else []:
+        write_report(each, here)
+    if disjoint(evaluated):
+        evaluated = [pool(evaluated)]
+        write_report(evaluated[0], here)
+    for each in evaluated:
+        print_evaluation(each)
+        print(f"written: {each.out}/metrics.json, predictions.csv and four figures" if write else
+              "nothing written: what is verified is in this run's folder")
+    if len(evaluated) > 1:
         print_runs(evaluated)
+
     if args.against:
-        others = [evaluate(args, folder, arithmetic, open_features) for folder in args.against]
-        if any(len(each) > 1 and not disjoint(each) for each in (evaluated, others)):
+        others = [evaluate(args, folder, arithmetic, opened) for folder in args.against]
+        others = [pool(others)] if disjoint(others) else others
+        if len(evaluated) > 1 or len(others) > 1:
             raise UserError("--against compares one run with one other, or folds with folds")
-        second = pool(others) if disjoint(others) else others[0][0]
-        print_difference(pooled or evaluated[0][0], second, evaluated[0][2].annotations)
-    if expected:
-        return verify_run(expected, args.verify, *evaluated[0][::2])
-    return 0
+        print_difference(evaluated[0].found, others[0].found, evaluated[0].data.annotations)
+    return verify_run(expected, args.verify, evaluated[0]) if expected else 0
 
 
 if __name__ == "__main__":

@@ -15,12 +15,14 @@ import numpy as np
 
 from common import DIMENSIONS, MOODS, QUADRANTS
 from files import write_file
+from metrics import stated
 
 COLOURS = {"valence": "#0072b2", "arousal": "#d55e00", "train": "#009e73", "val": "#cc79a7",
            "grey": "#666666"}
 COLUMN = 8.5 / 2.54  # inches
 SCALE = {"xlim": (1, 9), "ylim": (1, 9), "xticks": range(1, 10), "yticks": range(1, 10),
-         "aspect": "equal"}
+         "aspect": "equal"}  # of labels, both ways
+ABOVE = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": 2, "columnspacing": 1}
 STYLE = {"font.size": 7, "axes.titlesize": 7, "axes.linewidth": 0.6, "legend.fontsize": 6,
          "legend.frameon": False, "lines.linewidth": 1, "grid.linewidth": 0.4, "grid.alpha": 0.4,
          "axes.grid": True, "axes.axisbelow": True, "figure.constrained_layout.use": True,
@@ -38,17 +40,9 @@ def save(figure, folder, name, caption):
     plt.close(figure)
 
 
-def between(edges):
-    """An interval, with the one minus sign that all figures use."""
-    return "[" + ", ".join(map(signed, edges)) + "]"
-
-
-def with_intervals(caption):
-    return caption.replace("\n", " · [95% bootstrap intervals]\n", 1)
-
-
-def signed(value):
-    return f"{value:.2f}".replace("-", "−")
+def signed(text):
+    """With the one minus sign that all figures use."""
+    return text.replace("-", "−")
 
 
 @plt.rc_context(STYLE)
@@ -57,8 +51,8 @@ def draw_history(history, selected, lowest, level, folder, caption):
     loss marked; `level` {"mse", "mae"}: where predicting the mean label stands on val."""
     figure, axes = plt.subplots(3, 1, figsize=(COLUMN, 4.6), sharex=True)
     epochs = [row["epoch"] for row in history]
-    for axis, name, title in zip(axes, ("loss", "mse", "mae"), ("loss", "MSE (z-scored)",
-                                                                 "MAE (z-scored)")):
+    titles = {"loss": "loss", "mse": "MSE (z-scored)", "mae": "MAE (z-scored)"}
+    for axis, (name, title) in zip(axes, titles.items()):
         for split, style in (("train", "-"), ("val", "--")):
             axis.plot(epochs, [row[f"{split}_{name}"] for row in history], style, marker=".",
                       markersize=2, color=COLOURS[split], label=split)
@@ -77,27 +71,28 @@ def draw_history(history, selected, lowest, level, folder, caption):
 
 
 @plt.rc_context(STYLE)
-def draw_true_vs_predicted(true, pred, metrics, intervals, folder, caption):
+def draw_true_vs_predicted(true, pred, numbers, folder, caption):
     figure, axes = plt.subplots(1, 2, figsize=(2 * COLUMN, 3.75))
     for n, (axis, dimension) in enumerate(zip(axes, DIMENSIONS)):
-        m, edges = metrics[dimension], intervals[dimension]
         axis.plot([1, 9], [1, 9], "k--", linewidth=0.7)
         axis.annotate("y = x", (8.4, 8.4), textcoords="offset points", xytext=(-5, 1), ha="right",
                       fontsize=6)
         axis.scatter(true[:, n], pred[:, n], s=point_size(len(true)), alpha=0.6, linewidth=0,
                      color=COLOURS[dimension], marker="os"[n])
         axis.set(xlabel=f"true {dimension} (1–9)", ylabel=f"predicted {dimension} (1–9)", **SCALE)
-        axis.set_title(f"R² {signed(m['r2'])} {between(edges['r2'])}   "
-                       f"r {signed(m['pearson'])} {between(edges['pearson'])}   "
-                       f"CCC {signed(m['ccc'])} {between(edges['ccc'])}", fontsize=5.5)
-    save(figure, folder, "true_vs_predicted", with_intervals(caption))
+        axis.set_title(signed(f"R² {stated(numbers, dimension, 'r2')}   "
+                              f"r {stated(numbers, dimension, 'pearson')}   "
+                              f"CCC {stated(numbers, dimension, 'ccc')}"), fontsize=5.5)
+    save(figure, folder, "true_vs_predicted", caption)
 
 
 def point_size(count):
     return 16 if count < 50 else 9 if count < 500 else 4
 
 
-def quadrant_names(axis):
+def prepare_plane(axis):
+    """Valence to the right, arousal up, and the names of the quadrants."""
+    axis.set(xlabel="valence (1–9)", ylabel="arousal (1–9)", **SCALE)
     axis.axhline(5, color="k", linewidth=0.6)
     axis.axvline(5, color="k", linewidth=0.6)
     for name, mood, x, y in zip(QUADRANTS, MOODS, (8.9, 1.1, 1.1, 8.9), (8.65, 8.65, 1.15, 1.15)):
@@ -106,23 +101,23 @@ def quadrant_names(axis):
 
 
 @plt.rc_context(STYLE)
-def draw_plane(true, pred, metrics, intervals, folder, caption):
-    r, edges = (each["valence_arousal_correlation"] for each in (metrics, intervals))
+def draw_plane(true, pred, numbers, folder, caption):
+    r = {each: signed(stated(numbers, "valence_arousal_correlation", each))
+         for each in ("true", "predicted")}
     figure, axis = plt.subplots(figsize=(COLUMN, 3.9))
-    quadrant_names(axis)
+    prepare_plane(axis)
     size = point_size(len(true))
     axis.scatter(*true.T, s=size, facecolors="none", edgecolors="#555555", linewidth=0.6,
-                 label=f"true, r {signed(r['true'])} {between(edges['true'])}")
+                 label=f"true, r {r['true']}")
     axis.scatter(*pred.T, s=size, alpha=0.7, marker="^", color=COLOURS["val"], linewidth=0,
-                 label=f"predicted, r {signed(r['predicted'])} {between(edges['predicted'])}")
-    axis.set(xlabel="valence (1–9)", ylabel="arousal (1–9)", **SCALE)
-    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, columnspacing=1)
-    save(figure, folder, "plane", with_intervals(caption))
+                 label=f"predicted, r {r['predicted']}")
+    axis.legend(**ABOVE)
+    save(figure, folder, "plane", caption)
 
 
 @plt.rc_context(STYLE)
-def draw_confusion(counts, metrics, intervals, folder, caption):
-    counts = np.array(counts)
+def draw_confusion(numbers, folder, caption):
+    counts = np.array(numbers["confusion"])
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     figure, axis = plt.subplots(figsize=(COLUMN, 3.3))
     axis.grid(False)
@@ -133,9 +128,7 @@ def draw_confusion(counts, metrics, intervals, folder, caption):
                       va="center", color="white" if shares[row, column] > 0.5 else "black")
     axis.set(xlabel="predicted quadrant", xticks=range(4), xticklabels=QUADRANTS,
              ylabel="true quadrant", yticks=range(4), yticklabels=QUADRANTS)
-    low, high = intervals["quadrant"]["accuracy"]
-    axis.set_title(f"quadrants right: {metrics['quadrant']['accuracy']:.0%} "
-                   f"[{low:.0%}, {high:.0%}]")
+    axis.set_title(f"quadrants right: {stated(numbers, 'quadrant', 'accuracy', '.0%')}")
     figure.colorbar(image, label="share of the row", shrink=0.8)
     save(figure, folder, "confusion", caption)
 
@@ -154,11 +147,12 @@ def draw_histograms(true, pred, folder, caption):
     save(figure, folder, "histograms", caption)
 
 
-def draw_report(true, pred, metrics, intervals, counts, folder, caption):
-    """The four figures of the published report."""
-    draw_true_vs_predicted(true, pred, metrics, intervals, folder, caption)
-    draw_plane(true, pred, metrics, intervals, folder, caption)
-    draw_confusion(counts, metrics, intervals, folder, caption)
+def draw_report(true, pred, numbers, folder, caption):
+    """The four figures of the published report; numbers: of `measure`."""
+    noted = caption.replace("\n", " · [95% bootstrap intervals]\n", 1)
+    draw_true_vs_predicted(true, pred, numbers, folder, noted)
+    draw_plane(true, pred, numbers, folder, noted)
+    draw_confusion(numbers, folder, caption)
     draw_histograms(true, pred, folder, caption)
 
 
@@ -176,8 +170,8 @@ def draw_song(times, values, spread, folder, name, caption):
                        label=f"{dimension} {mean:.2f} ± {spread[n]:.2f}")
     over_time.set(xlabel="time (s), middle of the window", ylabel="1–9 scale", ylim=(1, 9),
                   yticks=range(1, 10, 2))
-    over_time.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, columnspacing=1)
-    quadrant_names(plane)
+    over_time.legend(**ABOVE)
+    prepare_plane(plane)
     plane.plot(*values.T, "-", color=COLOURS["grey"], linewidth=0.8)
     points = plane.scatter(*values.T, c=times, cmap="viridis", s=14, zorder=3)
     start_is_left = values[0, 0] <= values[-1, 0]
@@ -185,7 +179,6 @@ def draw_song(times, values, spread, folder, name, caption):
         if len(values) > 1 or place == 0:
             plane.annotate(word, values[place], textcoords="offset points", fontsize=6,
                            xytext=(-4 if is_left else 4, 4), ha="right" if is_left else "left")
-    plane.set(xlabel="valence (1–9)", ylabel="arousal (1–9)", **SCALE)
     if len(values) > 1:
         figure.colorbar(points, label="time (s)", shrink=0.7)
     save(figure, folder, name, caption)

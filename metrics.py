@@ -163,12 +163,22 @@ def artist_groups(ids):
     return np.array([artists.get(song, -song) for song in ids])
 
 
-def paired_difference(true, a, b, groups):
-    """Metrics of predictions `a` less those of `b`, [N, 2] on the same songs, and their intervals
-    by resampling `groups`: what a claim of improvement needs."""
+def paired_difference(annotations, pred, other):
+    """Metrics of predictions {song id: [valence, arousal]} less those of `other` ones of the same
+    songs, and their intervals by resampling artists: what a claim of improvement needs."""
+    ids = list(map(int, pred))
+    (true, a), (_, b) = (arrays(annotations, each, ids) for each in (pred, other))
+
     def difference(true, a, b):
         one, two = (all_metrics(true, each, np.ones(2)) for each in (a, b))
         return {name: {key: one[name][key] - two[name][key]
                        for key in ("mse", "r2", "pearson", "ccc")} for name in DIMENSIONS}
 
-    return difference(true, a, b), bootstrap(difference, true, a, b, groups=groups)
+    return {"metrics": difference(true, a, b),
+            "intervals": bootstrap(difference, true, a, b, groups=artist_groups(ids))}
+
+
+def stated(numbers, name, key, form=".2f"):
+    """"0.52 [0.41, 0.60]": a metric with its interval."""
+    value, (low, high) = numbers["metrics"][name][key], numbers["intervals"][name][key]
+    return f"{value:{form}} [{low:{form}}, {high:{form}}]"

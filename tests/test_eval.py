@@ -2,6 +2,7 @@
 
 import csv
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -62,17 +63,17 @@ def test_quadrants_and_f1_counted_by_hand(compared):
     compared(len(true), "songs")
 
 
+def metric(true, pred):
+    return metrics.all_metrics(true, pred, np.ones(2))
+
+
 def test_constant_predictions_have_numbers(compared):
     true, _ = random_labels(20)
-    found = metrics.all_metrics(true, np.full_like(true, 5.0), np.ones(2))
+    found = metric(true, np.full_like(true, 5.0))
     assert found["valence"]["pearson"] == found["valence"]["ccc"] == 0
     numbers = eval_script.flat(found)
     assert all(np.isfinite(value).all() for value in numbers.values())
     compared(len(numbers), "numbers")
-
-
-def metric(true, pred):
-    return metrics.all_metrics(true, pred, np.ones(2))
 
 
 def test_bootstrap_against_a_normal_approximation(compared):
@@ -97,8 +98,6 @@ def test_bootstrap_against_a_normal_approximation(compared):
 
 def test_the_bootstrap_repeats_itself_and_takes_seconds(compared):
     """10,000 resamples of 175 songs, vectorised: a loop over them would take a minute."""
-    import time
-
     true, pred = random_labels(175)
     start = time.monotonic()
     intervals = metrics.bootstrap(metric, true, pred)
@@ -169,14 +168,24 @@ def small(splits, no_histories, tmp_path_factory):
 
 
 @pytest.fixture
-def run(small, tmp_path):
-    return shutil.copytree(small[1][0], tmp_path / "run")
+def command(small, tmp_path):
+    """The command line that evaluates a copy of the first of the small runs."""
+    run = shutil.copytree(small[1][0], tmp_path / "run")
+    return run, "--features", small[0], "--device", "cpu"
 
 
 @pytest.fixture
 def undrawn(monkeypatch):
     """Figures take most of an evaluation's time."""
     monkeypatch.setattr(eval_script.figures, "draw_report", lambda *_: None)
+
+
+def read_predictions(out):
+    """(song ids, true, predicted [N, 2]) of predictions.csv."""
+    rows = list(csv.DictReader(open(out / "predictions.csv")))
+    true, pred = (np.array([[float(row[f"{name}_{kind}"]) for name in DIMENSIONS] for row in rows])
+                  for kind in ("true", "pred"))
+    return [row["song_id"] for row in rows], true, pred
 
 
 FIGURES = {f"{name}.{kind}" for name in ("true_vs_predicted", "plane", "confusion", "histograms")
@@ -189,17 +198,15 @@ def test_evaluation_on_cached_features(features, trained, tmp_path, monkeypatch,
     for name in ("Backbone", "read_waveform"):
         monkeypatch.setattr(common, name, None)
     run = shutil.copytree(trained, tmp_path / "run")
-    base = run, "--features", features, "--device", "cpu"
-    assert call(eval_script, *base) == 0
+    command = run, "--features", features, "--device", "cpu"
+    assert call(eval_script, *command) == 0
     output, out = capsys.readouterr().out, run / "eval-test"
     assert {path.name for path in out.iterdir()} == {"metrics.json", "predictions.csv", *FIGURES}
     heads = {"png": b"\x89PNG", "pdf": b"%PDF"}
     assert all((out / name).read_bytes().startswith(heads[name[-3:]]) for name in FIGURES)
     found = read_json(out / "metrics.json", "", eval_script.METRICS)
-    rows = list(csv.DictReader(open(out / "predictions.csv")))
-    pred, true = (np.array([[float(row[f"{name}_{kind}"]) for name in DIMENSIONS] for row in rows])
-                  for kind in ("pred", "true"))
-    assert found["predictions"] == {row["song_id"]: each for row, each in zip(rows, pred.tolist())}
+    songs, true, pred = read_predictions(out)
+    assert found["predictions"] == dict(zip(songs, pred.tolist()))
     numbers = found["numbers"]
     assert numbers["metrics"]["valence"]["mse"] == pytest.approx(np.mean((pred - true)[:, 0] ** 2))
     assert f"{numbers['metrics']['arousal']['ccc']:8.4f}" in output
@@ -210,19 +217,19 @@ def test_evaluation_on_cached_features(features, trained, tmp_path, monkeypatch,
     r2 = {name: values["arousal"]["r2"] for name, values in numbers["baselines"].items()}
     assert r2["ridge"] > 0.4 > 0.1 > r2["training mean"]
     monkeypatch.setattr(eval_script.figures, "draw_report", lambda *_: None)
-    for split, songs in (("train", 40), ("val", 10)):
-        assert call(eval_script, *base, "--split", split) == 0
-        assert read_json(run / f"eval-{split}/metrics.json", "")["songs"] == songs
-    compared(len(rows) + len(FIGURES), "predictions and figures")
+    for split, count in (("train", 40), ("val", 10)):
+        assert call(eval_script, *command, "--split", split) == 0
+        assert read_json(run / f"eval-{split}/metrics.json", "")["songs"] == count
+    compared(len(songs) + len(FIGURES), "predictions and figures")
 
 
-def test_other_labels_are_written_beside(small, run, undrawn, capsys, compared):
+def test_other_labels_are_written_beside(command, undrawn, capsys, compared):
     """Evaluating with other labels than the run's leaves its own evaluation as it is."""
-    base = run, "--features", small[0], "--device", "cpu"
-    call(eval_script, *base)
+    run = command[0]
+    call(eval_script, *command)
     kept = (run / "eval-test/metrics.json").read_bytes()
     capsys.readouterr()
-    assert call(eval_script, *base, "--labels", "corrected") == 0
+    assert call(eval_script, *command, "--labels", "corrected") == 0
     assert "for comparison: the run was trained on shipped labels" in capsys.readouterr().out
     assert (run / "eval-test/metrics.json").read_bytes() == kept
     own, other = (read_json(run / name / "metrics.json", "")
@@ -244,10 +251,7 @@ def test_published_protocol_and_new_artists(splits, undrawn, tmp_path, capsys, c
     assert call(eval_script, run, "--features", features, "--device", "cpu") == 0
     output = capsys.readouterr().out
     found = read_json(run / "eval-test/metrics.json", "")
-    artists, rows = common.read_artists(), list(csv.DictReader(open(
-        run / "eval-test/predictions.csv")))
-    pred, true = (np.array([[float(row[f"{name}_{kind}"]) for name in DIMENSIONS] for row in rows])
-                  for kind in ("pred", "true"))
+    artists, (songs, true, pred) = common.read_artists(), read_predictions(run / "eval-test")
     known = splits["train"] + splits["val"]
     labels = common.corrected(common.read_annotations(features / "annotations.csv"), [[1, 1000]])
     std = np.array([labels[song][::2] for song in known]).std(0)
@@ -256,7 +260,7 @@ def test_published_protocol_and_new_artists(splits, undrawn, tmp_path, capsys, c
     assert protocol["quadrants_right"] == ((pred >= 5) == (true >= 5)).all(1)[:160].sum()
     assert f"z-scored MSE {protocol['z_mse']:.4f} (published 0.4945)" in output
     heard = {artists[song] for song in known}
-    new = np.array([artists[int(row["song_id"])] not in heard for row in rows])
+    new = np.array([artists[int(song)] not in heard for song in songs])
     row = found["numbers"]["new_artists"]
     assert row["songs"] == new.sum() == 56
     assert row["metrics"]["arousal"]["pearson"] == pytest.approx(
@@ -264,7 +268,7 @@ def test_published_protocol_and_new_artists(splits, undrawn, tmp_path, capsys, c
     low, high = row["intervals"]["valence"]["r2"]
     assert low < row["metrics"]["valence"]["r2"] < high
     assert output.count("  56 songs by artists not in train or val: R² ") == 3
-    compared(len(rows), "test songs")
+    compared(len(songs), "test songs")
 
 
 # ------------------------------------------------------------------------------------------ table
@@ -317,21 +321,20 @@ def test_files_are_read_once_for_several_runs(small, undrawn, monkeypatch, compa
     compared(len(read), "reads")
 
 
-def report(pred, true, ridge_pred=None):
-    """A report over songs 1, 2, … as evaluate makes it, for print_report."""
-    spread = np.ones(len(true))
-    annotations = dict(enumerate(np.stack([true[:, 0], spread, true[:, 1], spread], 1).tolist(), 1))
-    ids = list(annotations)
-    preds = [values if values is None else dict(zip(map(str, ids), values.tolist()))
+def numbers_of(true, pred, ridge_pred=None):
+    """What a report says of predictions of songs 1, 2, …"""
+    labels = np.insert(true, [1, 2], 1, axis=1)
+    annotations = dict(enumerate(labels.tolist(), 1))
+    preds = [values if values is None else dict(zip(map(str, annotations), values.tolist()))
              for values in (pred, ridge_pred)]
-    return {"songs": len(ids), "numbers": metrics.measure(annotations, ids, ids, *preds)}
+    return metrics.measure(annotations, list(annotations), list(annotations), *preds)
 
 
 @pytest.mark.parametrize("copy, said", [(1.0, True), (0.0, False)])
 def test_a_collapse_is_called_one(capsys, compared, copy, said):
     true, _ = random_labels(50)
     pred = np.stack([true[:, 0], copy * true[:, 0] + (1 - copy) * true[:, 1]], 1) * 0.5 + 2
-    eval_script.print_report(report(pred, true))
+    eval_script.print_numbers(numbers_of(true, pred), 50)
     assert ("a collapse" in capsys.readouterr().out) == said
     compared(1, "line")
 
@@ -339,7 +342,7 @@ def test_a_collapse_is_called_one(capsys, compared, copy, said):
 def test_where_ridge_does_better_a_line_says_so(capsys, compared):
     true, pred = random_labels(50)
     better = np.stack([true[:, 0], np.full(50, 3.0)], 1)  # in valence alone
-    eval_script.print_report(report(pred, true, better))
+    eval_script.print_numbers(numbers_of(true, pred, better), 50)
     output = capsys.readouterr().out
     assert "ridge on the same features does better than the network for valence (R² 1.00" in output
     assert "arousal (R²" not in output and ", ridge's 0.0000" in output  # its predicted correlation
@@ -354,47 +357,46 @@ class Bomb:
         return (open, ("bomb-went-off", "w"))
 
 
-def test_checkpoints_that_are_none(small, run, tmp_path, fails, monkeypatch, compared):
+def test_checkpoints_that_are_none(command, tmp_path, fails, monkeypatch, compared):
     monkeypatch.chdir(tmp_path)
-    base, file = (run, "--features", small[0], "--device", "cpu"), run / "model.pt"
-    good = read_tensors(file, "", eval_script.MODEL)
-    for content, says in ((Bomb(), "is not a trained model"),
-                          ({**good, "extra": Bomb()}, "is not a trained model"),
-                          ([1], "no digest"), (good, "no digest"),
-                          ({**good, "digest": "0" * 64}, "is damaged")):
+    file = command[0] / "model.pt"
+    good, none = read_tensors(file, "", eval_script.MODEL), "is not a trained model"
+    for content, says in ((Bomb(), none), ({**good, "extra": Bomb()}, none), ([1], "no digest"),
+                          (good, "no digest"), ({**good, "digest": "0" * 64}, "is damaged")):
         torch.save(content, file)
-        assert says in fails(eval_script, *base)
+        assert says in fails(eval_script, *command)
     assert not (tmp_path / "bomb-went-off").exists()
-    for content, says in (({"state": {}}, "is not a trained model"),  # of the right digest
-                          ({**good, "state": {"a": torch.zeros(1)}}, "not a model that train.py"),
-                          ({**good, "mean": torch.zeros(3)}, "not a model that train.py")):
-        write_tensors(file, content)
-        assert says in fails(eval_script, *base)
+    for change, says in (({"state": {"a": torch.zeros(1)}}, "not a model that train.py"),
+                         ({"mean": torch.zeros(3)}, "not a model that train.py"),
+                         ({"params": {}}, none)):
+        write_tensors(file, {**good, **change})  # of the right digest
+        assert says in fails(eval_script, *command)
     file.write_text("no")
-    assert "is not a trained model" in fails(eval_script, *base)
+    assert none in fails(eval_script, *command)
     file.unlink()
-    assert "is not finished: train.py with --resume" in fails(eval_script, *base)
-    (run / "last.pt").unlink()
-    assert "cannot read a trained model" in fails(eval_script, *base)
+    assert "is not finished: train.py with --resume" in fails(eval_script, *command)
+    (command[0] / "last.pt").unlink()
+    assert "cannot read a trained model" in fails(eval_script, *command)
     compared(11, "refusals")
 
 
-def test_files_that_are_not_of_one_run(small, run, fails, compared):
-    base = run, "--features", small[0], "--device", "cpu"
+def test_files_that_are_not_of_one_run(small, command, fails, compared):
+    run = command[0]
     for name, says in (("config.json", "lr 4e-05 there, 3e-05 now"), ("model.pt", "of one run")):
         kept = (run / name).read_bytes()
         shutil.copy(small[1][2] / name, run)
-        assert says in fails(eval_script, *base)
+        assert says in fails(eval_script, *command)
         (run / name).write_bytes(kept)
     splits = read_json(run / "splits.json", "")
     for change, says in (({"test": splits["test"][::-1]}, "not the one that the run was trained"),
                          ({"source": "DEAM"}, "names another source")):
         write_json(run / "splits.json", {**splits, **change})
-        assert says in fails(eval_script, *base)
+        assert says in fails(eval_script, *command)
     compared(4, "refusals")
 
 
-def test_features_that_are_not_the_runs(small, run, tmp_path, fails, compared):
+def test_features_that_are_not_the_runs(small, tmp_path, fails, compared):
+    run = small[1][0]
     features = shutil.copytree(small[0], tmp_path / "f")
     song = read_json(features / "splits.json", "")["test"][0]
     file = features / "songs" / f"{song}.pt"

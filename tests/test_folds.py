@@ -168,13 +168,13 @@ def test_intervals_of_pooled_runs_resample_artists(pooled, undrawn, monkeypatch,
     features, folder = pooled
     args = eval_script.parser().parse_args([
         *map(str, runs_of(folder)[:2]), "--features", str(features), "--device", "cpu"])
-    arithmetic, opened = common.Arithmetic("exact", "cpu"), eval_script.feature_folders(args)
+    arithmetic, opened = common.Arithmetic("exact", "cpu"), {}
     evaluated = [eval_script.evaluate(args, run, arithmetic, opened) for run in args.runs]
-    halves = {int(song): n for n, (found, _, _) in enumerate(evaluated)
-              for song in found["predictions"]}
+    halves = {int(song): n for n, each in enumerate(evaluated)
+              for song in each.found["predictions"]}
     monkeypatch.setattr(metrics, "read_artists", lambda: halves)
-    numbers = eval_script.pool(evaluated)["numbers"]
-    alone = [each["numbers"]["metrics"]["valence"]["mse"] for each, _, _ in evaluated]
+    numbers = eval_script.pool(evaluated).found["numbers"]
+    alone = [each.found["numbers"]["metrics"]["valence"]["mse"] for each in evaluated]
     assert numbers["intervals"]["valence"]["mse"] == pytest.approx(sorted(alone))
     compared(2, "artists")
 

@@ -309,7 +309,7 @@ def test_numbers_made_to_follow_from_forged_predictions(damaged, verdict, compar
     (run / "eval-test/predictions.csv").unlink()
     assert verdict(*commands["seconds"])[0] == 0
     code, output = verdict(*commands["hours"])
-    assert code == 1 and output.count("  predictions ") == 20
+    assert code == 1 and output.count("  predictions.") == 20
     compared(20, "predictions")
 
 
