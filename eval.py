@@ -122,7 +122,7 @@ def pooled_features(dataset, index):
     return POOLED[key]
 
 
-@functools.cache  # several runs may share a DEAMFeatHandler
+@functools.cache  # several runs may share one DEAMFeatHandler
 def ridge_predictions(data, split):
     """({song id: [valence, arousal]} by ridge on mean-pooled features, its penalty)."""
     if not data.ids["train"] or not data.ids["val"]:
@@ -330,10 +330,11 @@ def read_metrics(file):
     unknown = content.keys() - METRICS.keys() - {"run", "environment"}
     for wrong, complaint in (
             (unknown, f"{', '.join(sorted(unknown))} is nothing that eval.py writes"),
-            (any(abs(value) > 1e6 for pair in pairs for value in pair), "a prediction far from any scale"),
+            (any(abs(value) > 1e6 for pair in pairs for value in pair),
+             "a prediction far from any scale"),
             ((content["ridge_penalty"] is None) != (ridge_pred is None),
              "a ridge penalty and predictions belong together"),
-            (content["songs"] != len(pred) or set(ridge_pred or pred) != set(pred),
+            (not pred or content["songs"] != len(pred) or set(ridge_pred or pred) != set(pred),
              "two predictions for each of its songs")):
         if wrong:
             raise UserError(f"{file} is not a metrics.json: {complaint}")
@@ -495,7 +496,7 @@ def run(args):
     if small and not disjoint(evaluated):
         raise UserError(f"{small[0].data.summary}: too few {args.split} songs to evaluate on")
 
-    # never over what is verified
+    # what is verified is never written over
     write = not expected or not args.verify.resolve().is_relative_to(args.runs[0].resolve())
     for each in evaluated if write else []:
         write_report(each, here)

@@ -473,4 +473,8 @@ def test_files_that_are_no_metrics(damaged, tmp_path, verdict, fails, compared):
     assert "--deam PATH" in fails(eval_script, "--verify", file)
     code, output = verdict(*commands["hours"], "--split", "val")  # about other songs
     assert code == 1 and "split  " in output
-    compared(7, "refusals")
+    write_damaged(file, {**read_json(file, ""), "songs": 0, "predictions": {},
+                         "ridge_predictions": None, "ridge_penalty": None}, json_digest)
+    assert "two predictions for each of its songs" in fails(eval_script, "--verify", file,
+                                                            "--deam", tmp_path)
+    compared(8, "refusals")
