@@ -1,6 +1,7 @@
 """What is published of a run, checked at every depth, then damaged in every file and kind of field:
 none may leave REPRODUCED or exit code 0."""
 
+import contextlib
 import copy
 import itertools
 import json
@@ -48,14 +49,10 @@ def verdict(capsys):
 
 def make_record(run, folder, features="DEAM_feats"):
     """Make the record of a run inside `folder`, unpack it there; the folder that it holds."""
-    here = os.getcwd()
-    os.chdir(folder)
-    try:
+    with contextlib.chdir(folder):
         assert call(record, run, "--features", features) == 0
         with tarfile.open(f"{run.name}.tar") as tar:
             tar.extractall("unpacked", filter="data")
-    finally:
-        os.chdir(here)
     return folder / "unpacked" / run.name
 
 
@@ -94,29 +91,30 @@ def damaged(short, tmp_path):
 def computed_once(monkeypatch):
     """What a verdict compares with stays the same while one file is damaged over and over: the
     intervals of the same numbers, the model of the same bytes, a run's evaluation."""
-    bootstrap, evaluate, intervals, runs = metrics.bootstrap, eval_script.evaluate, {}, {}
-    read_model, models = eval_script.read_model, {}
 
-    def cached_bootstrap(measure, *arrays, **settings):
-        key = b"".join(each.tobytes() for each in arrays)
-        intervals[key] = intervals.get(key) or bootstrap(measure, *arrays, **settings)
-        return intervals[key]
+    def once(owner, name, key):
+        function, kept = getattr(owner, name), {}
 
-    def cached_evaluate(args, folder, *more):
-        runs[folder] = runs.get(folder) or evaluate(args, folder, *more)
-        return runs[folder]
+        def cached(*args, **settings):
+            place = key(*args)
+            if place not in kept:
+                kept[place] = function(*args, **settings)
+            return kept[place]
 
-    def cached_model(file):
-        data = file.read_bytes()
-        models[data] = models.get(data) or read_model(file)
-        return models[data][0], dict(models[data][1])
+        monkeypatch.setattr(owner, name, cached)
 
-    monkeypatch.setattr(eval_script, "read_model", cached_model)
-    monkeypatch.setattr(metrics, "bootstrap", cached_bootstrap)
-    monkeypatch.setattr(eval_script, "evaluate", cached_evaluate)
+    once(metrics, "bootstrap", lambda _, *arrays: b"".join(each.tobytes() for each in arrays))
+    once(eval_script, "evaluate", lambda args, folder, *_: folder)
+    once(eval_script, "read_model", lambda file: file.read_bytes())
 
 
 # --------------------------------------------------------------------------------------- the record
+
+
+def files_of(run):
+    """What a record has to hold."""
+    return {str(path.relative_to(run)) for path in run.rglob("*")
+            if path.is_file() and path.name != "last.pt" and not path.name.startswith(".")}
 
 
 def test_a_record_is_complete_and_the_same_each_time(short, tmp_path, capsys, compared):
@@ -133,8 +131,7 @@ def test_a_record_is_complete_and_the_same_each_time(short, tmp_path, capsys, co
     assert [entry.name for entry in entries] == sorted(entry.name for entry in entries)
     assert {(entry.mtime, entry.uid, entry.gid, entry.uname, entry.gname, entry.mode)
             for entry in entries} == {(0, 0, 0, "", "", 0o644)}
-    files = {str(path.relative_to(run)) for path in run.rglob("*")
-             if path.is_file() and path.name != "last.pt" and not path.name.startswith(".")}
+    files = files_of(run)
     assert {entry.name.removeprefix("frozen/") for entry in entries} == files
     assert all((unpacked / name).read_bytes() == (run / name).read_bytes() for name in files)
     assert sha256(first) in printed
@@ -148,8 +145,7 @@ def test_a_record_is_complete_and_the_same_each_time(short, tmp_path, capsys, co
 def test_no_record_of_what_is_not_complete(short, tmp_path, fails, monkeypatch, compared):
     monkeypatch.chdir(tmp_path)
     run, count = shutil.copytree(short[0], tmp_path / "run"), 0
-    for name in [path.relative_to(run) for path in run.rglob("*.*")
-                 if path.is_file() and path.name != "last.pt" and not path.name.startswith(".")]:
+    for name in files_of(run):
         (run / name).rename(tmp_path / "aside")
         assert "complete" in fails(record, run)
         (tmp_path / "aside").rename(run / name)
