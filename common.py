@@ -542,7 +542,9 @@ MANIFEST = {"settings": SETTINGS, "annotations": DIGEST, "top_layers": DIGEST,
             "source": {"name": str}}
 # A folder of the published notebook has no manifest: its features cannot be verified, and are taken
 # as those of the backbone that it used.
-UNVERIFIED = {"settings": {"layer": 10}, "swapped_labels": None, "songs": None, "digest": None,
+UNVERIFIED = {"settings": {"weights": None, "layer": 10, "precision": "float32", "store": "float32",
+                           "sample_rate": 16000, "normalize_epsilon": 1e-7},
+              "swapped_labels": None, "songs": None, "digest": None,
               "source": {"name": "ALM/wav2vec2-base-audioset"}}
 
 
@@ -786,6 +788,8 @@ class EmotionModel(nn.Module):
     def __init__(self, params, layer, finetune, attention_dropout=None):
         super().__init__()
         top = params["encoder_num_layers"] - layer
+        if layer < 0 or top < 0:
+            raise UserError(f"layer {layer} of a backbone with {layer + top} layers")
         cut = top - layers_to_train(finetune, top, layer)
         transformer, dimension = network(params).encoder.transformer, params["encoder_embed_dim"]
         self.layers, self.norm = transformer.layers[layer:], transformer.layer_norm
@@ -924,7 +928,7 @@ def where_to_keep(count, frames, model, stored, device):
     parameter = model.norm.weight
     dtype = parameter.dtype if model.frozen_layers or not model.trained_layers else stored
     needed = count * (frames if model.trained_layers else 1) * len(parameter) * dtype.itemsize
-    return next((place for place in (device, torch.device("cpu")) if fits(needed, place)), None)
+    return next((place for place in (device, torch.device("cpu")) if has_room(place, needed)), None)
 
 
 def room_for_activations(clips, frames, model, device):
@@ -932,12 +936,12 @@ def room_for_activations(clips, frames, model, device):
     feed-forward unit, for every frame and layer that trains."""
     width, inner = model.params["encoder_embed_dim"], model.params["encoder_ff_interm_features"]
     values = clips * frames * len(model.trained_layers) * (12 * width + 4 * inner)
-    return fits(values * model.norm.weight.element_size(), device)
+    return has_room(device, values * model.norm.weight.element_size())
 
 
-def fits(size, device):
-    """Whether `size` bytes leave half of the memory free that is free now; where a system does not
-    say what is, a quarter of all memory counts as free."""
+def has_room(device, size):
+    """Whether `size` bytes leave half of a device's memory free that is free now; where a system
+    does not say what is, a quarter of all memory counts as free."""
     if device.type == "cuda":
         return size < torch.cuda.mem_get_info(device)[0] / 2
     known = "SC_AVPHYS_PAGES" in os.sysconf_names

@@ -53,7 +53,7 @@ from train import CONFIG
 
 SIX_DECIMALS, ABSENT = 5e-7, ("absent",)  # a tuple: nothing that JSON can hold
 TOLERANCE = 0.01  # on the 1–9 scale: predictions of float32 that differ less are close
-MODEL = {"config": CONFIG, "settings": {"layer": int}, "params": PARAMS, "layer": int,
+MODEL = {"config": CONFIG, "settings": {**SETTINGS, "weights": (None, DIGEST)}, "params": PARAMS,
          "mean": torch.Tensor, "std": torch.Tensor, "state": {str: torch.Tensor},
          "initial_model": DIGEST, "splits_source": str, "source": {"name": str}}
 METRICS = {"finetune": str, "precision": ("exact", "float32", "bfloat16"), "source": str,
@@ -70,17 +70,14 @@ def read_model(file):
     content = read_tensors(file, "a trained model", MODEL)
     complaint = f"{file} is not a model that train.py wrote"
     try:
-        model = EmotionModel(content["params"], content["layer"], content["config"]["finetune"])
+        model = EmotionModel(content["params"], content["settings"]["layer"],
+                             content["config"]["finetune"])
         model.load_state_dict(content["state"], assign=True)
     except (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError):
         raise UserError(complaint) from None
     if any(each.shape != (2,) or each.dtype != torch.float64 or not ((0 < each) & (each < 9)).all()
            for each in (content["mean"], content["std"])):
         raise UserError(f"{complaint}: mean and std of two labels")
-    if content["settings"].keys() != {"layer"}:  # not of features without manifest
-        check_form(content["settings"], SETTINGS, complaint)
-    if not content["settings"]["layer"] == content["layer"] >= 0:
-        raise UserError(f"{complaint}: two layers in it")
     return model.eval(), content
 
 
@@ -444,7 +441,10 @@ def pool(evaluated):
     if differing := differing_settings(evaluated, "seed", "splits", "songs"):
         raise UserError(f"these runs have no song in common, and differ in {differing}: give the "
                         "folds of one configuration, or one run at a time")
-    first = evaluated[0]
+    first, names = evaluated[0], {each.found["run"] for each in evaluated}
+    if len(names) < len(evaluated):
+        raise UserError("two of these folds have one name: rename a folder, so that the report can "
+                        "name its models")
     merged = {kind: {song: values for each in evaluated
                      for song, values in (each.found[kind] or {}).items()}
               for kind in ("predictions", "ridge_predictions")}

@@ -224,6 +224,13 @@ def equal_lengths(clips, size):
     yield from waiting.values()
 
 
+def computed(clips, backbone, size):
+    """Yield (song, digest of its PCM, features[T, D]) for clips (song, waveform, digest)."""
+    for batch in equal_lengths(clips, size):
+        songs, waveforms, pcms = zip(*batch)
+        yield from zip(songs, pcms, backbone.hidden_states(torch.stack(waveforms)))
+
+
 def find_damage(root, entries, store):
     """{song: what is wrong with its feature file, None where nothing is}, given {song: entry}."""
 
@@ -345,13 +352,8 @@ def extract(args):
     backbone.to(arithmetic, args.layer)
     decoded = Progress(ahead(folder.decode, todo, DECODERS), total=len(todo), desc="extract",
                        unit="song", disable=RANK > 0 or not todo)
-
-    def computed():
-        for batch in equal_lengths(decoded, args.batch_size or (8 if on_gpu else 1)):
-            songs, waveforms, pcms = zip(*batch)
-            yield from zip(songs, pcms, backbone.hidden_states(torch.stack(waveforms)))
-
-    for _ in ahead(folder.write_song, computed()):
+    features = computed(decoded, backbone, args.batch_size or (8 if on_gpu else 1))
+    for _ in ahead(folder.write_song, features):
         pass
     failed = folder.finish()
     if RANK:

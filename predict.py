@@ -127,15 +127,15 @@ class Predictor:
         self.model, content = read_model(args.run / "model.pt")
         settings, source = content["settings"], content["source"]
         backbone = Backbone(args.weights or weights_name(source))
-        here = {"weights": backbone.digest, "sample_rate": backbone.sample_rate,
-                "normalize_epsilon": backbone.epsilon}
-        if any(settings.get(key, value) != value for key, value in here.items()):
+        here = {"weights": settings["weights"] and backbone.digest,
+                "sample_rate": backbone.sample_rate, "normalize_epsilon": backbone.epsilon}
+        if any(settings[key] != value for key, value in here.items()):
             raise UserError(f"the features of {args.run} were made by other weights, of "
-                            f"{source['name']} ({settings['weights'][:16]}…), than these "
+                            f"{source['name']} ({str(settings['weights'])[:16]}…), than these "
                             f"({backbone.digest[:16]}…): name them with --weights")
-        self.backbone = backbone.to(Arithmetic(settings.get("precision", "float32"), args.device),
+        self.backbone = backbone.to(Arithmetic(settings["precision"], args.device),
                                     settings["layer"])
-        self.stored = getattr(torch, settings.get("store", "float32"))
+        self.stored = getattr(torch, settings["store"])
         self.exact = Arithmetic("exact", args.device)
         self.model.to(self.exact.device, self.exact.dtype)
         self.mean, self.std = content["mean"], content["std"]

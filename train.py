@@ -171,7 +171,7 @@ class Training:
                                            weight_decay=config["weight_decay"])
         frames = max((entry["frames"] for entry in (data.manifest["songs"] or {}).values()),
                      default=2250)
-        stored = getattr(torch, data.settings.get("store", "float32"))
+        stored = getattr(torch, data.settings["store"])
         keep = where_to_keep(len(data.ids["train"] + data.ids["val"]), frames, self.model, stored,
                              self.device)
         self.train, self.val = (data.loader(name, FrozenOutputs(data.datasets[name], self.model,
@@ -441,10 +441,10 @@ def finish(args, record, training):
                          predict_the_mean(data), args.run, caption)
     state = {name: value.cpu() for name, value in training.model.state_dict().items()}
     write_tensors(args.run / "model.pt", {
-        "config": record["config"], "settings": data.settings, "source": data.manifest["source"],
-        "params": data.top_layers["params"], "layer": data.top_layers["layer"], "mean": data.mean,
-        "std": data.std, "splits_source": data.splits["source"], "state": state,
-        "initial_model": record["digests"]["initial_model"]})
+        "config": training.config, "settings": data.settings, "params": training.model.params,
+        "source": data.manifest["source"], "splits_source": data.splits["source"],
+        "mean": data.mean, "std": data.std, "initial_model": record["digests"]["initial_model"],
+        "state": state})
     record["digests"] |= digests
     write_json(args.run / "config.json", record)
     if args.select == "last" and lowest[0] <= 0.7 * len(history):
@@ -463,7 +463,7 @@ def predict_the_mean(data):
 # ------------------------------------------------------------------------------------------- verify
 
 RECORD = {"config": CONFIG, "digests": {"initial_model": DIGEST}, "source": str,
-          "features_settings": {"layer": int}, "label_mean": [float, float],
+          "features_settings": dict, "label_mean": [float, float],
           "label_std": [float, float]}
 
 

@@ -96,7 +96,8 @@ def folder_weights(name, folder, commit=None):
         raise UserError(f"no weights in {name}: it has neither {' nor '.join(WEIGHTS)}")
     return Weights(params, from_hugging_face(read_state(file)), processor["sampling_rate"],
                    1e-7 if processor["do_normalize"] else None,
-                   source_of(file, name.partition("@")[0] if commit else folder.name, commit))
+                   source_of(file, name.partition("@")[0] if commit else folder.resolve().name,
+                             commit))
 
 
 def weights_name(source):
