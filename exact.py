@@ -17,7 +17,9 @@ Floating-point results differ between machines for two reasons, and both are rem
    since compilers may fuse two. The tables are themselves computed so.
 
 A torch dispatch mode puts these rules in the place of torch's operations, below autograd: models,
-losses and optimizers stay as they are. What has no rule raises by name.
+losses and optimizers stay as they are. Rare operations, which have no rule, are taken apart as
+torch's own table of decompositions says: their bits may change with torch's version, though never
+with the machine; those of RULES do not. What has a part without a rule raises by name.
 
 It is for float64, and errors are those of fixed-point numbers: for a product some 2^-21 of the
 largest value in its row times the largest in its column, for the features of a transformer with ten
@@ -34,6 +36,7 @@ GPU, and what Python computes itself (check() tests the powers that Adam takes).
 """
 
 import contextlib
+import contextvars
 import functools
 import hashlib
 import math
@@ -44,6 +47,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch._decomp import decomposition_table
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import (
     TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode_stack)
@@ -208,15 +212,17 @@ def mean(x, dim=None, keepdim=False, dtype=None):
     return total(x.to(torch.float64), dim, keepdim, dtype) * (1.0 / count)
 
 
-def variance(x, dim=None, unbiased=None, keepdim=False, *, correction=None):
-    if isinstance(dim, bool):  # var(x, unbiased)
+def var_mean(x, dim=None, unbiased=None, keepdim=False, *, correction=None):
+    if isinstance(dim, bool):  # var_mean(x, unbiased)
         dim, unbiased = None, dim
     if unbiased is not None:
         correction = int(unbiased)
     correction = 1 if correction is None else correction
     count = math.prod(x.shape[d] for d in listed(x, dim)) - correction
-    centred = x - mean(x, dim, True)
-    return total(centred * centred, dim, keepdim) * (1.0 / count if count > 0 else math.nan)
+    middle = mean(x, dim, True)
+    squares = (x - middle) * (x - middle)
+    variance = total(squares, dim, keepdim) * (1.0 / count if count > 0 else math.nan)
+    return variance, without(middle, listed(x, dim), keepdim)
 
 
 def norm(x, ord=2, dim=None, keepdim=False, dtype=None):
@@ -253,13 +259,6 @@ def index_put(x, indices, values, accumulate=False, unsafe=False):
     places = aten.index(torch.arange(x.numel(), device=x.device).view(x.shape), indices)
     values = values.expand(places.shape).reshape(-1)
     return scatter_add(x.reshape(-1), 0, places.reshape(-1), values).view(x.shape)
-
-
-def embedding_backward(dy, index, count, padding_idx, scale_by_frequency):
-    if scale_by_frequency:
-        raise NotImplementedError("exact arithmetic has no rule for scale_grad_by_freq")
-    rows = torch.where((index == padding_idx)[..., None], 0.0, dy)
-    return index_add(dy.new_zeros(count, dy.shape[-1]), 0, index.reshape(-1), rows.flatten(0, -2))
 
 
 # ----------------------------------------------------------------------------------------- products
@@ -486,14 +485,6 @@ def gelu_backward(dy, x):
     return slope.mul_(look_up("density", place)).add_(look_up("normal", place)).mul_(dy)
 
 
-def no_approximation(function):
-    def rule(*tensors, approximate="none"):
-        if approximate != "none":
-            raise NotImplementedError("exact arithmetic has GELU with approximate='none'")
-        return function(*tensors)
-    return rule
-
-
 def sigmoid(x):
     e = exp(-x.abs())
     return torch.where(x < 0, e, 1.0) / (e + 1.0)
@@ -504,87 +495,9 @@ def tanh(x):
     return torch.copysign((1.0 - e) / (e + 1.0), x)
 
 
-def silu_backward(dy, x):
-    s = sigmoid(x)
-    return dy * (s * (x * (1.0 - s) + 1.0))
-
-
-def finite_top(x, dims):
-    """The largest value, 0 where that is infinite."""
-    top = x.amax(dims, keepdim=True)
-    return torch.where(top.abs() == math.inf, 0.0, top)
-
-
 def softmax(x, dim, *_):
     e = exp(x - x.amax(dim, keepdim=True))
     return div(e, total(e, dim, True))
-
-
-def safe_softmax(x, dim, dtype=None):
-    return torch.where(x.amax(dim, keepdim=True) == -math.inf, 0.0, softmax(x, dim))
-
-
-def softmax_backward(dy, y, dim, _dtype):
-    return y * (dy - total(dy * y, dim, True))
-
-
-def logsumexp(x, dim, keepdim=False):
-    top = finite_top(x, listed(x, dim))
-    return without(log(total(exp(x - top), dim, True)) + top, listed(x, dim), keepdim)
-
-
-def log_softmax(x, dim, *_):
-    x = x - x.amax(dim, keepdim=True)
-    return x - log(total(exp(x), dim, True))
-
-
-def log_softmax_backward(dy, y, dim, _dtype):
-    return dy - exp(y) * total(dy, dim, True)
-
-
-def nll_weights(x, target, weight, ignore_index):
-    """Weights[N] of the targets, 0 for those to ignore, and targets[N, 1] that are in range."""
-    used = (target != ignore_index).view(-1)
-    index = torch.where(used, target.view(-1), 0)
-    return torch.where(used, 1.0 if weight is None else weight[index], 0.0).double(), index[:, None]
-
-
-def nll_loss(x, target, weight, reduction, ignore_index):
-    w, index = nll_weights(x, target, weight, ignore_index)
-    loss = -x.view(-1, x.shape[-1]).gather(1, index)[:, 0]
-    loss = torch.where(w != 0, loss * w, 0.0)
-    count = total(w)
-    if reduction == 0:
-        return loss.view(x.shape[:-1]), x.new_zeros(())
-    return (total(loss) / count if reduction == 1 else total(loss)), count
-
-
-def nll_loss_backward(dy, x, target, weight, reduction, ignore_index, count):
-    w, index = nll_weights(x, target, weight, ignore_index)
-    dx = torch.where(w != 0, -w * dy if reduction != 1 else div(-w * dy, count), 0.0)
-    return x.new_zeros(len(w), x.shape[-1]).scatter(1, index, dx[:, None]).view(x.shape)
-
-
-def nll_loss2d(x, target, *settings):
-    """nll_loss of x[N, C, …], the classes moved to the end."""
-    loss, count = nll_loss(x.movedim(1, -1).flatten(0, -2), target.flatten(), *settings)
-    return loss.view(target.shape) if loss.ndim else loss, count
-
-
-def nll_loss2d_backward(dy, x, target, *settings):
-    rows = x.movedim(1, -1)
-    dy = dy.flatten() if dy.ndim else dy
-    dx = nll_loss_backward(dy, rows.flatten(0, -2), target.flatten(), *settings)
-    return dx.view(rows.shape).movedim(-1, 1)
-
-
-def mse_loss(x, y, reduction=1):
-    squared = (x - y) * (x - y)
-    return squared if reduction == 0 else mean(squared) if reduction == 1 else total(squared)
-
-
-def mse_loss_backward(dy, x, y, reduction):
-    return (x - y) * 2.0 * (dy * (1.0 / x.numel()) if reduction == 1 else dy)
 
 
 # -------------------------------------------------------------------------------------------- norms
@@ -647,16 +560,6 @@ def layer_norm_backward(dy, x, shape, m, r, w, b, mask):
     dx = norm_backward(dy if w is None else dy * w, h, r, dims) if mask[0] else None
     dw = total(dy * h, outer) if mask[1] and outer else None
     return dx, dw, total(dy, outer) if mask[2] else None
-
-
-def group_norm_backward(dy, x, m, r, w, batch, channels, length, groups, mask):
-    shape = batch, groups, channels // groups, length
-    dy, m, r = dy.reshape(shape), m.view(batch, groups, 1, 1), r.view(batch, groups, 1, 1)
-    h = (x.reshape(shape) - m).mul_(r)
-    g = dy if w is None else dy * w.view(groups, -1, 1)
-    dx = norm_backward(g, h, r, [2, 3]).view(x.shape) if mask[0] else None
-    dw = total(dy * h, [0, 3]).view(-1) if mask[1] else None
-    return dx, dw, total(dy, [0, 3]).view(-1) if mask[2] else None
 
 
 # ------------------------------------------------------------------------------------------ dropout
@@ -888,10 +791,8 @@ def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False,
 # ------------------------------------------------------------------------------ table of operations
 
 
-def div(x, y, *, rounding_mode=None):
-    """A true division of tensors: by a number, CUDA would multiply with its reciprocal."""
-    if rounding_mode is not None:
-        raise NotImplementedError("exact arithmetic has no division with rounding_mode")
+def div(x, y):
+    """A division of tensors: by a number, CUDA would multiply with its reciprocal."""
     dtype = torch.result_type(x, y)
     dtype = dtype if dtype.is_floating_point else torch.float64
     device = y.device if isinstance(y, torch.Tensor) and not x.ndim else x.device
@@ -972,30 +873,24 @@ def randn(size, *, generator=None, **options):
 # The rules, by the name of the ATen operation. One serves its in-place and out= variants as well.
 RULES = {
     "mm": product, "bmm": product, "addmm": addmm, "baddbmm": addmm,
-    "mv": lambda a, x: product(a, x[:, None])[:, 0],
-    "dot": lambda x, y: product(x[None], y[:, None])[0, 0],
     "convolution": convolution, "convolution_backward": convolution_backward,
-    "sum": total, "mean": mean, "var": variance, "linalg_vector_norm": norm,
-    "std": lambda *args, **options: sqrt(variance(*args, **options)),
+    "sum": total, "mean": mean, "var_mean": var_mean, "linalg_vector_norm": norm,
+    "var": lambda *args, **options: var_mean(*args, **options)[0],
+    "std": lambda *args, **options: sqrt(var_mean(*args, **options)[0]),
     "index_add": index_add, "scatter_add": scatter_add, "index_put": index_put,
-    "_index_put_impl": index_put, "embedding_dense_backward": embedding_backward,
-    "add": add, "sub": sub, "rsub": lambda x, y, *, alpha=1: y - (x if alpha == 1 else x * alpha),
-    "div": div, "reciprocal": reciprocal, "sqrt": sqrt, "rsqrt": lambda x: reciprocal(sqrt(x)),
-    "square": lambda x: x * x, "pow": power, "lerp": lerp, "addcmul": addcmul, "addcdiv": addcdiv,
-    "exp": exp, "log": log, "sigmoid": sigmoid, "tanh": tanh, "silu": lambda x: x * sigmoid(x),
-    "gelu": no_approximation(gelu), "gelu_backward": no_approximation(gelu_backward),
-    "sigmoid_backward": lambda dy, y: dy * (y * (1.0 - y)),
-    "tanh_backward": lambda dy, y: dy * (1.0 - y * y), "silu_backward": silu_backward,
-    "_softmax": softmax, "_safe_softmax": safe_softmax, "_softmax_backward_data": softmax_backward,
-    "_log_softmax": log_softmax, "_log_softmax_backward_data": log_softmax_backward,
-    "logsumexp": logsumexp, "nll_loss_forward": nll_loss, "nll_loss_backward": nll_loss_backward,
-    "nll_loss2d_forward": nll_loss2d, "nll_loss2d_backward": nll_loss2d_backward,
-    "mse_loss": mse_loss, "mse_loss_backward": mse_loss_backward,
+    "_index_put_impl": index_put,
+    "add": add, "sub": sub, "rsub": lambda x, y, *, alpha=1: sub(y, x, alpha=alpha), "div": div,
+    "reciprocal": reciprocal, "lerp": lerp, "addcmul": addcmul, "addcdiv": addcdiv,
+    "sqrt": sqrt, "rsqrt": lambda x: reciprocal(sqrt(x)), "pow": power,
+    "exp": exp, "expm1": lambda x: exp(x) - 1.0, "log": log, "log1p": lambda x: log(x + 1.0),
+    "sigmoid": sigmoid, "tanh": tanh, "gelu": gelu, "gelu_backward": gelu_backward,
+    "_softmax": softmax,
     "native_layer_norm": layer_norm, "native_layer_norm_backward": layer_norm_backward,
-    "native_group_norm": group_norm, "native_group_norm_backward": group_norm_backward,
-    "bernoulli_": bernoulli_, "native_dropout": dropout, "uniform_": uniform_, "arange": arange,
-    "normal_": normal_, "randn": randn, "randn_like": lambda x, **_: normal_(torch.empty_like(x)),
+    "native_group_norm": group_norm,
+    "bernoulli_": bernoulli_, "native_dropout": dropout,
     "native_dropout_backward": dropout_backward,
+    "uniform_": uniform_, "normal_": normal_, "arange": arange, "randn": randn,
+    "randn_like": lambda x, **_: normal_(torch.empty_like(x)),
 }
 ANY_FLOAT = {"add", "sub", "rsub", "div", "reciprocal", "index_put", "_index_put_impl", "uniform_",
              "normal_", "randn_like"}
@@ -1011,14 +906,16 @@ resize _pin_memory is_pinned record_stream _local_scalar_dense is_same_size _has
 select_backward slice_backward diagonal_backward select_scatter slice_scatter as_strided_scatter
 index index_select index_fill index_copy gather scatter take embedding masked_fill masked_scatter
 masked_select where nonzero empty empty_like empty_strided empty_permuted new_empty
-new_empty_strided zeros zeros_like new_zeros ones ones_like new_ones full full_like new_full fill zero scalar_tensor eye
-neg abs mul sign sgn signbit copysign relu leaky_relu leaky_relu_backward threshold
+new_empty_strided zeros zeros_like new_zeros ones ones_like new_ones full full_like new_full fill
+zero scalar_tensor eye neg abs mul sign sgn signbit copysign relu leaky_relu leaky_relu_backward threshold
 threshold_backward hardtanh hardtanh_backward clamp clamp_min clamp_max maximum minimum fmax fmin
 amax amin max min aminmax argmax argmin round floor ceil trunc nan_to_num isnan isinf isfinite eq ne
 lt le gt ge equal logical_and logical_or logical_not logical_xor all any is_nonzero
 """.split())
 # exact where they are drawn on a CPU
 RANDOM = {"rand", "rand_like", "random", "randint", "randint_like", "randperm", "uniform"}
+# arguments that ask for another operation than the one of that name in RULES and EXACT
+OTHERWISE = {"approximate", "reduce", "rounding_mode"}
 
 # --------------------------------------------------------------------------------------------- mode
 
@@ -1037,6 +934,7 @@ def in_exact():
     return any(isinstance(mode, Exact) for mode in _get_current_dispatch_mode_stack())
 
 
+_apart = contextvars.ContextVar("the operations that are being taken apart", default=())
 _lock, _inside, _composed = threading.Lock(), 0, contextlib.ExitStack()
 
 
@@ -1055,12 +953,20 @@ def count_inside(change):
             _composed.close()
 
 
+def in_table(func):
+    """Whether torch's table composes an operation of others than itself. Not of one that draws
+    random numbers, some of which depend on Python's log."""
+    return (func in decomposition_table and func not in _apart.get()
+            and torch.Tag.nondeterministic_seeded not in func.tags)
+
+
 class Exact(TorchDispatchMode):
     """The context in which float64 torch programs give the same bits on any machine.
 
     Forward, backward and optimizer step belong inside; so do backward threads, checkpointing,
     no_grad and inference_mode, and it may be entered again inside itself. Raises
-    NotImplementedError, naming it, for an operation without a rule and for float32 sums."""
+    NotImplementedError, naming it, for an operation that has no rule and cannot be taken apart into
+    some that have, and for float32 sums."""
 
     def __init__(self):
         super().__init__()
@@ -1086,32 +992,43 @@ class Exact(TorchDispatchMode):
         floats = list(floats_in((*args, *kwargs.values())))
         in_place = name.endswith("_") and name not in RULES
         name, hint = name[:-1] if in_place else name, ""
-        if space == "aten" and name in RULES and (floats or name in FROM_INTEGERS):
+        known = space == "aten" and OTHERWISE.isdisjoint(kwargs)
+        if known and name in RULES and (floats or name in FROM_INTEGERS):
             return by_rule(func, name, in_place, floats, args, kwargs)
         if name in RANDOM:
             drawn = func(*args, **kwargs)
             if drawn.device.type == "cpu":
                 return drawn
             hint = ": draw on the CPU, then move"
-        elif space == "aten" and name in EXACT and "reduce" not in kwargs:
+        elif known and name in EXACT:
             return func(*args, **kwargs)
         elif not floats:
             result = func(*args, **kwargs)
             if next(floats_in([result]), None) is None:  # integers and booleans
                 return result
             hint = " of integers: convert them first, with .double()"
-        super().__enter__()  # what it is composed of comes here again
-        try:
-            result = func.decompose(*args, **kwargs)
-        finally:
-            super().__exit__(None, None, None)
+        result = self.take_apart(func, func.decompose, args, kwargs)
         if result is not NotImplemented:
             return result
+        if not hint and in_table(func):
+            return self.take_apart(func, decomposition_table[func], args, kwargs)
         if "foreach" in name or "fused" in name:
             hint = ": pass foreach=False, fused=False"
+        # torch's primitives, which only its table calls, are not what was asked for
+        func = next(f for f in (func, *reversed(_apart.get())) if f.namespace != "prims")
         raise NotImplementedError(
             f"no exact arithmetic for {func}{hint}. To add it, write a function of its arguments "
             "with the sums and products of exact.py and enter it in RULES")
+
+    def take_apart(self, func, composition, args, kwargs):
+        """What a composition of simpler operations gives for func, while those come here."""
+        token = _apart.set((*_apart.get(), func))
+        super().__enter__()
+        try:
+            return composition(*args, **kwargs)
+        finally:
+            super().__exit__(None, None, None)
+            _apart.reset(token)
 
 
 def by_rule(func, name, in_place, floats, args, kwargs):
