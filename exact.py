@@ -226,11 +226,13 @@ def var_mean(x, dim=None, unbiased=None, keepdim=False, *, correction=None):
 
 
 def norm(x, ord=2, dim=None, keepdim=False, dtype=None):
-    dims = listed(x, dim)
-    if ord in (1, math.inf) or not dims:
-        return total(x.abs(), dims, keepdim) if ord == 1 else x.abs().amax(dims, keepdim)
-    if ord != 2:
+    if ord not in (1, 2, math.inf):
         raise NotImplementedError(f"exact arithmetic has no norm of order {ord}: 1, 2 or infinity")
+    dims = listed(x, dim)
+    if ord == 1:
+        return total(x.abs(), dims, keepdim)
+    if ord == math.inf or not dims:
+        return x.abs().amax(dims, keepdim)
     up, down, rest = grid(magnitude(x, dims), 10)  # squares of these do not overflow
     near = x * up
     return without(sqrt(total(near * near, dims, True)).mul_(down).mul_(rest), dims, keepdim)
