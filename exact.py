@@ -557,11 +557,14 @@ def norm_backward(g, h, r, dims):
 
 
 def layer_norm_backward(dy, x, shape, m, r, w, b, mask):
-    outer, dims = list(range(x.ndim - len(shape))), list(range(x.ndim - len(shape), x.ndim))
+    dims = list(range(x.ndim - len(shape), x.ndim))
     h = (x - m).mul_(r)
     dx = norm_backward(dy if w is None else dy * w, h, r, dims) if mask[0] else None
-    dw = total(dy * h, outer) if mask[1] and outer else None
-    return dx, dw, total(dy, outer) if mask[2] else None
+
+    def over_rows(terms):
+        return total(terms.reshape(-1, math.prod(shape)), 0).view(shape)
+
+    return dx, over_rows(dy * h) if mask[1] else None, over_rows(dy) if mask[2] else None
 
 
 # ------------------------------------------------------------------------------------------ dropout

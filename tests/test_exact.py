@@ -65,6 +65,7 @@ RULES = {  # function, arguments, bound of the relative error of results and gra
     "norm": (lambda x: x.norm(dim=1), (X,), 1e-11),
     "logsumexp": (lambda x: x.logsumexp(1), (X,), 1e-11),
     "layer norm": (lambda x, w, b: F.layer_norm(x, (64,), w, b), (X, V, W[0]), 1e-11),
+    "layer norm of all": (lambda x, w: F.layer_norm(x, (50, 64), w, w), (X[0], W[:50]), 1e-11),
     "group norm": (lambda x, w: F.group_norm(x, 10, w, w), (X, V[:50]), 1e-11),
     "gelu": (F.gelu, (X * 2,), 1e-8), "exp": (torch.exp, (X * 9,), 1e-14),
     "log": (torch.log, (X.abs(),), 1e-14), "sqrt": (torch.sqrt, (X.abs(),), 1e-15),
