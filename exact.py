@@ -505,23 +505,17 @@ def softmax(x, dim, *_):
 # -------------------------------------------------------------------------------------------- norms
 
 
-def standardised(x, eps, out):
-    """x[rows, n] → out: (x - mean) / sqrt(variance + eps); returns means[rows, 1], 1 / sqrt()."""
-    m = mean(x, 1, True)
-    torch.sub(x, m, out=out)
-    r = reciprocal(sqrt(mean(out * out, 1, True) + eps))
-    out.mul_(r)
-    return m, r
-
-
 def norm_forward(x, rows, eps, affine):
-    """x as [rows, n], each row standardised, then affine(those rows in place, which)."""
+    """x as [rows, n]: (x - mean) / sqrt(variance + eps) of each row, then affine(some rows in
+    place, which). Returns that, means[rows, 1] and 1 / sqrt()."""
     x = x.reshape(rows, -1)
     out, m, r = torch.empty_like(x), x.new_empty(rows, 1), x.new_empty(rows, 1)
 
     def work(part):
-        m[part], r[part] = standardised(x[part], eps, out[part])
-        affine(out[part], part)
+        m[part] = mean(x[part], 1, True)
+        y = torch.sub(x[part], m[part], out=out[part])
+        r[part] = reciprocal(sqrt(mean(y * y, 1, True) + eps))
+        affine(y.mul_(r[part]), part)
 
     in_slices(work, rows, rows_of(x), x.device)
     return out, m, r
@@ -551,15 +545,12 @@ def group_norm(x, w, b, batch, channels, length, groups, eps):
     return out.view(x.shape), m.view(batch, groups), r.view(batch, groups)
 
 
-def norm_backward(g, h, r, dims):
-    """The gradient of x for g, that of the standardised h, with r = 1 / sqrt(variance + eps)."""
-    return (g - mean(g, dims, True)).sub_(h * mean(g * h, dims, True)).mul_(r)
-
-
 def layer_norm_backward(dy, x, shape, m, r, w, b, mask):
-    dims = list(range(x.ndim - len(shape), x.ndim))
+    dims, dx = list(range(x.ndim - len(shape), x.ndim)), None
     h = (x - m).mul_(r)
-    dx = norm_backward(dy if w is None else dy * w, h, r, dims) if mask[0] else None
+    if mask[0]:
+        g = dy if w is None else dy * w
+        dx = (g - mean(g, dims, True)).sub_(h * mean(g * h, dims, True)).mul_(r)
 
     def over_rows(terms):
         return total(terms.reshape(-1, math.prod(shape)), 0).view(shape)
