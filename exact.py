@@ -917,11 +917,14 @@ OTHERWISE = {"approximate", "reduce", "rounding_mode"}
 
 
 def floats_in(values):
-    """The floating-point tensors in (lists of) arguments."""
+    """The floating-point tensors in (lists of) arguments. Complex ones are refused: a compiler may
+    fuse the operations of which a product of them is made."""
     for value in values:
         if isinstance(value, (list, tuple)):
             yield from floats_in(value)
-        elif isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex()):
+        elif isinstance(value, torch.Tensor) and value.is_complex():
+            raise NotImplementedError("exact arithmetic has no complex numbers")
+        elif isinstance(value, torch.Tensor) and value.is_floating_point():
             yield value
 
 
