@@ -117,10 +117,10 @@ def start(parser, advice):
     if getattr(args, "precision", None) != "exact" or getattr(args, "verify", None):
         # what is verified says itself how it was computed, in a file that is not read yet
         os.environ.update(PINS)
-    # no bits, but time: large tensors on large pages of memory; threads that wait sleep, since
+    # no bits, but time: large tensors on large pages of memory; threads that wait soon sleep, since
     # spinning they would hold the cores that others compute on
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     return args
 
 

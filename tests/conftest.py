@@ -16,7 +16,7 @@ import cli
 
 os.environ.update(cli.PINS)  # before torch is imported: for the tests of float32
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the demo runs beside; small work waits for threads
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
 import torch
