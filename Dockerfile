@@ -3,7 +3,7 @@
 ARG PYTHON_IMAGE=python:3.11-slim-bookworm@sha256:0bee7276f83efd4a1ee05bbbf4281d95ed28e079220a9457f25a93e3f1e3c31b
 FROM ${PYTHON_IMAGE}
 
-# LOGNAME, because torch asks for the user's name, and a user given with --user has none in the image.
+# LOGNAME, because torch asks for the user's name, and one given with --user has none in the image.
 ENV PYTHONUNBUFFERED=1 \
     HOME=/cache \
     LOGNAME=kit \
@@ -14,8 +14,8 @@ ENV PYTHONUNBUFFERED=1 \
 
 WORKDIR /kit
 
-# A layer of its own, so that a change of the code does not install again. The import fails the build
-# where torch and torchaudio do not fit together.
+# A layer of its own, so that a change of the code does not install again. The import fails the
+# build where torch and torchaudio do not fit together.
 COPY requirements.txt .
 RUN python -m pip install --no-cache-dir --require-hashes --no-deps --only-binary=:all: \
         --requirement requirements.txt \

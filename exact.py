@@ -903,10 +903,10 @@ select_backward slice_backward diagonal_backward select_scatter slice_scatter as
 index index_select index_fill index_copy gather scatter take embedding masked_fill masked_scatter
 masked_select where nonzero empty empty_like empty_strided empty_permuted new_empty
 new_empty_strided zeros zeros_like new_zeros ones ones_like new_ones full full_like new_full fill
-zero scalar_tensor eye neg abs mul sign sgn signbit copysign relu leaky_relu leaky_relu_backward threshold
-threshold_backward hardtanh hardtanh_backward clamp clamp_min clamp_max maximum minimum fmax fmin
-amax amin max min aminmax argmax argmin round floor ceil trunc nan_to_num isnan isinf isfinite eq ne
-lt le gt ge equal logical_and logical_or logical_not logical_xor all any is_nonzero
+zero scalar_tensor eye neg abs mul sign sgn signbit copysign relu leaky_relu leaky_relu_backward
+threshold threshold_backward hardtanh hardtanh_backward clamp clamp_min clamp_max maximum minimum
+fmax fmin amax amin max min aminmax argmax argmin round floor ceil trunc nan_to_num isnan isinf
+isfinite eq ne lt le gt ge equal logical_and logical_or logical_not logical_xor all any is_nonzero
 """.split())
 # exact where they are drawn on a CPU
 RANDOM = {"rand", "rand_like", "random", "randint", "randint_like", "randperm", "uniform"}
