@@ -2,9 +2,10 @@
 
     determinism · backbone · DEAM and audio · features · model and heads · loss
 
-To try another head or another loss, change `Head` or `emotion_loss` at the end; nothing else
-depends on them. Around it: exact.py, the arithmetic of --precision exact; weights.py finds a
-backbone's weights; files.py has digests and safe files; cli.py the command line.
+To try another head or another loss, change `Head` or `emotion_loss` at the end: a kind of layer new
+to `Head` also needs a line in `start_from`. Around it: exact.py, the arithmetic of --precision
+exact; weights.py finds a backbone's weights; files.py has digests and safe files; cli.py the
+command line.
 """
 
 import functools
@@ -32,6 +33,9 @@ from files import (DIGEST, ahead, is_plain, json_digest, load_tensors, read_json
 from weights import find_weights, fold_weight_norm
 
 HERE = Path(__file__).resolve().parent
+DIMENSIONS = ("valence", "arousal")
+QUADRANTS = ("HV/HA", "LV/HA", "LV/LA", "HV/LA")  # high or low valence, high or low arousal
+MOODS = ("excited, happy", "tense, angry", "sad, tired", "calm, content")  # after Russell 1980
 
 # ------------------------------------------------------------------------------------- determinism
 
@@ -87,9 +91,8 @@ def pick_device(name):
 
 
 def say_if_slow(arithmetic, operations):
-    """Print a line where so many floating point operations in exact arithmetic would take hours:
-    many GPUs compute float64 at 1/32 or 1/64 of float32. Half as much again goes to what is not a
-    product."""
+    """Warn if so many floating point operations would take hours here in exact arithmetic: many
+    GPUs compute float64 at 1/32 or 1/64 of float32."""
     if arithmetic.precision != "exact" or operations < 1e14:
         return
     a = torch.ones(1024, 1024, dtype=torch.float64, device=arithmetic.device)
@@ -98,6 +101,7 @@ def say_if_slow(arithmetic, operations):
         begin = time.perf_counter()
         (a @ a)[0, 0].item()
         seconds.append(time.perf_counter() - begin)
+    # 1.5: for what is not a matrix product
     hours = 1.5 * operations * min(seconds) / (2 * 1024**3) / 3600
     if hours > 1:
         print(f"about {hours:.0f} hours here in exact arithmetic; --precision float32 is faster, "
@@ -116,6 +120,18 @@ def operations(params, layers, convolutions=True, samples=45 * 16000):
     total += 2 * length * width * (channels + position)
     layer = 2 * length * (4 * width**2 + 2 * width * inner) + 4 * length**2 * width
     return total * convolutions + layers * layer
+
+
+def sin_pi(x):
+    """sin(πx) from + − × ÷ alone: a library's own sine differs between machines in its last bit.
+    Taylor's series within half a period, to 1e-15."""
+    whole = np.rint(x)
+    r = (x - whole) * math.pi
+    term = total = r
+    for n in range(1, 12):
+        term = term * (r * r) / (-2 * n * (2 * n + 1))
+        total = total + term
+    return total * (1 - 2 * (np.abs(whole) % 2))
 
 
 def environment(device):
@@ -262,8 +278,8 @@ class Backbone:
 KAGGLE = "imsparsh/deam-mediaeval-dataset-emotional-analysis-in-music/versions/1"
 STATIC = "static_annotations_averaged_songs_1_2000.csv"
 COLUMNS = ["song_id", "valence_mean", "valence_std", "arousal_mean", "arousal_std"]
-SHORTEST = 400  # samples at 16 kHz: the receptive field of one frame of the encoder
-RATES = 4000, 384_000  # Hz, that are resampled
+SHORTEST = 400  # samples at the backbone's rate: what one frame of the base architecture sees
+RATES = 4000, 384_000  # Hz: the lowest and highest sample rate accepted
 SPLITS = {"train": [int], "val": [int], "test": [int]}
 
 
@@ -295,7 +311,7 @@ def read_annotations(path):
             raise UserError(f"{path}, line {line}: not a song id, two labels from 1 to 9 and their "
                             f"standard deviations; {fresh}")
         if int(song) in songs:
-            raise UserError(f"{path}, line {line}: song {song} stands there twice; {fresh}")
+            raise UserError(f"{path}, line {line}: song {song} appears twice; {fresh}")
         songs[int(song)] = values
     if not songs:
         raise UserError(f"{path}: no songs in it")
@@ -307,12 +323,12 @@ def read_splits(path):
     their order kept. Raises UserError."""
     splits = read_json(path, "a file of splits", SPLITS)
     splits = {"source": str(splits.get("source", Path(path).name)),
-              **{name: splits[name] for name in ("train", "val", "test")}}
-    everything = splits["train"] + splits["val"] + splits["test"]
+              **{name: splits[name] for name in SPLITS}}
+    everything = songs_of(splits)
     if len(set(everything)) != len(everything):
-        raise UserError(f"{path}: a song stands in it twice; splits must be disjoint")
+        raise UserError(f"{path}: a song appears twice in it; splits must be disjoint")
     if not splits["train"] or not all(0 < song < 10**9 for song in everything):
-        raise UserError(f"{path}: no training songs, or ids that are none")
+        raise UserError(f"{path}: no training songs, or invalid ids")
     return splits
 
 
@@ -349,7 +365,7 @@ def songs_of(splits):
 
 
 def splits_digest(splits):
-    return json_digest({name: splits[name] for name in ("train", "val", "test")})
+    return json_digest({name: splits[name] for name in SPLITS})
 
 
 class DEAMHandler:
@@ -441,6 +457,7 @@ def read_windows(path, sample_rate, window=None, hop=None):
             if not RATES[0] <= rate <= RATES[1]:
                 raise BadClip(f"its sample rate is {rate} Hz: convert it to 44100 Hz")
             longest = int(1.5 * window * rate) if window else math.inf
+            # held: decoded frames from frame `first` on; held[:size] is the window to yield
             held = read_frames(file, longest + 1)
             size = len(held) if len(held) <= longest else round(window * rate)
             while size * sample_rate >= SHORTEST * rate:
@@ -519,18 +536,6 @@ def resample(waveform, rate, new_rate):
     return resampled.reshape(-1)[:length]
 
 
-def sin_pi(x):
-    """sin(πx) from + − × ÷ alone: a library's own sine differs between machines in its last bit.
-    Taylor's series within half a period, to 1e-15."""
-    whole = np.rint(x)
-    r = (x - whole) * math.pi
-    term = total = r
-    for n in range(1, 12):
-        term = term * (r * r) / (-2 * n * (2 * n + 1))
-        total = total + term
-    return total * (1 - 2 * (np.abs(whole) % 2))
-
-
 # ---------------------------------------------------------------------------------------- features
 
 SETTINGS = {"weights": DIGEST, "layer": int, "precision": ("exact", "float32", "bfloat16"),
@@ -542,10 +547,11 @@ MANIFEST = {"settings": SETTINGS, "annotations": DIGEST, "top_layers": DIGEST,
             "source": {"name": str}}
 # A folder of the published notebook has no manifest: its features cannot be verified, and are taken
 # as those of the backbone that it used.
-UNVERIFIED = {"settings": {"weights": None, "layer": 10, "precision": "float32", "store": "float32",
-                           "sample_rate": 16000, "normalize_epsilon": 1e-7},
-              "swapped_labels": None, "songs": None, "digest": None,
-              "source": {"name": "ALM/wav2vec2-base-audioset"}}
+NOTEBOOK_MANIFEST = {
+    "settings": {"weights": None, "layer": 10, "precision": "float32", "store": "float32",
+                 "sample_rate": 16000, "normalize_epsilon": 1e-7},
+    "swapped_labels": None, "songs": None, "digest": None,
+    "source": {"name": "ALM/wav2vec2-base-audioset"}}
 
 
 def manifest_digest(manifest):
@@ -556,7 +562,7 @@ def manifest_digest(manifest):
 
 
 def read_manifest(path):
-    """A manifest.json. Raises UserError where it is none or was edited."""
+    """A manifest.json, whose song ids are texts. Raises UserError if it is none or was edited."""
     manifest = read_json(path, "a manifest", MANIFEST)
     if manifest["digest"] != manifest_digest(manifest):
         raise UserError(f"{path} does not match its own digest: it was edited or damaged; restore "
@@ -582,7 +588,7 @@ def read_features(path, digest=None, dimension=None):
     return features
 
 
-VERIFIED = set()  # the feature files of which this process knows that they are what they should be
+COMPARED = set()  # feature files that this process has compared with their digests
 
 
 class FeatDataset(Dataset):
@@ -592,23 +598,22 @@ class FeatDataset(Dataset):
 
     def __init__(self, root, ids, annotations, songs, dimension):
         self.root, self.ids, self.songs, self.dimension = Path(root), ids, songs, dimension
-        self.labels = torch.tensor([annotations[song][::2] for song in ids],
-                                   dtype=torch.float64).reshape(-1, 2)
+        self.labels = labels_of(annotations, ids)
 
     def __len__(self):
         return len(self.ids)
 
     def __getitem__(self, index):
         key = path, _, digest = self.key(index)
-        if key in VERIFIED:
+        if key in COMPARED:
             features = load_tensors(path, "a feature file")
         else:
             features = read_features(path, digest, self.dimension)
-            VERIFIED.add(key)
+            COMPARED.add(key)
         return features, self.labels[index]
 
     def key(self, index):
-        """What VERIFIED holds of a song: (its file, as it was written then, the digest it has to
+        """What COMPARED holds of a song: (its file, as it was written then, the digest it has to
         have, or None)."""
         song = str(self.ids[index])
         path = self.root / "songs" / f"{song}.pt"
@@ -649,7 +654,7 @@ class DEAMFeatHandler:
         if not (root / "annotations.csv").is_file():
             raise UserError(f"no features in {root}: run extract.py --features {root} first")
         verified = (root / "manifest.json").exists()
-        self.manifest = read_manifest(root / "manifest.json") if verified else UNVERIFIED
+        self.manifest = read_manifest(root / "manifest.json") if verified else NOTEBOOK_MANIFEST
         self.settings, self.digest = self.manifest["settings"], self.manifest["digest"]
         self.annotations = self.read_labels(verified, labels)
         self.splits = splits or own_splits(root)
@@ -684,7 +689,7 @@ class DEAMFeatHandler:
             raise UserError(f"{len(unknown)} songs of the splits have no labels in "
                             f"{root / 'annotations.csv'}: {shortened(unknown)}")
         if allow_missing is None:
-            return {name: self.splits[name] for name in ("train", "val", "test")}
+            return {name: self.splits[name] for name in SPLITS}
         songs = self.manifest["songs"]
         there = {song for song in everything if (songs is None or str(song) in songs)
                  and (root / "songs" / f"{song}.pt").exists()}
@@ -693,13 +698,12 @@ class DEAMFeatHandler:
             raise UserError(f"{len(missing)} of {len(everything)} songs have no features in "
                             f"{root}: {shortened(missing)}; extract them, or train with "
                             "--allow-missing on those that are there")
-        return {name: [song for song in self.splits[name] if song in there]
-                for name in ("train", "val", "test")}
+        return {name: [song for song in self.splits[name] if song in there] for name in SPLITS}
 
     @functools.cached_property
     def top_layers(self):
-        if self.manifest is UNVERIFIED:
-            return Backbone(UNVERIFIED["source"]["name"]).top_layers(10)
+        if self.manifest is NOTEBOOK_MANIFEST:
+            return Backbone(self.manifest["source"]["name"]).top_layers(self.settings["layer"])
         top = read_tensors(self.root / "top_layers.pt", "the backbone's top layers", TOP_LAYERS)
         if (top["layer"] != self.settings["layer"]
                 or state_digest(top["state"]) != self.manifest["top_layers"]):
@@ -719,7 +723,7 @@ class DEAMFeatHandler:
         yield f"songs: {self.splits['source']}"
         if self.digest is None:
             yield (f"{self.root} has no manifest: its features cannot be verified; taken as "
-                   f"layer 10 of {self.manifest['source']['name']}")
+                   f"layer {self.settings['layer']} of {self.manifest['source']['name']}")
         swapped = self.manifest["swapped_labels"]
         if swapped and self.labels == "shipped":
             ranges = ", ".join(f"{low}–{high}" for low, high in swapped)
@@ -735,9 +739,15 @@ def corrected(annotations, swapped):
             else values for song, values in annotations.items()}
 
 
+def labels_of(annotations, songs):
+    """float64[N, 2]: valence and arousal of the songs, on the 1–9 scale."""
+    labels = [annotations[song][::2] for song in songs]
+    return torch.tensor(labels, dtype=torch.float64).reshape(-1, 2)
+
+
 def label_statistics(annotations, songs):
     """(mean, population σ) of valence and arousal, float64[2] each, over the songs."""
-    labels = torch.tensor([annotations[song][::2] for song in songs], dtype=torch.float64)
+    labels = labels_of(annotations, songs)
     with Exact():
         mean, std = labels.mean(0), labels.std(0, correction=0)
     if not (std > 0).all():
@@ -816,30 +826,36 @@ class EmotionModel(nn.Module):
     def start_from(self, top_layers, seed):
         """Take the layers and the norm from a backbone's top layers; draw the heads' weights as
         nn.Linear does (uniform within 1/√fan-in), from a CPU generator of their own. Raises
-        UserError where they do not fit."""
+        UserError if the top layers do not fit."""
         state, generator = dict(top_layers["state"]), torch.Generator().manual_seed(seed)
-        modules = [(f"{name}.{place}", module) for name in ("valence", "arousal")
-                   for place, module in getattr(self, name).named_modules()]
-        for place, module in modules:
-            for part, parameter in module.named_parameters(recurse=False):
-                if isinstance(module, nn.Linear):
-                    bound = 1 / math.sqrt(module.in_features)
-                    # not uniform_, which some builds of torch round once, not twice
-                    drawn = torch.rand(parameter.shape, generator=generator) * (2 * bound) - bound
-                elif isinstance(module, (nn.LayerNorm, nn.GroupNorm)):
-                    drawn = torch.full(parameter.shape, {"weight": 1.0, "bias": 0.0}[part])
-                else:
-                    raise NotImplementedError(f"{place}: say here how a {type(module).__name__} "
-                                              "starts")
-                state[f"{place}.{part}".replace("..", ".")] = drawn
-        try:
-            self.load_state_dict(state, assign=True)
-        except RuntimeError:
+        wanted = {name: value.shape for name, value in self.state_dict().items()
+                  if not name.startswith(DIMENSIONS)}
+        if wanted != {name: value.shape for name, value in state.items()}:
             raise UserError("the top layers of these features are not those of their architecture; "
-                            "run extract.py again") from None
+                            "run extract.py again")
+        for name, parameter in self.named_parameters():
+            if name in state:
+                continue
+            place, _, part = name.rpartition(".")
+            module = self.get_submodule(place)
+            if isinstance(module, nn.Linear):
+                bound = 1 / math.sqrt(module.in_features)
+                # not uniform_, which some builds of torch round once, not twice
+                state[name] = torch.rand(parameter.shape, generator=generator) * (2 * bound) - bound
+            elif isinstance(module, (nn.LayerNorm, nn.GroupNorm)):
+                state[name] = torch.full(parameter.shape, {"weight": 1.0, "bias": 0.0}[part])
+            else:
+                raise NotImplementedError(f"{name}: say here how a {type(module).__name__} starts")
+        self.load_state_dict(state, assign=True)
+
+    # What trains decides where the norm and the mean over time come:
+    #                  run_frozen                                run_trained
+    #   all layers     –                                         layers, norm, mean
+    #   the top ones   the layers below                          layers, norm, mean
+    #   the heads      layers, norm, mean: kept is one row       the mean of one row
 
     @torch.no_grad()
-    def frozen(self, features):
+    def run_frozen(self, features):
         """One clip's features[T, D] through the layers that do not train → states[T, D] on the
         model's device, the features as they are if all train; where none trains, on through norm
         and mean: pooled[1, D]. Clip by clip, so that it can be kept or computed again, whichever
@@ -851,19 +867,19 @@ class EmotionModel(nn.Module):
             states, _ = layer(states)
         return (states if self.trained_layers else self.norm(states).mean(1, keepdim=True))[0]
 
-    def pool(self, states):
-        """states[B, T, D] of `frozen` → pooled[B, D]."""
+    def run_trained(self, states):
+        """states[B, T, D] of `run_frozen` → pooled[B, D]."""
         for layer in self.trained_layers:
             states, _ = layer(states)
         return (self.norm(states) if self.trained_layers else states).mean(1)
 
     def forward(self, clips, micro_batch=1):
-        """[states of `frozen`, …], of any lengths → z-scored [B, 2]: valence, arousal."""
+        """[states of `run_frozen`, …], of any lengths → z-scored [B, 2]: valence, arousal."""
         pooled = self.pool_clips(clips, micro_batch)
         return torch.cat([self.valence(pooled), self.arousal(pooled)], 1)
 
     def pool_clips(self, clips, micro_batch):
-        """[states of `frozen`, …] → pooled[B, D]; a clip's row does not depend on the others.
+        """[states of `run_frozen`, …] → pooled[B, D]; a clip's row does not depend on the others.
 
         Clips of equal length go through the layers together, up to `micro_batch` at a time. In
         training, unless there is room for the whole batch's, a group's activations are dropped and
@@ -878,9 +894,9 @@ class EmotionModel(nn.Module):
                 states = torch.stack([clips[place].to(weight.device, non_blocking=True)
                                       for place in group]).to(weight)
                 if self.training and self.trained_layers and self.recompute:
-                    rows = checkpoint(self.pool, states, use_reentrant=False)
+                    rows = checkpoint(self.run_trained, states, use_reentrant=False)
                 else:
-                    rows = self.pool(states)
+                    rows = self.run_trained(states)
                 for place, row in zip(group, rows):
                     pooled[place] = row
         return torch.stack(pooled)
@@ -907,14 +923,14 @@ class FrozenOutputs(Dataset):
         return len(self.dataset)
 
     def __getitems__(self, indices):
-        new = [index for index in indices if index not in self.kept]
-        read = self.dataset.__getitems__(new)
+        new = set(indices) - self.kept.keys()
+        read = self.dataset.__getitems__([index for index in indices if index in new])
         for index in indices:
             states = self.kept.get(index)
-            if states is None:
+            if index in new:
                 features, _ = next(read)
                 with self.arithmetic():
-                    states = self.model.frozen(features)
+                    states = self.model.run_frozen(features)
                 if self.keep:
                     # to pinned memory of the host, without waiting: only the GPU reads it again
                     states = self.kept[index] = states.to(self.keep, non_blocking=True)
@@ -940,8 +956,8 @@ def room_for_activations(clips, frames, model, device):
 
 
 def has_room(device, size):
-    """Whether `size` bytes leave half of a device's memory free that is free now; where a system
-    does not say what is, a quarter of all memory counts as free."""
+    """Whether `size` bytes fit into half of the memory that a device has free now; if a system does
+    not say how much, a quarter of all memory counts as free."""
     if device.type == "cuda":
         return size < torch.cuda.mem_get_info(device)[0] / 2
     known = "SC_AVPHYS_PAGES" in os.sysconf_names
@@ -956,11 +972,6 @@ def pearson(values):
     """Correlation between the two columns of values[B, 2]; 0 where a column is constant."""
     a, b = (values - values.mean(0)).unbind(1)
     return (a * b).sum() / (a.norm() * b.norm()).clamp_min(1e-12)
-
-
-DIMENSIONS = ("valence", "arousal")
-QUADRANTS = ("HV/HA", "LV/HA", "LV/LA", "HV/LA")  # high or low valence, high or low arousal
-MOODS = ("excited, happy", "tense, angry", "sad, tired", "calm, content")  # after Russell 1980
 
 
 def quadrant(values, threshold=0.0):

@@ -49,20 +49,20 @@ from files import (DIGEST, Verdict, ahead, check_form, differences, json_digest,
                    read_tensors, read_text, state_digest, table_text, write_file, write_json)
 from metrics import (PUBLISHED, arrays, artist_groups, measure, measure_split, paired_difference,
                      ridge, stated)
-from train import CONFIG
+from train import CONFIG, RECORD
 
 SIX_DECIMALS, ABSENT = 5e-7, ("absent",)  # a tuple: nothing that JSON can hold
 TOLERANCE = 0.01  # on the 1–9 scale: predictions of float32 that differ less are close
 MODEL = {"config": CONFIG, "settings": {**SETTINGS, "weights": (None, DIGEST)}, "params": PARAMS,
          "mean": torch.Tensor, "std": torch.Tensor, "state": {str: torch.Tensor},
-         "initial_model": DIGEST, "splits_source": str, "source": {"name": str}}
+         "initial_model": DIGEST, "source": str, "backbone": {"name": str}}
 METRICS = {"finetune": str, "precision": ("exact", "float32", "bfloat16"), "source": str,
            "split": ("train", "val", "test"),
            "labels": ("shipped", "corrected"), "trained_on_labels": ("shipped", "corrected"),
            "songs": int, "features": (None, DIGEST), "splits": DIGEST, "label_values": DIGEST,
            "swapped_labels": (None, [[int, int]]), "initial_model": DIGEST, "model": DIGEST,
-           "numbers": dict, "ridge_penalty": (None, float), "predictions": {int: [float, float]},
-           "ridge_predictions": (None, {int: [float, float]}), "digest": DIGEST}
+           "numbers": dict, "ridge_penalty": float, "predictions": {int: [float, float]},
+           "ridge_predictions": {int: [float, float]}, "digest": DIGEST}
 
 
 def read_model(file):
@@ -84,21 +84,20 @@ def read_model(file):
 def read_run(folder):
     """(model, what else model.pt holds, the run's splits). Raises UserError where the run's files
     are not of one run."""
-    if not (folder / "model.pt").exists() and (folder / "last.pt").exists():
+    record = read_json(folder / "config.json", "a run's configuration", RECORD)
+    finished = "model" in record["digests"] and (folder / "model.pt").exists()
+    if not finished and (folder / "last.pt").exists():
         raise UserError(f"{folder} is not finished: train.py with --resume resumes it")
     model, content = read_model(folder / "model.pt")
     splits = read_splits(folder / "splits.json")
-    record = read_json(folder / "config.json", "a run's configuration",
-                       {"config": CONFIG, "digests": {"model": DIGEST, "initial_model": DIGEST},
-                        "label_mean": [float, float], "label_std": [float, float]})
-    if splits["source"] != content["splits_source"]:
+    if splits["source"] != content["source"]:
         raise UserError(f"{folder}: splits.json names another source than model.pt")
     content["digest"] = state_digest(content["state"])
     there = {"model": content["digest"], "initial_model": content["initial_model"],
              "label_mean": content["mean"].tolist(), "label_std": content["std"].tolist()}
     recorded = {**record, **record["digests"]}
     if differing := differences(record["config"], content["config"]) or differences(
-            {key: recorded[key] for key in there}, there):
+            {key: recorded.get(key) for key in there}, there):
         raise UserError(f"{folder}: config.json and model.pt are not of one run ({differing})")
     if content["config"]["splits"] != splits_digest(splits):
         raise UserError(f"{folder}: splits.json is not the one that the run was trained on")
@@ -122,8 +121,6 @@ def pooled_features(dataset, index):
 @functools.cache  # several runs may share one DEAMFeatHandler
 def ridge_predictions(data, split):
     """({song id: [valence, arousal]} by ridge on mean-pooled features, its penalty)."""
-    if not data.ids["train"] or not data.ids["val"]:
-        return None, None
     x, y, std = {}, {}, data.std.numpy()
     for name in dict.fromkeys(["train", "val", split]):
         dataset = data.datasets[name]
@@ -161,14 +158,13 @@ def evaluate(args, folder, arithmetic, opened):
     if not ids:
         raise UserError(f"{data.summary}: no {split} song to evaluate on")
     model.to(arithmetic.device, arithmetic.dtype)
-    clips = FrozenOutputs(data.datasets[split], model, arithmetic)
-    bar = Progress(DataLoader(clips, 1, collate_fn=collate), desc=f"eval {folder.name}",
-                   unit="song")
-    pred = model.predict(bar, arithmetic) * content["std"] + content["mean"]
-    pred = pred.numpy().round(6) + 0.0
-    if not np.isfinite(pred).all():
+    clips = DataLoader(FrozenOutputs(data.datasets[split], model, arithmetic), 1,
+                       collate_fn=collate)
+    bar = Progress(clips, desc=f"eval {folder.name}", unit="song")
+    values = (model.predict(bar, arithmetic) * content["std"] + content["mean"]).numpy()
+    if not np.isfinite(values).all():
         raise UserError(f"{folder}: a prediction is NaN or infinite")
-    pred = dict(zip(map(str, ids), pred.tolist()))
+    pred = dict(zip(map(str, ids), (values.round(6) + 0.0).tolist()))
     ridge_pred, penalty = ridge_predictions(data, split)
     found = {"run": folder.name, "finetune": config["finetune"], "precision": config["precision"],
              "source": splits["source"], "split": split, "labels": labels,
@@ -199,15 +195,14 @@ def predictions_table(found, annotations):
          for song, pred in found["predictions"].items()])
 
 
-def write_report(evaluation, here):
-    """metrics.json, predictions.csv and the figures; here: the environment."""
+def write_report(evaluation, device):
+    """metrics.json, predictions.csv and the figures."""
     out, _, data, found = evaluation
-    content = {**found, "environment": here}
+    content = {**found, "environment": environment(device)}
     write_json(out / "metrics.json", {**content, "digest": json_digest(content)})
     write_file(out / "predictions.csv", predictions_table(found, data.annotations))
-    kind = "original" if found["labels"] == "shipped" else "corrected"
-    caption = (f"{found['finetune']} · {kind} labels · {found['split']}, n = {found['songs']}\n"
-               f"{found['source']}")
+    caption = figures.caption_of(found["finetune"], found["labels"],
+                                 f"{found['split']}, n = {found['songs']}", found["source"])
     songs = list(map(int, found["predictions"]))
     true, pred = arrays(data.annotations, found["predictions"], songs)
     figures.draw_report(true, pred, found["numbers"], out, caption)
@@ -240,7 +235,8 @@ def print_evaluation(evaluation):
 def print_numbers(numbers, songs):
     metrics, intervals = numbers["metrics"], numbers["intervals"]
     heads = "MSE", "RMSE", "MAE", "z MSE", "z RMSE", "z MAE", "R²", "r", "CCC"
-    print_row("\n" + " " * 18, heads)
+    print()
+    print_row("", heads)
     for name in (*DIMENSIONS, "average"):
         edges = intervals[name].values()
         rows = {name: metrics[name].values(), "  95% from": [low for low, _ in edges],
@@ -268,16 +264,16 @@ def print_numbers(numbers, songs):
 
 
 def print_correlation(numbers):
-    metrics, linear = numbers["metrics"], numbers["baselines"].get("ridge")
+    metrics, linear = numbers["metrics"], numbers["baselines"]["ridge"]
     key = "valence_arousal_correlation"
     r = metrics[key]
     collapsed = abs(r["predicted"]) >= 0.9 and abs(r["predicted"]) - abs(r["true"]) >= 0.2
     print("\ncorrelation of valence with arousal: predicted "
-          f"{stated(numbers, key, 'predicted', '.4f')}, true {r['true']:.4f}"
-          + (f", ridge's {linear[key]['predicted']:.4f}" if linear else "")
+          f"{stated(numbers, key, 'predicted', '.4f')}, true {r['true']:.4f}, ridge's "
+          f"{linear[key]['predicted']:.4f}"
           + (": a collapse, the two heads predict one thing" if collapsed else ""))
     better = [f"{name} (R² {linear[name]['r2']:.2f}, the network {metrics[name]['r2']:.2f})"
-              for name in DIMENSIONS if linear and linear[name]["r2"] > metrics[name]["r2"]]
+              for name in DIMENSIONS if linear[name]["r2"] > metrics[name]["r2"]]
     if better:
         print(f"ridge on the same features does better than the network for {', '.join(better)}")
 
@@ -304,8 +300,7 @@ def print_runs(evaluated):
         pairs = zip(np.mean(rows, 0), np.std(rows, 0, ddof=1))
         print_row("mean ± std", [f"{mean:.4f} ± {std:.4f}" for mean, std in pairs], 20, 17)
     numbers = evaluated[0].found["numbers"]
-    if "ridge" in numbers["baselines"]:
-        print_row("ridge", cells(numbers["baselines"]["ridge"]), 20, 17)
+    print_row("ridge", cells(numbers["baselines"]["ridge"]), 20, 17)
     tops = [numbers["ceiling_r2"][name] if key == "r2" else "" for name, key in TABLE]
     print_row("ceiling", tops, 20, 17)
 
@@ -314,7 +309,7 @@ def print_runs(evaluated):
 
 
 def read_metrics(file):
-    """An earlier metrics.json. Raises UserError where it is none or was edited."""
+    """An earlier metrics.json. Raises UserError if it is none or was edited."""
     content = read_json(file, "a metrics.json", {str: object})
     if "runs" in content:
         raise UserError(f"{file} is pooled over folds: verify the metrics.json of each fold")
@@ -323,15 +318,13 @@ def read_metrics(file):
     if digest != json_digest(content):
         raise UserError(f"{file} does not match its own digest: it was edited or damaged")
     pred, ridge_pred = content["predictions"], content["ridge_predictions"]
-    pairs = [*pred.values(), *(ridge_pred or {}).values()]
+    pairs = [*pred.values(), *ridge_pred.values()]
     unknown = content.keys() - METRICS.keys() - {"run", "environment"}
     for wrong, complaint in (
             (unknown, f"{', '.join(sorted(unknown))} is nothing that eval.py writes"),
             (any(abs(value) > 1e6 for pair in pairs for value in pair),
              "a prediction far from any scale"),
-            ((content["ridge_penalty"] is None) != (ridge_pred is None),
-             "a ridge penalty and predictions belong together"),
-            (not pred or content["songs"] != len(pred) or set(ridge_pred or pred) != set(pred),
+            (not pred or content["songs"] != len(pred) or ridge_pred.keys() != pred.keys(),
              "two predictions for each of its songs")):
         if wrong:
             raise UserError(f"{file} is not a metrics.json: {complaint}")
@@ -381,7 +374,7 @@ def verify_run(expected, file, evaluation):
                             ("ridge_predictions", {"same": 2e-6})):
         compare_leaves(verdict, {kind: expected[kind]}, {kind: found[kind]}, **closeness)
     verdict.compare("ridge penalty", expected["ridge_penalty"], found["ridge_penalty"],
-                    same=1e-9 * (found["ridge_penalty"] or 0))
+                    same=1e-9 * found["ridge_penalty"])
     return verdict.finish(f"features, model, predictions and numbers of {file}, "
                           f"{found['precision']}")
 
@@ -435,7 +428,7 @@ def differing_settings(evaluated, *apart):
                      and any(each.config[key] != first[key] for each in evaluated))
 
 
-def pool(evaluated):
+def pool_folds(evaluated):
     """The Evaluation of folds as one; intervals by resampling artists. Raises UserError for runs
     that differ in more than their songs and seed."""
     if differing := differing_settings(evaluated, "seed", "splits", "songs"):
@@ -446,14 +439,16 @@ def pool(evaluated):
         raise UserError("two of these folds have one name: rename a folder, so that the report can "
                         "name its models")
     merged = {kind: {song: values for each in evaluated
-                     for song, values in (each.found[kind] or {}).items()}
+                     for song, values in each.found[kind].items()}
               for kind in ("predictions", "ridge_predictions")}
     ids = list(map(int, merged["predictions"]))
     name = first.found["run"].rstrip("0123456789").removesuffix("-fold") + "-pooled"
-    own = "model", "initial_model", "splits", "label_values", "ridge_penalty"  # one run's each
+    own = "model", "initial_model", "splits", "label_values", "ridge_penalty"  # of each fold
     found = {key: value for key, value in first.found.items() if key not in own}
     found |= {**merged, "run": name, "songs": len(ids), "split": f"pooled {found['split']}",
-              "numbers": measure(first.data.annotations, ids, ids, *merged.values(),
+              "numbers": measure(first.data.annotations, ids, known=ids,  # z-scored by all of them
+                                 pred=merged["predictions"],
+                                 ridge_pred=merged["ridge_predictions"],
                                  groups=artist_groups(ids)),
               "runs": {each.found["run"]: {key: each.found[key] for key in own}
                        for each in evaluated}}
@@ -490,7 +485,6 @@ def run(args):
         return verify_file(expected, args.verify, args.deam)
 
     arithmetic, opened = Arithmetic("exact", args.device), {}
-    here = environment(arithmetic.device)
     evaluated = [evaluate(args, folder, arithmetic, opened) for folder in args.runs]
     small = [each for each in evaluated if each.found["songs"] < 2]
     if small and not disjoint(evaluated):
@@ -498,11 +492,12 @@ def run(args):
 
     # what is verified is never written over
     write = not expected or not args.verify.resolve().is_relative_to(args.runs[0].resolve())
-    for each in evaluated if write else []:
-        write_report(each, here)
+    if write:
+        for each in evaluated:
+            write_report(each, arithmetic.device)
     if disjoint(evaluated):
-        evaluated = [pool(evaluated)]
-        write_report(evaluated[0], here)
+        evaluated = [pool_folds(evaluated)]
+        write_report(evaluated[0], arithmetic.device)
     for each in evaluated:
         print_evaluation(each)
         print(f"written: {each.out}/metrics.json, predictions.csv and four figures" if write else
@@ -512,7 +507,7 @@ def run(args):
 
     if args.against:
         others = [evaluate(args, folder, arithmetic, opened) for folder in args.against]
-        others = [pool(others)] if disjoint(others) else others
+        others = [pool_folds(others)] if disjoint(others) else others
         if len(evaluated) > 1 or len(others) > 1:
             raise UserError("--against compares one run with one other, or folds with folds")
         print_difference(evaluated[0].found, others[0].found, evaluated[0].data.annotations)

@@ -147,6 +147,12 @@ def draw_histograms(true, pred, folder, caption):
     save(figure, folder, "histograms", caption)
 
 
+def caption_of(finetune, labels, songs, source):
+    """What a picture shows: the model, its labels, which songs and where they come from."""
+    kind = "original" if labels == "shipped" else "corrected"
+    return f"{finetune} · {kind} labels · {songs}\n{source}"
+
+
 def draw_report(true, pred, numbers, folder, caption):
     """The four figures of the published report; numbers: of `measure`."""
     noted = caption.replace("\n", " · [95% bootstrap intervals]\n", 1)

@@ -31,7 +31,7 @@ from cli import UserError
 
 
 @functools.cache
-def pool(threads):
+def thread_pool(threads):
     """`threads` threads for the whole process, each with one CPU thread inside torch."""
     torch.get_num_threads()  # settle this thread's own number: else the pool's would become it, one
     return ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
@@ -43,7 +43,7 @@ def ahead(function, items, threads=8):
     waiting = deque()
     try:
         for item in items:
-            waiting.append(pool(threads).submit(function, item))
+            waiting.append(thread_pool(threads).submit(function, item))
             if len(waiting) > 2 * threads:
                 yield waiting.popleft().result()
         while waiting:

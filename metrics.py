@@ -72,10 +72,10 @@ def mapped(function, *trees):
     return {key: mapped(function, *(tree[key] for tree in trees)) for key in trees[0]}
 
 
-def bootstrap(measure, true, *preds, resamples=10_000, groups=None):
-    """95% percentile intervals (Efron & Tibshirani 1993) of measure(true, *preds), [low, high] for
-    every metric; fixed seed. Songs are resampled; with `groups` [N] whole groups of songs are, a
-    fifth as often."""
+def bootstrap(metric, true, *preds, resamples=10_000, groups=None):
+    """95% percentile intervals (Efron & Tibshirani 1993) of metric(true, *preds), [low, high] for
+    each of its values; fixed seed. Songs are resampled; with `groups` [N] whole groups of songs
+    are, a fifth as often."""
     generator, count = np.random.default_rng(0), len(true)
     if groups is None:
         draws = (generator.integers(0, count, (1000, count)) for _ in range(0, resamples, 1000))
@@ -83,14 +83,14 @@ def bootstrap(measure, true, *preds, resamples=10_000, groups=None):
         members = [np.flatnonzero(groups == group) for group in np.unique(groups)]
         drawn = (generator.integers(0, len(members), len(members)) for _ in range(resamples // 5))
         draws = (np.concatenate([members[group] for group in each])[None] for each in drawn)
-    parts = [measure(true[songs], *(pred[songs] for pred in preds)) for songs in draws]
+    parts = [metric(true[songs], *(pred[songs] for pred in preds)) for songs in draws]
     edges = [0.025, 0.975]
     return mapped(lambda *values: np.quantile(np.concatenate(values), edges).tolist(), *parts)
 
 
 def ceiling(true, spread):
     """The R² of a perfect model: what is left of the labels' variance without the noise of a mean
-    over ANNOTATORS, whose standard deviation a song is spread[N, 2]."""
+    over ANNOTATORS. spread[N, 2]: the annotators' standard deviation for each song."""
     variance = true.var(0)
     reached = np.where(variance > 0, 1 - divide((spread**2).mean(0) / ANNOTATORS, variance), 0.0)
     top = dict(zip(DIMENSIONS, reached.tolist()))
@@ -139,7 +139,8 @@ def measure(annotations, ids, known, pred, ridge_pred, train=None, groups=None):
 
 
 def measure_split(annotations, splits, split, pred, ridge_pred):
-    """`measure` for a split; for the published test split also what can be said of it alone."""
+    """`measure` for a split; for the published test split also the published protocol, and the songs
+    of artists that the model never heard."""
     ids, known = splits[split], splits["train"] + splits["val"]
     numbers = measure(annotations, ids, known, pred, ridge_pred, splits["train"])
     if split == "test" and splits_digest(splits) == PUBLISHED["splits"]:

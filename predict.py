@@ -125,7 +125,7 @@ class Predictor:
 
     def __init__(self, args):
         self.model, content = read_model(args.run / "model.pt")
-        settings, source = content["settings"], content["source"]
+        settings, source = content["settings"], content["backbone"]
         backbone = Backbone(args.weights or weights_name(source))
         here = {"weights": settings["weights"] and backbone.digest,
                 "sample_rate": backbone.sample_rate, "normalize_epsilon": backbone.epsilon}
@@ -145,7 +145,7 @@ class Predictor:
         """waveform[samples] → numpy [valence, arousal] on the 1–9 scale."""
         features = self.backbone.hidden_states(waveform[None])[0].to(self.stored)
         with self.exact():
-            z_scored = self.model([self.model.frozen(features)]).cpu()[0]
+            z_scored = self.model([self.model.run_frozen(features)]).cpu()[0]
         return (z_scored * self.std + self.mean).numpy()
 
 

@@ -6,7 +6,8 @@
   python train.py --finetune last1 --resume             # after an interruption
   python train.py --verify runs/last1 --steps 2         # do the first steps give the same digests?
 
-To try another head or loss, change `Head` or `emotion_loss` at the end of common.py.
+To try another head or loss, change `Head` or `emotion_loss` at the end of common.py; a parameter
+new to the loss is also an option in `parser` and a line in CONFIG.
 """
 
 from argparse import ArgumentTypeError
@@ -65,7 +66,8 @@ def parser():
                    help="the result: the last epoch, or the one of lowest val loss")
     p.share("--labels", "--precision", "--allow-missing")
     p.add_argument("--threads", type=number(int, 1, 1024), metavar="N",
-                   help="CPU threads (default: all cores; in float32, where they decide bits, 8)")
+                   help="CPU threads (default: all cores; but in float32, bfloat16, where they "
+                        "decide bits, 8)")
     p.add_argument("--resume", action="store_true",
                    help="resume the run in --run, or start it if there is none")
     p.add_argument("--verify", type=path, metavar="RUN",
@@ -88,7 +90,7 @@ from torch.utils.data import DataLoader
 
 import figures
 from cli import Progress, UserError
-from common import (Arithmetic, DEAMFeatHandler, EmotionModel, FrozenOutputs, emotion_loss,
+from common import (SPLITS, Arithmetic, DEAMFeatHandler, EmotionModel, FrozenOutputs, emotion_loss,
                     environment, fold_splits, operations, own_splits, quadrant_weights,
                     read_manifest, read_splits, room_for_activations, say_if_slow, sin_pi,
                     splits_digest, where_to_keep)
@@ -96,9 +98,8 @@ from files import (DIGEST, Verdict, differences, lock, read_json, read_table, re
                    state_digest, tensor_digest, write_csv, write_json, write_tensors)
 
 HISTORY = ["epoch", "lr", "train_loss", "train_mse", "train_mae", "val_loss", "val_mse", "val_mae"]
-# after steps 1, 2, 4, … of epoch 1 and after each epoch
 DIGESTS = ["epoch", "step", "loss", "state"]
-CONFIG = {  # all that decides the result: a run may be resumed only where it is the same
+CONFIG = {  # what decides the result: a run is resumed with the same one only
     "finetune": str, "epochs": int, "lr": float, "max_lr": (None, float),
     "schedule": ("triangular2", "cosine", "constant"), "step_size_up": int, "batch_size": int,
     "micro_batch": int, "attention_dropout": (None, float), "weight_decay": float,
@@ -107,7 +108,7 @@ CONFIG = {  # all that decides the result: a run may be resumed only where it is
     "labels": ("shipped", "corrected"), "precision": ("exact", "float32", "bfloat16"),
     "threads": (None, int), "device": (None, str), "features": (None, DIGEST), "splits": DIGEST,
     "songs": {"train": int, "val": int, "test": int}}
-STATE = {"config": CONFIG, "model": {str: torch.Tensor},
+CHECKPOINT = {"config": CONFIG, "model": {str: torch.Tensor},
          "optimizer": {int: {"step": torch.Tensor, "exp_avg": torch.Tensor,
                              "exp_avg_sq": torch.Tensor}},
          "history": [[float] * 8], "digests": [[int, int, float, DIGEST]], "shuffle": torch.Tensor,
@@ -115,8 +116,8 @@ STATE = {"config": CONFIG, "model": {str: torch.Tensor},
 
 
 def configuration(args, data, arithmetic):
-    """The CONFIG of a command line; what decides nothing is None. Raises UserError for options that
-    contradict each other."""
+    """The CONFIG of a command line; options without effect are None. Raises UserError for options
+    that contradict each other."""
     exact = args.precision == "exact"
     if args.schedule == "constant" and args.max_lr is not None:
         raise UserError("--schedule constant has one rate, --lr: leave out --max-lr")
@@ -132,7 +133,7 @@ def configuration(args, data, arithmetic):
            "threads": None if exact else args.threads,
            "device": None if exact else arithmetic.device.type,
            "features": data.digest, "splits": splits_digest(data.ids),
-           "songs": {name: len(ids) for name, ids in data.ids.items()}}
+           "songs": {name: len(data.ids[name]) for name in SPLITS}}
     return {name: own[name] if name in own else getattr(args, name) for name in CONFIG}
 
 
@@ -150,40 +151,56 @@ def learning_rate(step, steps, config):
     return lr + math.ldexp((max_lr - lr) * height, -cycle)
 
 
+def digest_steps(length, epochs):
+    """[(epoch, step), …] after which digests.csv has a line, with `length` steps an epoch: steps 1,
+    2, 4, … of the first, and the end of each."""
+    early = [(1, 2**n) for n in range(length.bit_length())]
+    return early + [(epoch, epoch * length) for epoch in range(1, epochs + 1)]
+
+
 class Training:
     """Model, optimiser and loaders of a configuration; its steps, and what they gave so far: the
-    lines of history.csv and digests.csv, the predictions on val, the best epoch's model."""
+    lines of history.csv and digests.csv, the predictions on val, the best epoch's model.
+
+    The seed draws the heads' weights, the next one shuffles, the one after that draws dropout."""
 
     def __init__(self, config, data, arithmetic):
         self.config, self.data, self.arithmetic = config, data, arithmetic
-        self.history, self.digests, self.pred, self.best = [], [], None, None
-        self.step, self.device, exact = 0, arithmetic.device, config["precision"] == "exact"
-        self.foreach = False if exact else None  # exact has rules for one tensor at a time
+        self.device = arithmetic.device
+        self.step, self.history, self.digests = 0, [], []
+        self.pred, self.best = None, None
         top = data.top_layers
         self.model = EmotionModel(top["params"], top["layer"], config["finetune"],
                                   config["attention_dropout"])
         self.model.start_from(top, config["seed"])
         self.model.to(self.device, arithmetic.dtype)
         self.trainable = [each for each in self.model.parameters() if each.requires_grad]
-        self.frozen = {name: tensor_digest(each) for name, each in self.model.named_parameters()
-                       if not each.requires_grad}
+        self.frozen_digests = {name: tensor_digest(each) for name, each in
+                               self.model.named_parameters() if not each.requires_grad}
+        self.initial = self.digest()
+        # exact arithmetic has rules for one tensor at a time
+        self.foreach = False if config["precision"] == "exact" else None
         self.optimizer = torch.optim.AdamW(self.trainable, lr=config["lr"], foreach=self.foreach,
                                            weight_decay=config["weight_decay"])
-        frames = max((entry["frames"] for entry in (data.manifest["songs"] or {}).values()),
-                     default=2250)
-        stored = getattr(torch, data.settings["store"])
-        keep = where_to_keep(len(data.ids["train"] + data.ids["val"]), frames, self.model, stored,
-                             self.device)
-        self.train, self.val = (data.loader(name, FrozenOutputs(data.datasets[name], self.model,
-                                                                arithmetic, keep))
-                                for name in ("train", "val"))
-        self.model.recompute = not room_for_activations(config["batch_size"], frames, self.model,
-                                                        self.device)
+        self.load_data()
         self.steps = len(self.train) * config["epochs"]
         with arithmetic():
             labels = self.z_scored(data.datasets["train"].labels)
             self.weights = quadrant_weights(labels) if config["weight_loss"] else None
         torch.manual_seed(config["seed"] + 2)  # dropout
+
+    def load_data(self):
+        """Loaders of what the frozen layers give, kept where there is room."""
+        data, device = self.data, self.device
+        frames = max((entry["frames"] for entry in (data.manifest["songs"] or {}).values()),
+                     default=2250)
+        keep = where_to_keep(len(data.ids["train"] + data.ids["val"]), frames, self.model,
+                             getattr(torch, data.settings["store"]), device)
+        self.train, self.val = (
+            data.loader(name, FrozenOutputs(data.datasets[name], self.model, self.arithmetic, keep))
+            for name in ("train", "val"))
+        self.model.recompute = not room_for_activations(self.config["batch_size"], frames,
+                                                        self.model, device)
 
     def z_scored(self, labels):
         values = ((labels - self.data.mean) / self.data.std).to(self.arithmetic.dtype)
@@ -194,18 +211,21 @@ class Training:
         return emotion_loss(pred.to(self.arithmetic.dtype), true, config["lambda_corr"],
                             config["lambda_var"], config["corr_target"], self.weights)
 
-    def epochs(self, bar, steps):
+    def train_until(self, steps, bar):
         """Train up to step number `steps`, yielding each epoch's line of history.csv once it is
-        validated."""
+        validated. Raises UserError if training diverged."""
         for epoch in range(len(self.history) + 1, self.config["epochs"] + 1):
-            for loss in self.epoch():
+            for loss in self.one_epoch():
                 bar.update()
                 if epoch == 1 and self.step & (self.step - 1) == 0:  # 1, 2, 4, …
                     self.digests.append([epoch, self.step, loss.item(), self.digest()])
                 if self.step == steps and steps % len(self.train):
                     return
-            means = self.means()
+            means = [value / len(self.train) for value in self.sums.tolist()]
             validation, self.pred = self.validate()
+            if not all(map(math.isfinite, [*means, *validation])):
+                raise UserError("the loss is not finite: lower --max-lr, or --lr with --schedule "
+                                "constant")
             self.history.append([epoch, self.rate, *means, *validation])
             self.digests.append([epoch, self.step, means[0], self.digest()])
             if self.config["select"] == "best" and (
@@ -216,15 +236,15 @@ class Training:
             if self.step == steps:
                 return
 
-    def epoch(self):
+    def one_epoch(self):
         """Train on all batches once, yielding the loss after each step."""
         self.model.train()
         self.sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, MSE, MAE
         for clips, labels in self.train:
+            self.rate = learning_rate(self.step, self.steps, self.config)
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.rate
             with self.arithmetic():
-                self.rate = learning_rate(self.step, self.steps, self.config)
-                for group in self.optimizer.param_groups:
-                    group["lr"] = self.rate
                 true = self.z_scored(labels)
                 pred = self.model(clips, self.config["micro_batch"])
             with self.outside_autocast():
@@ -255,13 +275,6 @@ class Training:
             numbers = [self.loss(pred.to(self.device), true), off.square().mean(), off.abs().mean()]
         return [number.item() for number in numbers], pred
 
-    def means(self):
-        """Mean (loss, MSE, MAE) over the epoch's steps. Raises UserError if training diverged."""
-        if not self.sums.isfinite().all():
-            raise UserError("the loss is not finite: lower --max-lr, or --lr with --schedule "
-                            "constant")
-        return [value / len(self.train) for value in self.sums.tolist()]
-
     def result(self):
         """The digests of the model that is the result of all epochs and of its predictions on val;
         the model becomes that one."""
@@ -273,12 +286,12 @@ class Training:
         return {"model": self.digest(), "val_predictions": tensor_digest(six_decimals)}
 
     def digest(self):
-        return state_digest(self.model.state_dict(), self.frozen)
+        return state_digest(self.model.state_dict(), self.frozen_digests)
 
     def trained(self):
-        """What of the model's state changes in training."""
+        """The part of the model's state that training changes."""
         return {name: value for name, value in self.model.state_dict().items()
-                if name not in self.frozen}
+                if name not in self.frozen_digests}
 
     def load(self, trained):
         """Take over what `trained` gave. Raises KeyError where it is that of another model."""
@@ -286,8 +299,8 @@ class Training:
             raise KeyError("other names, types or shapes")
         self.model.load_state_dict(trained, strict=False)
 
-    def state(self):
-        """What a resumed run goes on from."""
+    def checkpoint(self):
+        """What a resumed run goes on from: what last.pt holds."""
         state = {"config": self.config, "model": self.trained(),
                  "optimizer": self.optimizer.state_dict()["state"],
                  "shuffle": self.data.shuffle.get_state(), "rng": torch.get_rng_state(),
@@ -297,7 +310,7 @@ class Training:
         return state
 
     def restore(self, state, file):
-        """Go on from what `state` gave. Raises UserError where it is that of another model."""
+        """Go on from a checkpoint, read from `file`. Raises UserError if it is of another model."""
         try:
             self.history, self.digests, self.best = (state[key] for key in (
                 "history", "digests", "best"))
@@ -335,15 +348,15 @@ def to_resume(args, config):
     if not args.resume:
         raise UserError(f"{args.run} holds a run already: add --resume to resume it, choose "
                         "another --run, or delete it")
-    state = read_tensors(last, "a training state", STATE)
-    epochs = len(state["history"])
+    state = read_tensors(last, "a training state", CHECKPOINT)
+    finished = len(state["history"])
     then = dict(state["config"])
-    if config["epochs"] >= epochs and config["schedule"] != "cosine":
+    if config["epochs"] >= finished and config["schedule"] != "cosine":
         then["epochs"] = config["epochs"]  # cosine's rates depend on the end
     if differing := differences(then, config):
         raise UserError(f"{args.run} was started otherwise ({differing}): resume with its own "
                         "settings, or choose another --run")
-    if not epochs:
+    if not finished:
         raise UserError(f"{last} is not a training state: it has no history; delete {args.run} and "
                         "train again")
     return state
@@ -367,7 +380,7 @@ def open_data(args, splits=None):
 def save(training, folder):
     write_csv(folder / "history.csv", HISTORY, training.history)
     write_csv(folder / "digests.csv", DIGESTS, training.digests)
-    write_tensors(folder / "last.pt", training.state())
+    write_tensors(folder / "last.pt", training.checkpoint())
 
 
 def record_of(training):
@@ -375,18 +388,18 @@ def record_of(training):
     data = training.data
     return {"config": training.config, "features_settings": data.settings,
             "source": data.splits["source"], "label_mean": data.mean.tolist(),
-            "label_std": data.std.tolist(), "digests": {"initial_model": training.digest()},
+            "label_std": data.std.tolist(), "digests": {"initial_model": training.initial},
             "environment": environment(training.device)}
 
 
-def announce(args, training, initial):
+def announce(args, training):
     """Say what is about to be trained, and where that would take hours."""
     model, data = training.model, training.data
     print(f"{args.run}: {args.finetune} on {data.summary}; "
           f"{sum(each.numel() for each in training.trainable):,} trainable of "
           f"{sum(each.numel() for each in model.parameters()):,} parameters; {args.precision} on "
-          f"{training.device}\nfeatures {str(data.digest)[:16]}; initial model {initial[:16]}",
-          flush=True)
+          f"{training.device}\nfeatures {str(data.digest)[:16]}; "
+          f"initial model {training.initial[:16]}", flush=True)
     clips = (training.steps - training.step) * args.batch_size
     say_if_slow(training.arithmetic, 3 * clips * operations(  # forward, and backward twice that
         model.params, len(model.trained_layers), convolutions=False))
@@ -397,6 +410,8 @@ def run(args):
         raise UserError("training is for one process: run train.py without torchrun")
     if args.verify:
         return verify(args)
+    if args.steps:
+        raise UserError("--steps is for --verify RUN: to train less choose --epochs")
     fold = "" if args.fold is None else f"-fold{args.fold}"
     args.run = args.run or Path("runs") / f"{args.finetune}{fold}"
     if args.precision != "exact":
@@ -406,14 +421,14 @@ def run(args):
     config = configuration(args, data, arithmetic)
     for note in data.notes():
         print(note)
-    held = lock(args.run, "train", "the run")  # as long as this name is there
+    held = lock(args.run, "train", "the run")  # until this function returns
     state = to_resume(args, config)
     training = Training(config, data, arithmetic)
     record = record_of(training)
     if state:
         training.restore(state, args.run / "last.pt")
         print(f"resumed after epoch {len(training.history)} of {args.epochs}")
-    announce(args, training, record["digests"]["initial_model"])
+    announce(args, training)
     write_json(args.run / "config.json", record)
     write_json(args.run / "splits.json", {"source": data.splits["source"], **data.ids})
     if data.digest:
@@ -421,7 +436,7 @@ def run(args):
 
     bar = Progress(total=training.steps, initial=training.step, desc="train", unit="step")
     with bar:
-        for row in training.epochs(bar, training.steps):
+        for row in training.train_until(training.steps, bar):
             bar.say("epoch {:3d}  lr {:.2e}  train loss {:.4f} MSE {:.4f} MAE {:.4f}  val loss "
                     "{:.4f} MSE {:.4f} MAE {:.4f}".format(*row))
             save(training, args.run)
@@ -434,17 +449,15 @@ def finish(args, record, training):
     data, history, digests = training.data, training.history, training.result()
     lowest = min(history, key=lambda row: row[5])
     selected = lowest if args.select == "best" else history[-1]
-    kind = "original" if args.labels == "shipped" else "corrected"
-    caption = (f"{args.finetune} · {kind} labels · {len(data.ids['train'])} train, "
-               f"{len(data.ids['val'])} val songs\n{data.splits['source']}")
+    songs = f"{len(data.ids['train'])} train, {len(data.ids['val'])} val songs"
+    caption = figures.caption_of(args.finetune, args.labels, songs, data.splits["source"])
     figures.draw_history([dict(zip(HISTORY, row)) for row in history], selected[0], lowest[0],
                          predict_the_mean(data), args.run, caption)
     state = {name: value.cpu() for name, value in training.model.state_dict().items()}
     write_tensors(args.run / "model.pt", {
         "config": training.config, "settings": data.settings, "params": training.model.params,
-        "source": data.manifest["source"], "splits_source": data.splits["source"],
-        "mean": data.mean, "std": data.std, "initial_model": record["digests"]["initial_model"],
-        "state": state})
+        "backbone": data.manifest["source"], "source": data.splits["source"], "mean": data.mean,
+        "std": data.std, "initial_model": training.initial, "state": state})
     record["digests"] |= digests
     write_json(args.run / "config.json", record)
     if args.select == "last" and lowest[0] <= 0.7 * len(history):
@@ -455,7 +468,7 @@ def finish(args, record, training):
 
 
 def predict_the_mean(data):
-    """{loss name: its value on val if every prediction were the labels' mean}."""
+    """{"mse", "mae"} on val if every prediction were the labels' mean."""
     true = (data.datasets["val"].labels - data.mean) / data.std
     return {"mse": true.square().mean().item(), "mae": true.abs().mean().item()}
 
@@ -499,7 +512,7 @@ def read_digests(folder):
 def take_settings(args, config, folder):
     """Set the options to a run's own settings. Raises UserError where one is not what the command
     line takes."""
-    for action in parser()._actions:
+    for action in parser()._actions:  # its types check the ranges
         name = action.dest
         if name not in config or name in ("features", "device"):
             continue
@@ -529,7 +542,9 @@ def verify(args):
         config["features"] = compare_features(verdict, data, folder)
     training = Training(config, data, arithmetic)
     record = record_of(training)
+    ends = [step for _, step in digest_steps(len(training.train), config["epochs"])]
     steps = min(args.steps or training.steps, training.steps)
+    steps = min(step for step in ends if step >= steps)  # on to the next digest
     need_songs(training, steps)
     verdict.compare_all({**recorded["config"], **config}, recorded["config"], config)
     verdict.compare_all(record.keys() - {"config", "digests", "environment"}, recorded, record)
@@ -537,7 +552,7 @@ def verify(args):
     compare_tables(verdict, training, recorded, rows, history)
     bar = Progress(total=steps, desc="verify", unit="step")
     with bar:
-        for _ in training.epochs(bar, steps):
+        for _ in training.train_until(steps, bar):
             pass
     for then, now in zip(rows, training.digests):
         for name, *values in zip(DIGESTS, then, now):
@@ -555,25 +570,25 @@ def verify(args):
 def compare_tables(verdict, training, record, rows, history):
     """What history.csv and digests.csv must say whatever was computed: their lines, the rates, the
     same losses, and the result's digest at its epoch."""
-    epochs, length = training.config["epochs"], len(training.train)
-    ends = [(epoch, epoch * length) for epoch in range(1, epochs + 1)]
-    early = [(1, 2**n) for n in range(length.bit_length())]
-    verdict.compare("lines of digests.csv", [(row[0], row[1]) for row in rows], early + ends)
-    verdict.compare("lines of history.csv", [row[0] for row in history], [n for n, _ in ends])
-    for (epoch, step), (_, rate, loss, *_), end in zip(ends, history, rows[len(early):]):
+    epochs = training.config["epochs"]
+    lines = digest_steps(len(training.train), epochs)
+    verdict.compare("lines of digests.csv", [(row[0], row[1]) for row in rows], lines)
+    verdict.compare("lines of history.csv", [row[0] for row in history],
+                    list(range(1, epochs + 1)))
+    ends, rows = lines[-epochs:], rows[len(lines) - epochs:]
+    for (epoch, step), (_, rate, loss, *_), end in zip(ends, history, rows):
         verdict.compare(f"epoch {epoch}: lr", rate,
                         learning_rate(step - 1, training.steps, training.config))
         verdict.compare(f"epoch {epoch}: loss in both files", loss, end[2])
     last = training.config["select"] == "last"
-    chosen = len(ends) - 1 if last else min(range(len(history)), key=lambda n: history[n][5])
-    states = [row[3] for row in rows[len(early):]]
+    chosen = epochs - 1 if last else min(range(len(history)), key=lambda n: history[n][5])
     verdict.compare("model in digests.csv", [record["digests"].get("model")],
-                    states[chosen:chosen + 1])
+                    [row[3] for row in rows[chosen:chosen + 1]])
 
 
 def compare_features(verdict, data, folder):
     """Compare the run's manifest with the features here, perhaps only those of some songs → its
-    digest. From here on a song's file has to be what the run's manifest says."""
+    digest. From here on the files of other songs have to be what the run's manifest says."""
     manifest = read_manifest(folder / "manifest.json")
     verdict.compare_all(("settings", "annotations", "top_layers", "swapped_labels"), manifest,
                         data.manifest)
@@ -581,30 +596,26 @@ def compare_features(verdict, data, folder):
     verdict.compare("songs' PCM and features", here, {
         song: manifest["songs"].get(song) for song in here})
     for dataset in data.datasets.values():
-        dataset.songs = manifest["songs"]
+        dataset.songs = {**manifest["songs"], **here}
     return manifest["digest"]
 
 
 def need_songs(training, steps):
-    """Raise UserError where features of the first `steps` batches' songs are not there, naming the
+    """Raise UserError if features of the first `steps` batches' songs are not there, naming the
     command that makes them."""
-    data, generator, needed = training.data, torch.Generator(), []
-    ids = data.ids["train"]
+    data, generator, batches = training.data, torch.Generator(), []
     generator.set_state(data.shuffle.get_state())
-    batches = DataLoader(ids, training.config["batch_size"], shuffle=True, drop_last=True,
-                         generator=generator)
-    while len(needed) < steps:
-        needed += [batch.tolist() for batch in batches]
-    needed = dict.fromkeys(sum(needed[:steps], []))
-    if steps >= len(training.train):
-        ids = ids + data.ids["val"]
-        needed |= dict.fromkeys(data.ids["val"])
-    there = {song for song in ids if (data.root / "songs" / f"{song}.pt").exists()}
-    missing = [song for song in needed if song not in there]
+    loader = DataLoader(data.ids["train"], training.config["batch_size"], shuffle=True,
+                        drop_last=True, generator=generator)
+    while len(batches) < steps:
+        batches += [batch.tolist() for batch in loader]
+    needed = sum(batches[:steps], []) + (data.ids["val"] if steps >= len(loader) else [])
+    missing = [song for song in sorted(set(needed))
+               if not (data.root / "songs" / f"{song}.pt").exists()]
     if missing:
         raise UserError(f"{len(missing)} of the songs of these steps have no features in "
                         f"{data.root}: run its extract.py command with --songs "
-                        f"{' '.join(map(str, sorted(missing)))}")
+                        f"{' '.join(map(str, missing))}")
 
 
 if __name__ == "__main__":

@@ -289,10 +289,10 @@ def hub(demo, tmp_path_factory):
     def python(*arguments, home, **more):
         """Run Python with a home of its own (huggingface_hub reads its settings at import)."""
         del asked[:]
+        settings = {"HF_HOME": str(home), "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
         done = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True,
-                              text=True,
-                              timeout=120, env={**surroundings, "HF_HOME": str(home), "HF_ENDPOINT":
-                              f"http://127.0.0.1:{server.server_port}", **more})
+                              text=True, timeout=120, env={**surroundings, **settings, **more},
+                              cwd=home)  # where no folder is called as a repository's owner is
         assert "Traceback" not in done.stderr, done.stderr
         return done
 
@@ -343,6 +343,7 @@ def test_repositories(demo, hub, tmp_path, compared):
 
 def test_a_manifest_remembers_the_revision(demo, tmp_path, monkeypatch, capsys, compared):
     """What `demo/model@v1` was at the time is what --verify asks for, whatever v1 is by then."""
+    monkeypatch.chdir(tmp_path)  # where no folder is called `demo`
     asked, song = [], read_json(demo / "splits.json", "")["train"][0]
     monkeypatch.setattr(weights, "fetch_repository", lambda name: asked.append(name) or (
         demo / "backbone", OTHER))

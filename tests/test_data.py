@@ -39,7 +39,7 @@ def test_splits_are_the_frozen_ones(splits, compared):
     ('{"train": [1], "val": [2], "test": [1]}', "twice"),
     ('{"train": ["1"], "val": [2], "test": [3]}', "train.0 is not"),
     ('{"train": [true], "val": [2], "test": [3]}', "train.0 is not"),
-    ('{"train": [-1], "val": [2], "test": [3]}', "ids that are none"),
+    ('{"train": [-1], "val": [2], "test": [3]}', "invalid ids"),
     ('{"train": [], "val": [2], "test": [3]}', "no training songs"),
     ('{"train": {"1": 1}, "val": [2], "test": [3]}', "train is not a list"),
     ("[1]", "not a file of splits"), ("{", "not valid JSON"), ("[" * 10**5, "not valid JSON")])
@@ -63,7 +63,7 @@ def test_annotations_with_every_quirk(tmp_path, compared):
     *((f"{HEADER}2,1,1,1,1\n{row}\n", "line 3: not a song id, two labels from 1 to 9") for row in (
         "3,1,1,nan,1", "3,inf,1,1,1", "3,1,1", "3,0.5,1,1,1", "3,1,1,9.5,1", "3,1,-1,1,1",
         "-3,1,1,1,1", "3.0,1,1,1,1", "³,1,1,1,1", "3,1,1,n/a,1")),
-    (f"{HEADER}2,1,1,1,1\n2,1,1,1,1\n", "song 2 stands there twice"),
+    (f"{HEADER}2,1,1,1,1\n2,1,1,1,1\n", "song 2 appears twice"),
     (HEADER, "no songs"), ("", "no column"), (b"\xff\xfe\x00", "not text")])
 def test_annotations_that_are_none(tmp_path, fails, rows, says):
     (tmp_path / STATIC).write_bytes(rows if isinstance(rows, bytes) else rows.encode())

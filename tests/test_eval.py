@@ -310,7 +310,7 @@ def test_files_are_read_once_for_several_runs(small, undrawn, monkeypatch, compa
     """Train and val once, for ridge; of the test split once more a run: its layers differ."""
     features, runs = small
     read = []
-    monkeypatch.setattr(common, "VERIFIED", set())
+    monkeypatch.setattr(common, "COMPARED", set())
     monkeypatch.setattr(eval_script, "POOLED", {})
     monkeypatch.setattr(common, "load_tensors",
                         lambda path, what: read.append(path.stem) or load_tensors(path, what))
@@ -321,12 +321,11 @@ def test_files_are_read_once_for_several_runs(small, undrawn, monkeypatch, compa
     compared(len(read), "reads")
 
 
-def numbers_of(true, pred, ridge_pred=None):
+def numbers_of(true, pred, ridge_pred):
     """What a report says of predictions of songs 1, 2, …"""
     labels = np.insert(true, [1, 2], 1, axis=1)
     annotations = dict(enumerate(labels.tolist(), 1))
-    preds = [values if values is None else dict(zip(map(str, annotations), values.tolist()))
-             for values in (pred, ridge_pred)]
+    preds = [dict(zip(map(str, annotations), values.tolist())) for values in (pred, ridge_pred)]
     return metrics.measure(annotations, list(annotations), list(annotations), *preds)
 
 
@@ -334,7 +333,7 @@ def numbers_of(true, pred, ridge_pred=None):
 def test_a_collapse_is_called_one(capsys, compared, copy, said):
     true, _ = random_labels(50)
     pred = np.stack([true[:, 0], copy * true[:, 0] + (1 - copy) * true[:, 1]], 1) * 0.5 + 2
-    eval_script.print_numbers(numbers_of(true, pred), 50)
+    eval_script.print_numbers(numbers_of(true, pred, pred), 50)
     assert ("a collapse" in capsys.readouterr().out) == said
     compared(1, "line")
 

@@ -173,7 +173,7 @@ def test_intervals_of_pooled_runs_resample_artists(pooled, undrawn, monkeypatch,
     halves = {int(song): n for n, each in enumerate(evaluated)
               for song in each.found["predictions"]}
     monkeypatch.setattr(metrics, "read_artists", lambda: halves)
-    numbers = eval_script.pool(evaluated).found["numbers"]
+    numbers = eval_script.pool_folds(evaluated).found["numbers"]
     alone = [each.found["numbers"]["metrics"]["valence"]["mse"] for each in evaluated]
     assert numbers["intervals"]["valence"]["mse"] == pytest.approx(sorted(alone))
     compared(2, "artists")

@@ -425,7 +425,7 @@ def test_a_damaged_model(damaged, computed_once, verdict, compared):
     name = next(iter(good["state"]))
     weights = {**good["state"], name: good["state"][name] + 1}
     edits = [{"state": weights}, {"mean": good["mean"] + 1}, {"std": good["std"] * 2},
-             {"splits_source": "DEAM"}, {"initial_model": "0" * 64},
+             {"source": "DEAM"}, {"initial_model": "0" * 64},
              {"config": {**good["config"], "seed": 5}}]
     for change in edits:
         write_tensors(run / "model.pt", {**good, **change})
@@ -470,7 +470,7 @@ def test_files_that_are_no_metrics(damaged, tmp_path, verdict, fails, compared):
     code, output = verdict(*commands["hours"], "--split", "val")  # about other songs
     assert code == 1 and "split  " in output
     write_damaged(file, {**read_json(file, ""), "songs": 0, "predictions": {},
-                         "ridge_predictions": None, "ridge_penalty": None}, json_digest)
+                         "ridge_predictions": {}}, json_digest)
     assert "two predictions for each of its songs" in fails(eval_script, "--verify", file,
                                                             "--deam", tmp_path)
     compared(8, "refusals")

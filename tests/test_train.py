@@ -94,7 +94,7 @@ def test_exact_training_is_the_same_kept_or_recomputed_on_any_threads(features, 
         training = train.Training(train.configuration(args, data, arithmetic), data, arithmetic)
         training.model.recompute = recompute
         training.train.dataset.keep = keep and torch.device(keep)
-        steps = training.epoch()
+        steps = training.one_epoch()
         digests.append([(next(steps).item(), training.digest()) for _ in range(2)])
     torch.set_num_threads(2)
     assert digests[0] == digests[1]
@@ -387,7 +387,7 @@ def test_every_edited_file_of_a_run_is_one_error(features, trained, tmp_path, fi
 @pytest.mark.parametrize("file", ["model.pt", "last.pt"])
 def test_flipped_bits_are_noticed(trained, tmp_path, file, compared):
     whole, noticed = bytearray((trained / file).read_bytes()), 0
-    form, path = (eval_script.MODEL if file == "model.pt" else train.STATE), tmp_path / file
+    form, path = (eval_script.MODEL if file == "model.pt" else train.CHECKPOINT), tmp_path / file
     original = common.read_tensors(trained / file, "", form)
     for place in range(0, len(whole), len(whole) // 60):
         damaged = bytearray(whole)
