@@ -18,8 +18,9 @@ Floating-point results differ between machines for two reasons, and both are rem
 
 A torch dispatch mode puts these rules in the place of torch's operations, below autograd: models,
 losses and optimizers stay as they are. Rare operations, which have no rule, are taken apart as
-torch's own table of decompositions says: their bits may change with torch's version, though never
-with the machine; those of RULES do not. What has a part without a rule raises by name.
+torch's own table of decompositions says: their bits may change with torch's version, though not
+with the machine; those of RULES do not. An operation with a part that has no rule raises, naming
+itself.
 
 It is for float64, and errors are those of fixed-point numbers: for a product some 2^-21 of the
 largest value in its row times the largest in its column, for the features of a transformer with ten
@@ -27,16 +28,15 @@ layers 2e-6, for exp, log and tanh 2^-53 of 1 or of the result, whichever is lar
 very unlike scale lose the small ones. In attention, weights below 2^-21 of a row's largest count as
 0, and keys that are masked still share the values' grid. Grids belong to single rows, heads or
 stretches of a clip: what is computed for an element of a batch does not depend on the others,
-except for gradients of weights, which sum over them. NaN and infinity stay visible (which of a
-NaN's bit patterns is not defined). Denormal numbers count as IEEE 754 says, flush-to-zero is
-switched off.
+except for gradients of weights, which sum over them. Of several values that are written (not added)
+to one place, torch says which one stays. NaN and infinity stay visible (which of a NaN's bit
+patterns is not defined). Denormal numbers count as IEEE 754 says, flush-to-zero is switched off.
 
-Every thread of Python enters for itself. Out of scope: torch.compile, random numbers drawn on a
-GPU, and what Python computes itself (check() tests the powers that Adam takes).
+Every thread of Python enters an Exact of its own. Out of scope: torch.compile, random numbers drawn
+on a GPU, and what Python computes itself (check() tests the powers that Adam takes).
 """
 
 import contextlib
-import contextvars
 import functools
 import hashlib
 import math
@@ -54,7 +54,7 @@ from torch.utils._python_dispatch import (
 
 # float64 values that a chain of operations takes at a time, to stay in a core's cache
 CACHED = 1 << 15
-LARGE = 1 << 18  # the same for chains that contain a matrix product
+LARGE = 1 << 18  # the same for attention, whose chain has matrix products in it
 aten, torch_attention = torch.ops.aten, F.scaled_dot_product_attention
 
 # ------------------------------------------------------------------------------------------- slices
@@ -140,7 +140,7 @@ def scaled(x, *rests):
 
 def to_grid(x, bits, dim):
     """x[…, M, K] rounded to integers of at most 2^bits times a power of two for each slice along
-    dim, -1 or -2. Returns (integers times `down`, down, rest)."""
+    dim, -1 or -2, times `rest`. Returns (what was rounded, rest)."""
     # a transposed matrix: the other way round in memory
     if x.stride(-1) != 1 and x.stride(-2) == 1:
         return tuple(t.mT for t in to_grid(x.mT, bits, -3 - dim))
@@ -148,7 +148,7 @@ def to_grid(x, bits, dim):
     if dim == -1:
         x = x.reshape(-1, shape[-1])
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    whole = dim == -2 and x.ndim == 2
+    whole = dim == -2 and x.ndim == 2  # one matrix: its columns run through all slices of rows
     top = magnitude(x, -2) if whole else x.new_empty([1 if d == x.ndim + dim else n
                                                       for d, n in enumerate(x.shape)])
 
@@ -159,9 +159,8 @@ def to_grid(x, bits, dim):
         torch.mul(x[rows], up, out=out[rows]).round_().mul_(down)
 
     in_slices(round_rows, len(x), rows_of(x), x.device)
-    _, down, rest = grid(top, bits)
-    small = (*shape[:-1], 1) if dim == -1 else top.shape
-    return out.view(shape), down.view(small), rest.view(small)
+    _, _, rest = grid(top, bits)
+    return out.view(shape), rest.view((*shape[:-1], 1) if dim == -1 else top.shape)
 
 
 # --------------------------------------------------------------------------------------------- sums
@@ -183,7 +182,8 @@ def sum_bits(count):
 
 
 def total(x, dim=None, keepdim=False, dtype=None):
-    """The sum over dim: of integers of 53 - log2(count) bits."""
+    """The sum over dim: of integers of 53 - log2(count) bits. Adding 0.0, here and below, makes a
+    -0 a 0: the sign of a sum of -0s follows where its addition begins."""
     if dtype not in (None, torch.float64):
         raise NotImplementedError(f"exact arithmetic sums in float64, not in {dtype}")
     dims = listed(x, dim)
@@ -202,7 +202,7 @@ def total(x, dim=None, keepdim=False, dtype=None):
 
     in_slices(add_up, len(x), rows, x.device)
     sums = sums.sum(0, keepdim=True) if across else sums
-    return without(sums.mul_(down).mul_(rest), dims, keepdim)
+    return without(sums.mul_(down).mul_(rest).add_(0.0), dims, keepdim)
 
 
 def mean(x, dim=None, keepdim=False, dtype=None):
@@ -226,6 +226,8 @@ def var_mean(x, dim=None, unbiased=None, keepdim=False, *, correction=None):
 
 
 def norm(x, ord=2, dim=None, keepdim=False, dtype=None):
+    if dtype not in (None, torch.float64):
+        raise NotImplementedError(f"exact arithmetic has norms in float64, not in {dtype}")
     if ord not in (1, 2, math.inf):
         raise NotImplementedError(f"exact arithmetic has no norm of order {ord}: 1, 2 or infinity")
     dims = listed(x, dim)
@@ -270,8 +272,8 @@ def product(a, b):
     if a.shape[:-2] != b.shape[:-2] or a.shape[-1] != b.shape[-2]:
         raise RuntimeError(f"no product of shapes {list(a.shape)} and {list(b.shape)}")
     bits = bits_for(a.shape[-1])
-    (a, _, rest_a), (b, _, rest_b) = to_grid(a, bits, -1), to_grid(b, bits, -2)
-    return scaled(a @ b, rest_a, rest_b)
+    (a, rest_a), (b, rest_b) = to_grid(a, bits, -1), to_grid(b, bits, -2)
+    return scaled(a @ b, rest_a, rest_b).add_(0.0)
 
 
 def addmm(c, a, b, *, beta=1, alpha=1):
@@ -296,14 +298,14 @@ def frames_of(x, terms):
 
 
 def convolution(x, w, bias, stride, padding, dilation, transposed=False, _output_padding=0,
-                groups=1, *_flags):
+                groups=1):
     """Conv1d as products of windows: x[B, C, L], w[O, C / groups, kernel], bias[O] → [B, O, T].
     What a BLOCK of frames sees is on one grid."""
     if x.ndim != 3 or transposed:
         raise NotImplementedError("exact arithmetic has one convolution, Conv1d")
     outputs, channels, kernel = w.shape
     stride, dilation, bits = stride[0], dilation[0], bits_for(channels * kernel)
-    w, _, rest_w = to_grid(w.flatten(1), bits, -1)
+    w, rest_w = to_grid(w.flatten(1), bits, -1)
     w = w.view(outputs, channels, kernel).transpose(1, 2).reshape(groups, -1, kernel * channels)
     frames = (x.shape[2] + 2 * padding[0] - dilation * (kernel - 1) - 1) // stride + 1
     if frames < 1:
@@ -329,7 +331,7 @@ def convolution(x, w, bias, stride, padding, dilation, transposed=False, _output
         rest = rest.flatten(1).repeat_interleave(BLOCK, 1)[:, None]
         y = scaled(y, rest, rest_w.view(groups, -1, 1))
         y = y.flatten(0, 1)[:, :part.stop - part.start]
-        torch.add(y, 0.0 if bias is None else bias[:, None], out=result[:, part])
+        torch.add(y, 0.0 if bias is None else bias[:, None] + 0.0, out=result[:, part])
 
     for clip, result in zip(x, out):
         in_slices(convolve, frames, frames_of(x, channels * kernel * groups), x.device)
@@ -350,9 +352,9 @@ def convolution_backward(dy, x, w, _bias, stride, padding, dilation, _transposed
         dx = dx[:, :, padding:padding + x.shape[2]]
     if mask[1]:  # a product over all frames of all clips, added up clip by clip
         bits, frames = bits_for(len(dy) * dy.shape[2]), dy.shape[2]
-        g, _, rest_g = to_grid(dy.transpose(0, 1).reshape(outputs, -1), bits, -1)
+        g, rest_g = to_grid(dy.transpose(0, 1).reshape(outputs, -1), bits, -1)
         x = F.pad(x, (padding, padding)).transpose(0, 1)
-        seen, _, rest_x = to_grid(x.reshape(len(x), -1), bits, -1)
+        seen, rest_x = to_grid(x.reshape(len(x), -1), bits, -1)
         g, dw = g.view(groups, -1, *dy.shape[::2]), 0
         seen = seen.view(groups, channels, *x.shape[1:])
         step = frames_of(dy, channels * kernel * groups)
@@ -561,17 +563,17 @@ def layer_norm_backward(dy, x, shape, m, r, w, b, mask):
 # ------------------------------------------------------------------------------------------ dropout
 
 
-def new_key():
-    """A mask's key, from torch's CPU generator: torch.manual_seed and checkpointing apply to it."""
-    return int(torch.randint(2**62, ()))
+def new_seed(generator=None):
+    """A mask's seed, from torch's CPU generator: torch.manual_seed and checkpointing apply to it."""
+    return int(torch.randint(2**62, (), generator=generator))
 
 
-def dropped(key, first, rows, length, p, device):
-    """bool[rows, length]: rows `first`, … of the mask of `key`, True with probability p (in steps
+def dropped(seed, first, rows, length, p, device):
+    """bool[rows, length]: rows `first`, … of the mask of `seed`, True with probability p (in steps
     of 2^-16). A hash of the position (splitmix64) in integer arithmetic; four values from each."""
     words = -(-length // 4)
     x = torch.arange(first * words, (first + rows) * words, device=device)
-    x.mul_(-7046029254386353131).add_(key)
+    x.mul_(-7046029254386353131).add_(seed)
     for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685), (31, 1)):
         x.bitwise_xor_((x >> shift).bitwise_and_((1 << 64 - shift) - 1)).mul_(factor)
     threshold = round(p * 65536) - 32768  # 32768, for p = 1, is no int16
@@ -580,14 +582,14 @@ def dropped(key, first, rows, length, p, device):
     return lost.view(rows, -1)[:, :length]
 
 
-def kept_mask(shape, p, device):
+def kept_mask(shape, p, device, generator=None):
     """bool of that shape, False with probability p."""
     length = shape[-1] if len(shape) else 1
-    key, rows = new_key(), math.prod(shape[:-1])
+    seed, rows = new_seed(generator), math.prod(shape[:-1])
     out = torch.empty(rows, length, dtype=torch.bool, device=device)
 
     def work(part):
-        lost = dropped(key, part.start, part.stop - part.start, length, p, device)
+        lost = dropped(seed, part.start, part.stop - part.start, length, p, device)
         torch.logical_not(lost, out=out[part])
 
     if out.numel():
@@ -598,11 +600,11 @@ def kept_mask(shape, p, device):
 def bernoulli_(x, p=0.5, generator=None):
     if isinstance(p, torch.Tensor):
         raise NotImplementedError("exact arithmetic has bernoulli_ with a number for p")
-    return x.copy_(kept_mask(x.shape, 1 - p, x.device))
+    return x.copy_(kept_mask(x.shape, 1 - p, x.device, generator))
 
 
 def dropout(x, p, train):
-    if not train or p == 0:
+    if train is False or p == 0:
         return x.clone(), torch.ones_like(x, dtype=torch.bool)
     kept = kept_mask(x.shape, p, x.device)
     return dropout_backward(x, kept, 1.0 / (1.0 - p) if p < 1 else 0.0), kept
@@ -616,15 +618,15 @@ def dropout_backward(dy, kept, scale):
 
 
 def finite(x):
-    """x with 0 for NaN and infinity; and for each row 0 if it had none of them, else NaN."""
-    return x.nan_to_num(0.0, 0.0, 0.0), (x * 0.0).sum(-1, keepdim=True)
+    """x with 0 for NaN and infinity; and for each row 0, or NaN if it had any of them."""
+    return x.nan_to_num(0.0, 0.0, 0.0), (x * 0.0).sum(-1, keepdim=True).add_(0.0)
 
 
 def score_factors(q, k, scale):
     """q and k as factors whose products are, exactly, minus the scores in steps of 2^-16: integers
     times a power of two for each row of q and each row of k."""
     bits = bits_for(q.shape[-1])
-    (q, _, rest_q), (k, _, rest_k) = to_grid(q * scale, bits, -1), to_grid(k, bits, -1)
+    (q, rest_q), (k, rest_k) = to_grid(q * scale, bits, -1), to_grid(k, bits, -1)
     return scaled(q, rest_q), scaled(k, rest_k).mul_(-65536.0)
 
 
@@ -653,19 +655,19 @@ def attention_weights(q, k, mask, causal, heads, rows, top=None):
     return look_up("attention", place), top
 
 
-def drop(key, heads, rows, length, columns, p, device):
+def drop(seed, heads, rows, length, columns, p, device):
     """bool[heads, rows, columns]: which weights dropout takes."""
     count = rows.stop - rows.start
-    return torch.stack([dropped(key, head * length + rows.start, count, columns, p, device)
+    return torch.stack([dropped(seed, head * length + rows.start, count, columns, p, device)
                         for head in range(heads.start, heads.stop)])
 
 
-def attention_forward(q, k, v, mask, causal, p, scale, key):
+def attention_forward(q, k, v, mask, causal, p, scale, seed):
     """The output[N, T, E], and each row's largest score and sum of weights, [N, T, 1]."""
     (q, bad_q), (k, bad_k) = finite(q), finite(k)
     (n, length, _), columns = q.shape, k.shape[1]
     q, k = score_factors(q, k, scale)
-    v, _, rest_v = to_grid(v, 53 - 20 - (columns - 1).bit_length(), -2)
+    v, rest_v = to_grid(v, 53 - 20 - (columns - 1).bit_length(), -2)
     out, top, sums = (q.new_empty(n, length, size) for size in (v.shape[2], 1, 1))
 
     heads_at_once, row_parts = parts_of(length, columns, q.device)
@@ -675,8 +677,8 @@ def attention_forward(q, k, v, mask, causal, p, scale, key):
         for rows in row_parts:
             weights, top[heads, rows] = attention_weights(q, k, mask, causal, heads, rows)
             torch.sum(weights, 2, keepdim=True, out=sums[heads, rows])
-            if key is not None:
-                lost = drop(key, heads, rows, length, columns, p, q.device)
+            if seed is not None:
+                lost = drop(seed, heads, rows, length, columns, p, q.device)
                 weights.masked_fill_(lost, 0.0)
             out[heads, rows] = weights @ v[heads]
 
@@ -686,7 +688,7 @@ def attention_forward(q, k, v, mask, causal, p, scale, key):
     return out.add_(bad_q).add_(bad_k.sum(1, keepdim=True)), top, sums
 
 
-def attention_backward(dout, q, k, v, mask, out, top, sums, causal, p, scale, key):
+def attention_backward(dout, q, k, v, mask, out, top, sums, causal, p, scale, seed):
     """Gradients of q, k and v. With weights W (integers), their row sums s and probabilities P = W
     / s: dV = Pᵀ dO, dS = P ∘ (dO Vᵀ - rowsum(dO ∘ O)), dQ = scale · dS K, dK = scale · dSᵀ Q."""
     (q, bad_q), (k, bad_k) = finite(q), finite(k)
@@ -696,10 +698,10 @@ def attention_backward(dout, q, k, v, mask, out, top, sums, causal, p, scale, ke
     dout = dout * (1.0 / (1.0 - p)) if 0 < p < 1 else dout
     minus_q, minus_k = score_factors(q, k, scale)
     bits = bits_for(v.shape[2])
-    (g, _, rest_g), (vt, _, rest_v) = to_grid(dout, bits, -1), to_grid(v, bits, -1)
-    columns_g, _, rest_dv = to_grid(dout, 53 - 20 - (length - 1).bit_length(), -2)
+    (g, rest_g), (vt, rest_v) = to_grid(dout, bits, -1), to_grid(v, bits, -1)
+    columns_g, rest_dv = to_grid(dout, 53 - 20 - (length - 1).bit_length(), -2)
     bits = bits_for(max(length, columns))
-    (q_, _, rest_q), (k_, _, rest_k) = to_grid(q * scale, bits, -2), to_grid(k, bits, -2)
+    (q_, rest_q), (k_, rest_k) = to_grid(q * scale, bits, -2), to_grid(k, bits, -2)
     dq, dk, dv = torch.zeros_like(q_), torch.zeros_like(k_), torch.zeros_like(vt)
     heads_at_once, row_parts = parts_of(length, columns, device)
     table("attention", device)
@@ -711,11 +713,11 @@ def attention_backward(dout, q, k, v, mask, out, top, sums, causal, p, scale, ke
             weights, _ = attention_weights(minus_q, minus_k, mask, causal, heads, rows,
                                            top[heads, rows])
             d = scaled(g[heads, rows] @ vt[heads].mT, rest_g[heads, rows], rest_v[heads].mT)
-            d = torch.sub(d, inner[heads, rows], out=d) if key is None else d
-            if key is None:
+            d = torch.sub(d, inner[heads, rows], out=d) if seed is None else d
+            if seed is None:
                 dv[heads] += weights.mT @ columns_g[heads, rows]
             else:
-                lost = drop(key, heads, rows, length, columns, p, device)
+                lost = drop(seed, heads, rows, length, columns, p, device)
                 d.masked_fill_(lost, 0.0).sub_(inner[heads, rows])
                 dv[heads] += weights.masked_fill(lost, 0.0).mT @ columns_g[heads, rows]
             torch.mul(d, weights, out=ds[:, rows])
@@ -735,7 +737,8 @@ def attention_backward(dout, q, k, v, mask, out, top, sums, causal, p, scale, ke
 
 class Attention(torch.autograd.Function):
     """softmax(scale · q kᵀ + mask) v for q[N, T, D], k[N, S, D], v[N, S, E]: N heads, each on its
-    own grids. No T × S matrix is kept: the backward pass computes the weights again, part by part.
+    own grids. No T × S matrix is kept but for a mask: the backward pass computes the weights again,
+    part by part.
 
     A score is an integer times a power of two of its row and column. Its distance from the row's
     largest, in steps of 2^-16, is a place in a table of e^-x, in integers of 20 bits. So the
@@ -744,7 +747,7 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, mask, causal, p, scale):
-        ctx.settings = causal, p, scale, new_key() if p > 0 else None
+        ctx.settings = causal, p, scale, new_seed() if p > 0 else None
         with _disable_current_modes():
             out, top, sums = attention_forward(q, k, v, mask, *ctx.settings)
         ctx.save_for_backward(q, k, v, mask, out, top, sums)
@@ -760,12 +763,14 @@ class Attention(torch.autograd.Function):
 
 def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
               enable_gqa=False):
-    """F.scaled_dot_product_attention: exact where the calling thread is in an Exact context, else
-    torch's. A floating-point mask that trains, holds NaN or is +infinity takes torch's formula, in
-    exact steps."""
+    """F.scaled_dot_product_attention: exact if the calling thread is in an Exact context, else
+    torch's. A mask that trains, or holds NaN or +infinity, goes through torch's formula, in exact
+    steps."""
     if not in_exact():
         return torch_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale,
                                enable_gqa=enable_gqa)
+    if attn_mask is not None and is_causal:
+        raise RuntimeError("a mask is given, and is_causal asks for another: choose one")
     if enable_gqa:
         key, value = (t.repeat_interleave(query.shape[-3] // t.shape[-3], -3) for t in (key, value))
     other_mask = attn_mask is not None and attn_mask.is_floating_point() and (
@@ -886,8 +891,9 @@ RULES = {
     "bernoulli_": bernoulli_, "native_dropout": dropout,
     "native_dropout_backward": dropout_backward,
     "uniform_": uniform_, "normal_": normal_, "arange": arange, "randn": randn,
-    "randn_like": lambda x, **_: normal_(torch.empty_like(x)),
+    "randn_like": lambda x, **options: normal_(torch.empty_like(x, **options)),
 }
+# rules that take float32 as well
 ANY_FLOAT = {"add", "sub", "rsub", "div", "reciprocal", "index_put", "_index_put_impl", "uniform_",
              "normal_", "randn_like"}
 # what makes floating-point numbers of integers, or of nothing
@@ -908,17 +914,22 @@ threshold threshold_backward hardtanh hardtanh_backward clamp clamp_min clamp_ma
 fmax fmin amax amin max min aminmax argmax argmin round floor ceil trunc nan_to_num isnan isinf
 isfinite eq ne lt le gt ge equal logical_and logical_or logical_not logical_xor all any is_nonzero
 """.split())
+# those of them that may give a zero either sign, as the CPU's vectors fall: here it is always +
+EITHER_ZERO = {"relu", "threshold", "hardtanh", "clamp", "clamp_min", "clamp_max", "maximum",
+               "minimum", "fmax", "fmin", "amax", "amin", "max", "min", "aminmax"}
 # exact where they are drawn on a CPU
-RANDOM = {"rand", "rand_like", "random", "randint", "randint_like", "randperm", "uniform"}
-# arguments that ask for another operation than the one of that name in RULES and EXACT
+RANDOM = {"rand", "rand_like", "random", "randint", "randint_like", "randperm"}
+# arguments that make another operation of the one that RULES and EXACT name
 OTHERWISE = {"approximate", "reduce", "rounding_mode"}
+# its composition is another one on a GPU than on a CPU
+UNLIKE = {aten._addmm_activation.default, aten._addmm_activation.out}
 
 # --------------------------------------------------------------------------------------------- mode
 
 
 def floats_in(values):
-    """The floating-point tensors in (lists of) arguments. Complex ones are refused: a compiler may
-    fuse the operations of which a product of them is made."""
+    """The floating-point tensors in (lists of) values. Raises NotImplementedError for complex ones:
+    a compiler may fuse the operations of which their product is made."""
     for value in values:
         if isinstance(value, (list, tuple)):
             yield from floats_in(value)
@@ -933,8 +944,7 @@ def in_exact():
     return any(isinstance(mode, Exact) for mode in _get_current_dispatch_mode_stack())
 
 
-_apart = contextvars.ContextVar("the operations that are being taken apart", default=())
-_lock, _inside, _composed = threading.Lock(), 0, contextlib.ExitStack()
+_lock, _inside, _switches = threading.Lock(), 0, contextlib.ExitStack()
 
 
 def count_inside(change):
@@ -944,19 +954,12 @@ def count_inside(change):
     with _lock:
         _inside += change
         if _inside == 1 and change == 1:
-            _composed.enter_context(sdpa_kernel(SDPBackend.MATH))  # for whoever holds torch's own
+            _switches.enter_context(sdpa_kernel(SDPBackend.MATH))  # for code that holds torch's own
             fused = torch.backends.mha
-            _composed.callback(fused.set_fastpath_enabled, fused.get_fastpath_enabled())
+            _switches.callback(fused.set_fastpath_enabled, fused.get_fastpath_enabled())
             fused.set_fastpath_enabled(False)
         elif _inside == 0:
-            _composed.close()
-
-
-def in_table(func):
-    """Whether torch's table composes an operation of others than itself. Not of one that draws
-    random numbers, some of which depend on Python's log."""
-    return (func in decomposition_table and func not in _apart.get()
-            and torch.Tag.nondeterministic_seeded not in func.tags)
+            _switches.close()
 
 
 class Exact(TorchDispatchMode):
@@ -967,9 +970,10 @@ class Exact(TorchDispatchMode):
     NotImplementedError, naming it, for an operation that has no rule and cannot be taken apart into
     some that have, and for float32 sums."""
 
-    def __init__(self):
+    def __init__(self, apart=()):
+        """apart: the operations that are being taken apart, the outermost first."""
         super().__init__()
-        self.outermost = []
+        self.outermost, self.apart = [], apart
 
     def __enter__(self):
         self.outermost.append(not in_exact())
@@ -986,48 +990,50 @@ class Exact(TorchDispatchMode):
             count_inside(-1)
 
     def __torch_dispatch__(self, func, _types, args=(), kwargs=None):
-        kwargs = kwargs or {}
+        kwargs, hint = kwargs or {}, ""
         space, name = func._schema.name.split("::")
         floats = list(floats_in((*args, *kwargs.values())))
         in_place = name.endswith("_") and name not in RULES
-        name, hint = name[:-1] if in_place else name, ""
-        known = space == "aten" and OTHERWISE.isdisjoint(kwargs)
+        name = name[:-1] if in_place else name
+        known = space == "aten" and all(kwargs.get(each) in (None, "none") for each in OTHERWISE)
+        if known:
+            kwargs = {each: value for each, value in kwargs.items() if each not in OTHERWISE}
         if known and name in RULES and (floats or name in FROM_INTEGERS):
             return by_rule(func, name, in_place, floats, args, kwargs)
-        if name in RANDOM:
+        if known and name in RANDOM:
             drawn = func(*args, **kwargs)
             if drawn.device.type == "cpu":
                 return drawn
             hint = ": draw on the CPU, then move"
         elif known and name in EXACT:
-            return func(*args, **kwargs)
+            result = func(*args, **kwargs)
+            for values in floats_in([result]) if name in EITHER_ZERO else ():
+                values.add_(0.0)
+            return result
         elif not floats:
             result = func(*args, **kwargs)
             if next(floats_in([result]), None) is None:  # integers and booleans
                 return result
             hint = " of integers: convert them first, with .double()"
-        result = self.take_apart(func, func.decompose, args, kwargs)
-        if result is not NotImplemented:
-            return result
-        if not hint and in_table(func):
-            return self.take_apart(func, decomposition_table[func], args, kwargs)
+        compositions = [func.decompose]
+        # torch's table, but not for what draws random numbers: Python's log makes some of them
+        if (not hint and func in decomposition_table and func not in (*self.apart, *UNLIKE)
+                and torch.Tag.nondeterministic_seeded not in func.tags):
+            compositions.append(decomposition_table[func])
+        with Exact((*self.apart, func)):  # the parts come here in turn
+            for composition in compositions:
+                result = composition(*args, **kwargs)
+                if result is not NotImplemented:
+                    return result
         if "foreach" in name or "fused" in name:
             hint = ": pass foreach=False, fused=False"
         # torch's primitives, which only its table calls, are not what was asked for
-        func = next(f for f in (func, *reversed(_apart.get())) if f.namespace != "prims")
+        asked = next((each for each in (func, *reversed(self.apart)) if each.namespace != "prims"),
+                     func)
         raise NotImplementedError(
-            f"no exact arithmetic for {func}{hint}. To add it, write a function of its arguments "
-            "with the sums and products of exact.py and enter it in RULES")
-
-    def take_apart(self, func, composition, args, kwargs):
-        """What a composition of simpler operations gives for func, while those come here."""
-        token = _apart.set((*_apart.get(), func))
-        super().__enter__()
-        try:
-            return composition(*args, **kwargs)
-        finally:
-            super().__exit__(None, None, None)
-            _apart.reset(token)
+            f"no exact arithmetic for {asked}{hint if asked is func else ''}. To add it, write a "
+            "function of its arguments with the sums and products of exact.py and enter it in "
+            "RULES")
 
 
 def by_rule(func, name, in_place, floats, args, kwargs):

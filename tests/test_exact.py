@@ -231,6 +231,28 @@ def test_zeros_outliers_and_denormals(compared):
     compared(6, "edge cases")
 
 
+def test_zeros_have_one_sign(compared):
+    """A sum of -0s, and the larger of 0 and -0, are 0, wherever a vector or an addition begins."""
+    zeros = torch.zeros(21, dtype=torch.float64)
+    mixed = zeros.clone()
+    mixed[::2] *= -1.0
+    largest = (torch.maximum, torch.minimum, torch.fmax, torch.fmin)
+    alone = (F.relu, lambda x: x.clamp(min=0.0), lambda x: x.clamp(max=0.0), lambda x: x.amax(),
+             lambda x: x.view(3, 7).amin(0), lambda x: x.view(3, 7).max(1)[0], torch.sum,
+             lambda x: x[:1, None] @ x[None], lambda x: x[:, None] @ x[None, :1],
+             lambda x: torch.mm(x.view(3, 7), -torch.ones(7, 4).double()),
+             lambda x: torch.bmm(x.view(1, 3, 7), x.view(1, 7, 3)),
+             lambda x: F.conv1d(x.view(1, 1, -1), -torch.ones(2, 1, 3).double(), -zeros[:2]),
+             lambda x: F.scaled_dot_product_attention(*[x.view(1, 3, 7)] * 3))
+    with Exact():
+        found = [function(*pair) for function in largest for pair in (
+            (mixed, -zeros), (-zeros, mixed), (zeros, -zeros))]
+        found += [function(x) for function in alone for x in (mixed, -zeros, -mixed)]
+    for each in found:
+        assert not each.any() and not each.signbit().any()
+    compared(len(found), "results")
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_nan_and_infinity_stay_visible(bad, compared):
     x = draw(1, 12, 8)
@@ -250,6 +272,11 @@ def test_nan_and_infinity_stay_visible(bad, compared):
 @library.custom_op("kit::twice", mutates_args=())
 def twice(x: torch.Tensor) -> torch.Tensor:
     return x * 2
+
+
+@library.custom_op("kit::rand", mutates_args=())
+def named_as_another(x: torch.Tensor) -> torch.Tensor:
+    return x.exp()
 
 
 def test_what_has_no_rule_raises_by_name(monkeypatch, compared):
@@ -280,21 +307,33 @@ def test_what_has_no_rule_raises_by_name(monkeypatch, compared):
             torch.linspace(0, 1, 9, dtype=torch.float64)
         with pytest.raises(NotImplementedError, match="scatter"):
             X.scatter(0, TARGET.view(3, 50, 1) % 3, X, reduce="add")
-        with pytest.raises(NotImplementedError, match="kit.twice"):
-            twice(X)
+        for function in (twice, named_as_another):
+            with pytest.raises(NotImplementedError, match="kit.(twice|rand)"):
+                function(X)
+        with pytest.raises(NotImplementedError, match="prims.sin"):
+            torch.ops.prims.sin(X)
+        with pytest.raises(NotImplementedError, match="aten.div.Tensor_mode. To add"):
+            X // 0.3
+        with pytest.raises(NotImplementedError, match="addmm_activation"):  # another on a GPU
+            torch.ops.aten._addmm_activation(V[:5], W[:5, :7], W[:7, :5], use_gelu=True)
+        with pytest.raises(NotImplementedError, match="norms in float64"):
+            torch.linalg.vector_norm(X, dtype=torch.float32)
+        assert torch.equal(torch.div(X, 3.0, rounding_mode=None), X / 3.0)
+        assert torch.randn_like(X, dtype=torch.float32).dtype == torch.float32
         with pytest.raises(NotImplementedError, match="float64.*float32"):
             X.float() @ W.T.float()
         with pytest.raises(NotImplementedError, match="Conv1d"):
             F.conv2d(X[None], X[:, None, :3, :3])
         assert (torch.arange(9).view(3, 3).sum(0) // 2).tolist() == [4, 6, 7]
         assert X.float().double().shape == X.shape
-    compared(17, "operations")
+    compared(24, "operations")
 
 
 def test_what_torch_refuses_is_refused(compared):
     calls = (lambda: F.layer_norm(X, (8,)), lambda: torch.bmm(X, X[:1].mT),
              lambda: F.conv1d(X[:, :, :3], KERNEL), lambda: TARGET.clone().div_(2),
-             lambda: TARGET.clone().add_(0.5), lambda: W @ W, lambda: TARGET.mean())
+             lambda: TARGET.clone().add_(0.5), lambda: W @ W, lambda: TARGET.mean(),
+             lambda: F.scaled_dot_product_attention(X, X, X, attn_mask=X @ X.mT, is_causal=True))
     for call in calls:
         for context in (contextlib.nullcontext(), Exact()):
             with pytest.raises(RuntimeError), context:
