@@ -38,7 +38,7 @@ def number(kind, low, high=math.inf, above=False):
         value = kind(text)
         if not (value > low if above else value >= low) or not value <= high or value == math.inf:
             edge = f"above {low}" if above else f"at least {low}"
-            upper = f" and at most {high:g}" if high < math.inf else ""
+            upper = f" and at most {high}" if high < math.inf else ""
             raise argparse.ArgumentTypeError(f"{text} must be {edge}{upper}")
         return value
 
@@ -51,8 +51,8 @@ def path(text):
         raise argparse.ArgumentTypeError("an empty path")
     try:
         Path(text).exists()
-    except (OSError, ValueError) as error:  # too long, or with a NUL in it
-        raise argparse.ArgumentTypeError(f"no path: {getattr(error, 'strerror', error)}") from None
+    except OSError as error:  # too long
+        raise argparse.ArgumentTypeError(f"no path: {error.strerror}") from None
     return Path(text)
 
 
@@ -140,8 +140,8 @@ def execute(run, args):
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":
             raise
-        code = fail("too little free GPU memory: lower --batch-size (train: --micro-batch), or use "
-                    "--device cpu")
+        code = fail("too little free GPU memory: free some, lower extract.py's --batch-size or "
+                    "train.py's --micro-batch, or use --device cpu")
     try:
         sys.stdout.flush()
     except OSError:

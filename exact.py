@@ -564,7 +564,7 @@ def layer_norm_backward(dy, x, shape, m, r, w, b, mask):
 
 
 def new_seed(generator=None):
-    """A mask's seed, from torch's CPU generator: torch.manual_seed and checkpointing apply to it."""
+    """A mask's seed, drawn on the CPU by torch: manual_seed and checkpointing apply to it."""
     return int(torch.randint(2**62, (), generator=generator))
 
 

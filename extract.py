@@ -103,6 +103,23 @@ def manifest_of(deam, backbone, layer, precision, store):
             "top_layers": state_digest(backbone.top_layers(layer)["state"])}
 
 
+def swapped_ranges(deam):
+    """[[lowest, highest id], …] whose valence and arousal the audit finds swapped; None where there
+    is nothing to compare with."""
+    try:
+        rows = audit_labels(deam)
+        if all(row["swapped"] is None for row in rows):
+            raise UserError("the data do not tell whether they are swapped")
+    except UserError as error:
+        print(f"the labels cannot be audited ({error}); --labels corrected will not be possible")
+        return None
+    for row in rows:
+        if row["swapped"] is None:
+            print(f"ids {row['low']}–{row['high']}: the data do not tell whether their labels are "
+                  "swapped; --labels corrected will leave them as they are")
+    return [[row["low"], row["high"]] for row in rows if row["swapped"]]
+
+
 class FeatureFolder:
     """DEAM_feats/ while it is filled: every song with a record of its own beside it, so that a kill
     costs at most the songs in flight and several processes can fill one folder; the manifest is
@@ -169,7 +186,7 @@ class FeatureFolder:
         song, pcm, features = clip
         features = features.to(getattr(torch, self.settings["store"])).cpu().clone()
         if not features.isfinite().all():
-            return self.fail(song, f"its features overflow {features.dtype}")
+            return self.fail(song, f"NaN or infinity in its features, as {features.dtype}")
         write_tensors(self.root / "songs" / f"{song}.pt", features)
         write_json(self.root / "songs" / f"{song}.json", {
             "pcm": pcm, "features": tensor_digest(features), "frames": len(features)})
@@ -202,7 +219,7 @@ class FeatureFolder:
 
 @functools.cache
 def audio_digest(path):
-    """sha256 of a file that failed: it is tried again when it is another one. None for no file."""
+    """sha256 of a file that failed, None without one: a record of failure counts for that file."""
     try:
         return file_digest(path)
     except OSError:
@@ -281,7 +298,7 @@ def songs_to_verify(args, manifest, deam):
     ids = args.songs or list(map(int, manifest["songs"]))
     unknown = [song for song in ids if str(song) not in manifest["songs"]]
     if unknown or not ids:
-        raise UserError(f"{args.verify} has no songs {shortened(unknown)}")
+        raise UserError(f"{args.verify} has no song {shortened(unknown) or 'at all'}")
     there = [song for song in ids if song in deam.audio]
     if not there or args.songs and len(there) < len(ids):
         missing = [song for song in ids if song not in there]
@@ -367,22 +384,11 @@ def extract(args):
 
 
 def run(args):
+    if (args.check or args.verify) and PROCESSES > 1:
+        raise UserError("--check and --verify are for one process: run them without torchrun")
     if args.check:
         return check(args.check)
     return verify(args) if args.verify else extract(args)
-
-
-def swapped_ranges(deam):
-    """[[lowest, highest id], …] whose valence and arousal the audit finds swapped; None where there
-    is nothing to compare with."""
-    try:
-        rows = audit_labels(deam)
-        if all(row["swapped"] is None for row in rows):
-            raise UserError("the data do not tell whether they are swapped")
-    except UserError as error:
-        print(f"the labels cannot be audited ({error}); --labels corrected will not be possible")
-        return None
-    return [[row["low"], row["high"]] for row in rows if row["swapped"]]
 
 
 if __name__ == "__main__":

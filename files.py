@@ -324,10 +324,11 @@ class Verdict:
             return
         near = like or apart < limit
         self.close, self.different = self.close + near, self.different + (not near)
+        place, expected, found = first_difference(expected, found)
         shown = [f"{value:.9g}" if isinstance(value, float) else str(value)[:24]
                  for value in (expected, found)]
         word = "close" if near else "DIFFERENT"
-        print(f"  {name:42} {word}: expected {shown[0]}, found {shown[1]}")
+        print(f"  {name + place:42} {word}: expected {shown[0]}, found {shown[1]}")
 
     def compare_all(self, names, expected, found):
         """Compare what two dicts have under these names."""
@@ -343,8 +344,21 @@ class Verdict:
         return 3 if self.close else 0
 
 
+def first_difference(expected, found):
+    """The first place at which two lists or two dicts differ: ("[3]", its value in each, "nothing"
+    if it has none); ("", expected, found) of anything else."""
+    for kind, keys in ((list, lambda value: range(len(value))), (dict, dict.keys)):
+        if isinstance(expected, kind) and isinstance(found, kind):
+            for key in dict.fromkeys([*keys(expected), *keys(found)]):
+                then, now = (value[key] if key in keys(value) else "nothing"
+                             for value in (expected, found))
+                if then != now:
+                    return f"[{key}]", then, now
+    return "", expected, found
+
+
 def differences(then, now):
-    """"key a there, b now; …" where two dicts of settings differ; empty where they do not."""
+    """"key a there, b now; …" for two dicts of settings; empty if they are the same."""
     return "; ".join(f"{key} {then.get(key)} there, {now.get(key)} now"
                      for key in {**then, **now} if then.get(key) != now.get(key))
 

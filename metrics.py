@@ -139,8 +139,8 @@ def measure(annotations, ids, known, pred, ridge_pred, train=None, groups=None):
 
 
 def measure_split(annotations, splits, split, pred, ridge_pred):
-    """`measure` for a split; for the published test split also the published protocol, and the songs
-    of artists that the model never heard."""
+    """`measure` for a split; for the published test split also the published protocol, and the
+    songs of artists that the model never heard."""
     ids, known = splits[split], splits["train"] + splits["val"]
     numbers = measure(annotations, ids, known, pred, ridge_pred, splits["train"])
     if split == "test" and splits_digest(splits) == PUBLISHED["splits"]:
