@@ -345,15 +345,16 @@ class Verdict:
 
 
 def first_difference(expected, found):
-    """The first place at which two lists or two dicts differ: ("[3]", its value in each, "nothing"
-    if it has none); ("", expected, found) of anything else."""
+    """The first place at which two lists or two dicts differ, however deep: ("[3]", its value in
+    each, "nothing" if it has none); ("", expected, found) of anything else."""
     for kind, keys in ((list, lambda value: range(len(value))), (dict, dict.keys)):
         if isinstance(expected, kind) and isinstance(found, kind):
             for key in dict.fromkeys([*keys(expected), *keys(found)]):
                 then, now = (value[key] if key in keys(value) else "nothing"
                              for value in (expected, found))
                 if then != now:
-                    return f"[{key}]", then, now
+                    place, *values = first_difference(then, now)
+                    return f"[{key}]{place}", *values
     return "", expected, found
 
 
