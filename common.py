@@ -333,7 +333,8 @@ def read_splits(path):
 
 
 def own_splits(folder):
-    """The splits of a features folder: its own, or the kit's."""
+    """The splits of a features folder or a run: its own, or the kit's. extract.py copies those it
+    used into the features folder, train.py into the run."""
     own = Path(folder) / "splits.json"
     return read_splits(own if own.exists() else HERE / "splits.json")
 
@@ -790,7 +791,8 @@ class EmotionModel(nn.Module):
     """The layers above the cached one → LayerNorm → mean over time → valence and arousal heads.
 
     params, layer: of the backbone and the features. finetune names what trains: `frozen` the heads
-    alone; `last<n>` the top n layers, the norm and the heads. The layers below stay in eval mode.
+    alone; `last<n>` the top n layers, the norm and the heads. The layers between the cached one and
+    those, layer 11 for `last1` and features of layer 10, stay frozen and in eval mode.
     Weights come from `start_from` or load_state_dict(assign=True).
     attention_dropout: of the layers that train; None leaves the backbone's.
     """
@@ -865,13 +867,17 @@ class EmotionModel(nn.Module):
         states = features.to(self.norm.weight)[None]
         for layer in self.frozen_layers:
             states, _ = layer(states)
-        return (states if self.trained_layers else self.norm(states).mean(1, keepdim=True))[0]
+        return states[0] if self.trained_layers else self.pool(states)
 
     def run_trained(self, states):
         """states[B, T, D] of `run_frozen` → pooled[B, D]."""
         for layer in self.trained_layers:
             states, _ = layer(states)
-        return (self.norm(states) if self.trained_layers else states).mean(1)
+        return self.pool(states) if self.trained_layers else states.mean(1)
+
+    def pool(self, states):
+        """states[B, T, D] → pooled[B, D]: the final norm, then the mean over time."""
+        return self.norm(states).mean(1)
 
     def forward(self, clips, micro_batch=1):
         """[states of `run_frozen`, …], of any lengths → z-scored [B, 2]: valence, arousal."""

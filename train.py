@@ -146,7 +146,7 @@ def learning_rate(step, steps, config):
     if config["schedule"] == "cosine":
         cosine = float(sin_pi(0.5 - step / max(steps - 1, 1)))  # the same on any machine
         return lr + (max_lr - lr) * 0.5 * (1 + cosine)
-    cycle = step // (2 * config["step_size_up"])
+    cycle = step // (2 * config["step_size_up"])  # triangular2
     height = 1 - abs(step / config["step_size_up"] - 2 * cycle - 1)
     return lr + math.ldexp((max_lr - lr) * height, -cycle)
 
@@ -162,19 +162,22 @@ class Training:
     """Model, optimiser and loaders of a configuration; its steps, and what they gave so far: the
     lines of history.csv and digests.csv, the predictions on val, the best epoch's model.
 
-    The seed draws the heads' weights, the next one shuffles, the one after that draws dropout."""
+    config["seed"] draws the heads' weights, seed + 1 shuffles (in open_data), seed + 2 draws
+    dropout."""
 
     def __init__(self, config, data, arithmetic):
         self.config, self.data, self.arithmetic = config, data, arithmetic
         self.device = arithmetic.device
         self.step, self.history, self.digests = 0, [], []
         self.pred, self.best = None, None
+        self.rate, self.sums = None, None  # of the last step, of this epoch's steps
         top = data.top_layers
         self.model = EmotionModel(top["params"], top["layer"], config["finetune"],
                                   config["attention_dropout"])
         self.model.start_from(top, config["seed"])
         self.model.to(self.device, arithmetic.dtype)
         self.trainable = [each for each in self.model.parameters() if each.requires_grad]
+        # hashed once, since they never change
         self.frozen_digests = {name: tensor_digest(each) for name, each in
                                self.model.named_parameters() if not each.requires_grad}
         self.initial = self.digest()
@@ -219,7 +222,7 @@ class Training:
                 bar.update()
                 if epoch == 1 and self.step & (self.step - 1) == 0:  # 1, 2, 4, …
                     self.digests.append([epoch, self.step, loss.item(), self.digest()])
-                if self.step == steps and steps % len(self.train):
+                if self.step == steps and steps % len(self.train):  # within an epoch
                     return
             means = [value / len(self.train) for value in self.sums.tolist()]
             validation, self.pred = self.validate()
@@ -240,13 +243,13 @@ class Training:
         """Train on all batches once, yielding the loss after each step."""
         self.model.train()
         self.sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, MSE, MAE
-        for clips, labels in self.train:
+        for states, labels in self.train:  # of FrozenOutputs: what the frozen layers gave
             self.rate = learning_rate(self.step, self.steps, self.config)
             for group in self.optimizer.param_groups:
                 group["lr"] = self.rate
             with self.arithmetic():
                 true = self.z_scored(labels)
-                pred = self.model(clips, self.config["micro_batch"])
+                pred = self.model(states, self.config["micro_batch"])
             with self.outside_autocast():
                 loss = self.loss(pred, true)
                 self.optimizer.zero_grad()
@@ -280,7 +283,7 @@ class Training:
         the model becomes that one."""
         if self.best:
             self.load(self.best["model"])
-        if self.best or self.pred is None:
+        if self.best or self.pred is None:  # another model than the last, or nothing left to train
             _, self.pred = self.validate()
         six_decimals = (self.pred * 1e6).round() / 1e6 + 0.0  # without minus zeros
         return {"model": self.digest(), "val_predictions": tensor_digest(six_decimals)}
@@ -314,8 +317,9 @@ class Training:
         try:
             self.history, self.digests, self.best = (state[key] for key in (
                 "history", "digests", "best"))
-            for each in filter(None, (state["best"], state)):  # the best only to see that it fits
-                self.load(each["model"])
+            if self.best:
+                self.load(self.best["model"])  # only to see that it fits
+            self.load(state["model"])
             moments, parameters = state["optimizer"], dict(enumerate(self.trainable))
             if any(like(parameters) != like({n: each[name] for n, each in moments.items()})
                    for name in ("exp_avg", "exp_avg_sq")):
@@ -525,7 +529,11 @@ def take_settings(args, config, folder):
 
 
 def verify(args):
-    """Repeat a run with its own settings, compare line by line, write nothing; a verdict's code."""
+    """Repeat a run, or its first steps, with its own settings and write nothing; a verdict's code.
+
+    Compared are its settings, features, labels and initial model; the losses and digests of the
+    steps repeated, on to the next that has a digest; at the end the model and the predictions on
+    val. Lines of later steps are only compared with each other."""
     folder = args.verify
     recorded = read_json(folder / "config.json", "a run's configuration", RECORD)
     rows = read_digests(folder)
