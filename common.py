@@ -542,6 +542,7 @@ def resample(waveform, rate, new_rate):
 SETTINGS = {"weights": DIGEST, "layer": int, "precision": ("exact", "float32", "bfloat16"),
             "store": ("float32", "float16"), "sample_rate": int,
             "normalize_epsilon": (None, float)}
+RUN_SETTINGS = {**SETTINGS, "weights": (None, DIGEST)}  # None: of features without manifest
 ENTRY = {"pcm": DIGEST, "features": DIGEST, "frames": int}
 MANIFEST = {"settings": SETTINGS, "annotations": DIGEST, "top_layers": DIGEST,
             "swapped_labels": (None, [[int, int]]), "songs": {int: ENTRY}, "digest": DIGEST,
@@ -809,8 +810,8 @@ class EmotionModel(nn.Module):
             self.valence, self.arousal = Head(dimension), Head(dimension)
         self.frozen_layers, self.trained_layers = list(self.layers[:cut]), list(self.layers[cut:])
         self.params, self.recompute = params, True
-        for encoder_layer in self.trained_layers:
-            if attention_dropout is not None:
+        if attention_dropout is not None:
+            for encoder_layer in self.trained_layers:
                 encoder_layer.attention.dropout = attention_dropout
         for module in self.frozen_modules():
             module.requires_grad_(False)

@@ -42,18 +42,18 @@ from torch.utils.data import DataLoader
 
 import figures
 from cli import Progress, UserError
-from common import (DIMENSIONS, PARAMS, QUADRANTS, SETTINGS, Arithmetic, DEAMFeatHandler,
+from common import (DIMENSIONS, PARAMS, QUADRANTS, RUN_SETTINGS, Arithmetic, DEAMFeatHandler,
                     DEAMHandler, EmotionModel, FrozenOutputs, collate, corrected, environment,
                     own_splits, read_manifest, read_splits, songs_of, splits_digest)
 from files import (DIGEST, Verdict, ahead, check_form, differences, json_digest, read_json,
                    read_tensors, read_text, state_digest, table_text, write_file, write_json)
-from metrics import (PUBLISHED, arrays, artist_groups, measure, measure_split, paired_difference,
-                     ridge, stated)
+from metrics import (PUBLISHED, artist_groups, measure, measure_split, paired_difference,
+                     predicted_values, ridge, stated, true_values)
 from train import CONFIG, RECORD
 
 SIX_DECIMALS, ABSENT = 5e-7, ("absent",)  # a tuple: nothing that JSON can hold
 TOLERANCE = 0.01  # on the 1–9 scale: predictions of float32 that differ less are close
-MODEL = {"config": CONFIG, "settings": {**SETTINGS, "weights": (None, DIGEST)}, "params": PARAMS,
+MODEL = {"config": CONFIG, "settings": RUN_SETTINGS, "params": PARAMS,
          "mean": torch.Tensor, "std": torch.Tensor, "state": {str: torch.Tensor},
          "initial_model": DIGEST, "source": str, "backbone": {"name": str}}
 METRICS = {"finetune": str, "precision": ("exact", "float32", "bfloat16"), "source": str,
@@ -204,7 +204,7 @@ def write_report(evaluation, device):
     caption = figures.caption_of(found["finetune"], found["labels"],
                                  f"{found['split']}, n = {found['songs']}", found["source"])
     songs = list(map(int, found["predictions"]))
-    true, pred = arrays(data.annotations, found["predictions"], songs)
+    true, pred = true_values(data.annotations, songs), predicted_values(found["predictions"], songs)
     figures.draw_report(true, pred, found["numbers"], out, caption)
 
 

@@ -9,7 +9,7 @@ import functools
 
 import numpy as np
 
-from common import (DIMENSIONS, QUADRANTS, label_statistics, quadrant, read_artists,
+from common import (DIMENSIONS, QUADRANTS, label_statistics, labels_of, quadrant, read_artists,
                     splits_digest)
 
 PUBLISHED = {"mse": 0.4945, "quadrants": 107,  # on the first 160 test songs of these splits
@@ -112,23 +112,26 @@ def ridge(x, y, x_val, y_val):
     return predictor(best), float(best)
 
 
-def arrays(annotations, pred, songs):
-    """Labels and predictions {song id: [valence, arousal]} of the songs, float64[N, 2] each."""
-    return (np.array([annotations[song][::2] for song in songs]),
-            np.array([pred[str(song)] for song in songs]))
+def true_values(annotations, songs):
+    return labels_of(annotations, songs).numpy()
+
+
+def predicted_values(pred, songs):
+    """float64[N, 2] of predictions {song id: [valence, arousal]}."""
+    return np.array([pred[str(song)] for song in songs])
 
 
 def measure(annotations, ids, known, pred, ridge_pred, train=None, groups=None):
     """Every number of a report, from DEAM's annotations and predictions {song id: [valence,
     arousal]} of the songs `ids`; z-scored by the labels of the `known` songs."""
-    (true, pred), baselines = arrays(annotations, pred, ids), {}
+    true, pred, baselines = true_values(annotations, ids), predicted_values(pred, ids), {}
     mean, std = (value.numpy() for value in label_statistics(annotations, known))
     metric = functools.partial(all_metrics, std=std)
     if train:
-        mean_label = np.array([annotations[song][::2] for song in train]).mean(0)
+        mean_label = true_values(annotations, train).mean(0)
         baselines["training mean"] = np.broadcast_to(mean_label, true.shape)
     if ridge_pred:
-        _, baselines["ridge"] = arrays(annotations, ridge_pred, ids)
+        baselines["ridge"] = predicted_values(ridge_pred, ids)
     return {"label_mean": mean.tolist(), "label_std": std.tolist(),
             "metrics": mapped(float, metric(true, pred)),
             "intervals": bootstrap(metric, true, pred, groups=groups),
@@ -144,7 +147,8 @@ def measure_split(annotations, splits, split, pred, ridge_pred):
     ids, known = splits[split], splits["train"] + splits["val"]
     numbers = measure(annotations, ids, known, pred, ridge_pred, splits["train"])
     if split == "test" and splits_digest(splits) == PUBLISHED["splits"]:
-        true, found = arrays(annotations, pred, ids[:160])  # full batches held 160
+        first = ids[:160]  # full batches held 160
+        true, found = true_values(annotations, first), predicted_values(pred, first)
         errors = (found - true) / numbers["label_std"]
         right = quadrant(true, 5) == quadrant(found, 5)
         numbers["published_protocol"] = {"z_mse": float((errors**2).mean()),
@@ -168,7 +172,8 @@ def paired_difference(annotations, pred, other):
     """Metrics of predictions {song id: [valence, arousal]} less those of `other` ones of the same
     songs, and their intervals by resampling artists: what a claim of improvement needs."""
     ids = list(map(int, pred))
-    (true, a), (_, b) = (arrays(annotations, each, ids) for each in (pred, other))
+    true, a, b = (true_values(annotations, ids), predicted_values(pred, ids),
+                  predicted_values(other, ids))
 
     def difference(true, a, b):
         one, two = (all_metrics(true, each, np.ones(2)) for each in (a, b))

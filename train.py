@@ -90,10 +90,10 @@ from torch.utils.data import DataLoader
 
 import figures
 from cli import Progress, UserError
-from common import (SPLITS, Arithmetic, DEAMFeatHandler, EmotionModel, FrozenOutputs, emotion_loss,
-                    environment, fold_splits, operations, own_splits, quadrant_weights,
-                    read_manifest, read_splits, room_for_activations, say_if_slow, sin_pi,
-                    splits_digest, where_to_keep)
+from common import (RUN_SETTINGS, SPLITS, Arithmetic, DEAMFeatHandler, EmotionModel, FrozenOutputs,
+                    emotion_loss, environment, fold_splits, operations, own_splits,
+                    quadrant_weights, read_manifest, read_splits, room_for_activations, say_if_slow,
+                    sin_pi, splits_digest, where_to_keep)
 from files import (DIGEST, Verdict, differences, lock, read_json, read_table, read_tensors,
                    state_digest, tensor_digest, write_csv, write_json, write_tensors)
 
@@ -217,10 +217,11 @@ class Training:
     def train_until(self, steps, bar):
         """Train up to step number `steps`, yielding each epoch's line of history.csv once it is
         validated. Raises UserError if training diverged."""
+        early = [step for _, step in digest_steps(len(self.train), 0)]
         for epoch in range(len(self.history) + 1, self.config["epochs"] + 1):
             for loss in self.one_epoch():
                 bar.update()
-                if epoch == 1 and self.step & (self.step - 1) == 0:  # 1, 2, 4, …
+                if epoch == 1 and self.step in early:
                     self.digests.append([epoch, self.step, loss.item(), self.digest()])
                 if self.step == steps and steps % len(self.train):  # within an epoch
                     return
@@ -480,7 +481,8 @@ def predict_the_mean(data):
 # ------------------------------------------------------------------------------------------- verify
 
 RECORD = {"config": CONFIG, "digests": {"initial_model": DIGEST}, "source": str,
-          "features_settings": dict, "label_mean": [float, float], "label_std": [float, float]}
+          "features_settings": RUN_SETTINGS, "label_mean": [float, float],
+          "label_std": [float, float]}
 
 
 def whole(cell):

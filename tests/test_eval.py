@@ -370,13 +370,15 @@ def test_checkpoints_that_are_none(command, tmp_path, fails, monkeypatch, compar
                          ({"params": {}}, none)):
         write_tensors(file, {**good, **change})  # of the right digest
         assert says in fails(eval_script, *command)
+    write_tensors(file, {"state": {}})
+    assert none in fails(eval_script, *command)
     file.write_text("no")
     assert none in fails(eval_script, *command)
     file.unlink()
     assert "is not finished: train.py with --resume" in fails(eval_script, *command)
     (command[0] / "last.pt").unlink()
     assert "cannot read a trained model" in fails(eval_script, *command)
-    compared(11, "refusals")
+    compared(12, "refusals")
 
 
 def test_files_that_are_not_of_one_run(small, command, fails, compared):

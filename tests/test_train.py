@@ -423,6 +423,7 @@ def test_verifying_asks_for_the_songs_of_its_steps(features, trained, tmp_path, 
     few = shutil.copytree(features, tmp_path / "f", ignore=shutil.ignore_patterns("1*.pt"))
     message = fails(train, "--verify", trained, "--features", few, "--steps", 1, "--device", "cpu")
     assert "have no features" in message and "run its extract.py command with --songs" in message
+    assert "--steps is for --verify" in fails(train, "--features", features, "--steps", 1)
 
 
 def test_torchrun_is_refused(features, fails, monkeypatch):
