@@ -52,7 +52,8 @@ def make_record(run, folder, features="DEAM_feats"):
     with contextlib.chdir(folder):
         assert call(record, run, "--features", features) == 0
         with tarfile.open(f"{run.name}.tar") as tar:
-            tar.extractall("unpacked", filter="data")
+            safe = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # from 3.11.4 on
+            tar.extractall("unpacked", **safe)
     return folder / "unpacked" / run.name
 
 
