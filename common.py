@@ -10,14 +10,9 @@ command line.
 
 import functools
 import math
-import os
-import platform
 import re
-import time
 from pathlib import Path
 
-import numpy as np
-import soundfile
 import torch
 import torchaudio
 from torch import nn
@@ -25,128 +20,15 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
-import exact
-from cli import UserError
 from exact import Exact
-from files import (DIGEST, ahead, is_plain, json_digest, load_tensors, read_json, read_tensors,
-                   read_table, sha256, shortened, state_digest, tensor_digest)
-from weights import find_weights, fold_weight_norm
-
-HERE = Path(__file__).resolve().parent
-DIMENSIONS = ("valence", "arousal")
-QUADRANTS = ("HV/HA", "LV/HA", "LV/LA", "HV/LA")  # high or low valence, high or low arousal
-MOODS = ("excited, happy", "tense, angry", "sad, tired", "calm, content")  # after Russell 1980
-
-# ------------------------------------------------------------------------------------- determinism
-
-
-class Arithmetic:
-    """What --precision and --device mean: `device`, `dtype` of parameters and inputs, and a context
-    to compute in, `with arithmetic():`.
-
-    exact: float64 under Exact, the same bits on any machine; checked here against known answers.
-    float32, bfloat16: torch's own arithmetic made to repeat itself (deterministic kernels, an error
-    where there is none); the same bits on one make of CPU or one GPU model.
-    Raises UserError where there is no such device, or where it fails the check.
-    """
-
-    def __init__(self, precision, device="auto", threads=None):
-        self.precision, self.device = precision, pick_device(device)
-        self.dtype = torch.float64 if precision == "exact" else torch.float32
-        if threads:
-            torch.set_num_threads(threads)
-        if precision == "exact":
-            try:
-                exact.check(self.device)
-            except ArithmeticError as error:
-                raise UserError(f"{error}: this machine cannot give the kit's digests; use another "
-                                "--device, or --precision float32, which claims less") from None
-            return
-        torch.set_deterministic_debug_mode("error")
-        # filling uninitialised memory takes a fifth of the time, and nothing here reads any
-        torch.utils.deterministic.fill_uninitialized_memory = False
-        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
-        torch.backends.cudnn.enabled = precision == "float32"  # its other convolutions are slower
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-
-    def __call__(self):
-        """A new context each time: one autocast entered twice, nested, would stay on for good."""
-        if self.precision == "exact":
-            return Exact()
-        bfloat16 = self.precision == "bfloat16"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16)
-
-
-def pick_device(name):
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no NVIDIA GPU here; use --device cpu")
-    if name == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    place = int(os.environ.get("LOCAL_RANK", 0))  # torchrun's number of a process on its machine
-    if place >= torch.cuda.device_count():
-        raise UserError(f"process {place + 1} has no GPU: torch sees {torch.cuda.device_count()} "
-                        "here; lower torchrun's --nproc-per-node")
-    torch.cuda.set_device(place)
-    return torch.device("cuda", place)
-
-
-def say_if_slow(arithmetic, operations):
-    """Warn if so many floating point operations would take hours here in exact arithmetic: many
-    GPUs compute float64 at 1/32 or 1/64 of float32."""
-    if arithmetic.precision != "exact" or operations < 1e14:
-        return
-    a = torch.ones(1024, 1024, dtype=torch.float64, device=arithmetic.device)
-    seconds = []
-    for _ in range(4):
-        begin = time.perf_counter()
-        (a @ a)[0, 0].item()
-        seconds.append(time.perf_counter() - begin)
-    # 1.5: for what is not a matrix product
-    hours = 1.5 * operations * min(seconds) / (2 * 1024**3) / 3600
-    if hours > 1:
-        print(f"about {hours:.0f} hours here in exact arithmetic; --precision float32 is faster, "
-              "and gives the same bits on one make of CPU or one GPU model only", flush=True)
-
-
-def operations(params, layers, convolutions=True, samples=45 * 16000):
-    """Floating point operations of a backbone on one clip: its convolutions and `layers` encoder
-    layers. A multiplication with its addition counts as two."""
-    total, channels, length = 0, 1, samples
-    for out, kernel, stride in params["extractor_conv_layer_config"]:
-        length = (length - kernel) // stride + 1
-        total, channels = total + 2 * length * channels * kernel * out, out
-    width, inner = params["encoder_embed_dim"], params["encoder_ff_interm_features"]
-    position = width // params["encoder_pos_conv_groups"] * params["encoder_pos_conv_kernel"]
-    total += 2 * length * width * (channels + position)
-    layer = 2 * length * (4 * width**2 + 2 * width * inner) + 4 * length**2 * width
-    return total * convolutions + layers * layer
-
-
-def sin_pi(x):
-    """sin(πx) from + − × ÷ alone: a library's own sine differs between machines in its last bit.
-    Taylor's series within half a period, to 1e-15."""
-    whole = np.rint(x)
-    r = (x - whole) * math.pi
-    term = total = r
-    for n in range(1, 12):
-        term = term * (r * r) / (-2 * n * (2 * n + 1))
-        total = total + term
-    return total * (1 - 2 * (np.abs(whole) % 2))
-
-
-def environment(device):
-    """What a result was computed with. Recorded beside every digest, never inside one."""
-    cpuinfo = Path("/proc/cpuinfo")
-    cpu = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    return {
-        "python": platform.python_version(), "torch": torch.__version__,
-        "torchaudio": torchaudio.__version__, "numpy": np.__version__,
-        "soundfile": soundfile.__version__, "libsndfile": soundfile.__libsndfile_version__,
-        "cpu": cpu[1] if cpu else platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-    }
-
+from kit.audio import RATES, read_waveform
+from kit.cli import UserError
+from kit.deam import (DIMENSIONS, SPLITS, STATIC, corrected, download_deam, files_below,
+                      label_statistics, labels_of, own_splits, quadrant, read_annotations, songs_of)
+from kit.files import ahead, load_tensors, read_tensors, sha256, shortened, state_digest
+from kit.machine import has_room
+from kit.records import NOTEBOOK_MANIFEST, read_features, read_manifest
+from kit.weights import find_weights, fold_weight_norm
 
 # ---------------------------------------------------------------------------------------- backbone
 
@@ -274,100 +156,6 @@ class Backbone:
 
 # ----------------------------------------------------------------------------------- DEAM and audio
 
-# version 1: a bare handle asks for the latest
-KAGGLE = "imsparsh/deam-mediaeval-dataset-emotional-analysis-in-music/versions/1"
-STATIC = "static_annotations_averaged_songs_1_2000.csv"
-COLUMNS = ["song_id", "valence_mean", "valence_std", "arousal_mean", "arousal_std"]
-SHORTEST = 400  # samples at the backbone's rate: what one frame of the base architecture sees
-RATES = 4000, 384_000  # Hz: the lowest and highest sample rate accepted
-SPLITS = {"train": [int], "val": [int], "test": [int]}
-
-
-class BadClip(Exception):
-    """One audio file that cannot be used; the others can."""
-
-
-def read_annotations(path):
-    """Static annotations: {song id: (valence, its standard deviation, arousal, its standard
-    deviation)}, floats on DEAM's 1–9 scale. Other columns, stray spaces and CRLF are fine; missing
-    columns, gaps, NaN, labels outside 1–9 and double ids raise UserError."""
-    rows = [[cell.strip() for cell in row] for row in read_table(path, "a table of labels")]
-    header, songs = rows[0] if rows else [], {}
-    if missing := [name for name in COLUMNS if name not in header]:
-        raise UserError(f"{path}: no column {', '.join(missing)}; it needs {', '.join(COLUMNS)}")
-    places = [header.index(name) for name in COLUMNS]
-    fresh = "take the file from a fresh copy of DEAM"
-    for line, row in enumerate(rows[1:], 2):
-        if not any(row):
-            continue
-        try:
-            song, *values = [row[place] for place in places]
-            values = tuple(map(float, values))
-            fine = (re.fullmatch("[0-9]{1,9}", song) and all(map(math.isfinite, values))
-                    and all(1 <= values[n] <= 9 for n in (0, 2)) and min(values) >= 0)
-        except (ValueError, IndexError):
-            fine = False
-        if not fine:
-            raise UserError(f"{path}, line {line}: not a song id, two labels from 1 to 9 and their "
-                            f"standard deviations; {fresh}")
-        if int(song) in songs:
-            raise UserError(f"{path}, line {line}: song {song} appears twice; {fresh}")
-        songs[int(song)] = values
-    if not songs:
-        raise UserError(f"{path}: no songs in it")
-    return songs
-
-
-def read_splits(path):
-    """{"source": where they come from, "train": [ids], "val": [ids], "test": [ids]}, disjoint,
-    their order kept. Raises UserError."""
-    splits = read_json(path, "a file of splits", SPLITS)
-    splits = {"source": str(splits.get("source", Path(path).name)),
-              **{name: splits[name] for name in SPLITS}}
-    everything = songs_of(splits)
-    if len(set(everything)) != len(everything):
-        raise UserError(f"{path}: a song appears twice in it; splits must be disjoint")
-    if not splits["train"] or not all(0 < song < 10**9 for song in everything):
-        raise UserError(f"{path}: no training songs, or invalid ids")
-    return splits
-
-
-def own_splits(folder):
-    """The splits of a features folder or a run: its own, or the kit's. extract.py copies those it
-    used into the features folder, train.py into the run."""
-    own = Path(folder) / "splits.json"
-    return read_splits(own if own.exists() else HERE / "splits.json")
-
-
-def fold_splits(fold, own):
-    """Splits of folds.json, no artist in two of them: test is fold `fold` of ten, val the next one,
-    train the others; of the songs of `own`, the splits of a features folder. Raises UserError."""
-    content = read_json(HERE / "folds.json", "a file of folds", {"source": str, "folds": [[int]]})
-    folds, songs, source = content["folds"], set(songs_of(own)), content["source"]
-    if not songs >= set(sum(folds, [])):
-        folds = [[song for song in each if song in songs] for each in folds]
-        source = f"{own['source']}; {source}"
-    val = (fold + 1) % len(folds)
-    if not folds[fold] or not folds[val]:
-        raise UserError(f"--fold {fold}: none of these songs is in fold {fold} or in fold {val}")
-    train = [song for n, each in enumerate(folds) if n not in (fold, val) for song in each]
-    return {"source": source, "train": train, "val": folds[val], "test": folds[fold]}
-
-
-@functools.cache
-def read_artists():
-    """{song id: number of its artist}, facts about DEAM."""
-    content = read_json(HERE / "artists.json", "a file of artists", {"artist": {int: int}})
-    return {int(song): artist for song, artist in content["artist"].items()}
-
-
-def songs_of(splits):
-    return splits["train"] + splits["val"] + splits["test"]
-
-
-def splits_digest(splits):
-    return json_digest({name: splits[name] for name in SPLITS})
-
 
 class DEAMHandler:
     """DEAM in a folder: `annotations` (of read_annotations), `dynamic` {"valence": path, "arousal":
@@ -409,186 +197,7 @@ class DEAMHandler:
         return read_waveform(self.audio[song_id], sample_rate)
 
 
-def download_deam():
-    import kagglehub  # here, because only this needs it and it is slow to load
-
-    try:
-        return kagglehub.dataset_download(KAGGLE)
-    except Exception as error:  # requests', kagglehub's own and the system's, in many versions
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"cannot download DEAM from Kaggle ({reason[:150]}): check the network, or "
-                        f"fetch kaggle.com/datasets/{KAGGLE.split('/versions')[0]} elsewhere, "
-                        "unpack it and pass the folder with --deam") from None
-
-
-def files_below(root, most=100_000):
-    """All files below a folder, links followed, each folder entered once."""
-    files, entered = [], set()
-    for folder, folders, names in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in entered:  # a link that leads back
-            folders.clear()
-            continue
-        entered.add(real)
-        files += [Path(folder) / name for name in names]
-        if len(files) + len(entered) > most:
-            raise UserError(f"more than {most} files below {root}: give a smaller folder; DEAM's "
-                            "own has some 4000")
-    return files
-
-
-def read_waveform(path, sample_rate):
-    """A whole file as (float64 waveform[samples], digest of its decoded PCM). Raises BadClip."""
-    [(_, waveform, pcm)] = read_windows(path, sample_rate)
-    return waveform, tensor_digest(pcm)
-
-
-def read_windows(path, sample_rate, window=None, hop=None):
-    """Decode a file, average its channels, resample. Yields (start in seconds, float64
-    waveform[samples], float32 PCM [samples, channels]): the whole file; or, where it is longer than
-    one and a half `window` seconds, windows of that length every `hop` seconds, the last one
-    aligned with the end. Reads no further than the window at hand, and what is there, whatever
-    length the header claims.
-    Raises BadClip for a file that is empty, truncated (as far as its header tells), not audio, not
-    finite, of an unusual sample rate, or shorter than one frame of the encoder."""
-    try:
-        with soundfile.SoundFile(os.fsencode(path)) as file:  # its name need not be valid text
-            rate, announced, notes, first = file.samplerate, file.frames, file.extra_info, 0
-            file.seekable = lambda: False  # else soundfile seeks after each read, and fails at ends
-            if not RATES[0] <= rate <= RATES[1]:
-                raise BadClip(f"its sample rate is {rate} Hz: convert it to 44100 Hz")
-            longest = int(1.5 * window * rate) if window else math.inf
-            # held: decoded frames from frame `first` on; held[:size] is the window to yield
-            held = read_frames(file, longest + 1)
-            size = len(held) if len(held) <= longest else round(window * rate)
-            while size * sample_rate >= SHORTEST * rate:
-                if not np.isfinite(held[:size]).all():
-                    raise BadClip("holds NaN or infinity")
-                yield first / rate, to_waveform(held[:size], rate, sample_rate), held[:size]
-                if not window:
-                    break  # that was the whole file
-                step = max(1, round(hop * rate))
-                held = np.concatenate([held, read_frames(file, step + size - len(held))])
-                if len(held) == size:
-                    break
-                step = min(step, len(held) - size)
-                held, first = held[step:], first + step
-            length = first + len(held)
-            check_length(announced, notes, length, rate, sample_rate)
-    except (soundfile.LibsndfileError, OSError, TypeError, ValueError, UnicodeError) as error:
-        empty = Path(path).is_file() and Path(path).stat().st_size == 0
-        raise BadClip("empty file" if empty else f"not readable as audio ({error})") from None
-
-
-def read_frames(file, count):
-    """Up to `count` frames of an open file, fewer at its end: float32[frames, channels]. Block by
-    block, because a header may claim any length."""
-    blocks = [np.zeros((0, file.channels), np.float32)]
-    while count > 0:
-        blocks.append(file.read(min(count, 1 << 20), dtype="float32", always_2d=True))
-        count = count - len(blocks[-1]) if len(blocks[-1]) else 0
-    return np.concatenate(blocks)
-
-
-def check_length(announced, notes, length, rate, sample_rate):
-    """Raise BadClip where fewer frames were read than a file's header or libsndfile's notes say, or
-    too few. A stream's header says none, or as many as there can be."""
-    sizes = re.findall(r"(?:data|SSND|Data Size|riff|Riff size) *: (\d+) \(should be (\d+)", notes)
-    if (length < announced - rate // 10 and announced < 2**62 or "ended unexpectedly" in notes
-            or any(int(there) < int(said) < 0xFFFFFF00 for said, there in sizes)):
-        raise BadClip("truncated: shorter than its own header says")
-    if length * sample_rate < SHORTEST * rate:
-        raise BadClip(f"too short: {length} samples at {rate} Hz, one frame needs "
-                      f"{math.ceil(SHORTEST * rate / sample_rate)}")
-
-
-def to_waveform(pcm, rate, sample_rate):
-    """PCM float32[samples, channels] → float64 waveform[samples] at sample_rate, mono."""
-    mono = functools.reduce(np.add, pcm.astype(np.float64).T) / pcm.shape[1]
-    return torch.from_numpy(resample(mono, rate, sample_rate))
-
-
-def resample(waveform, rate, new_rate):
-    """Band-limited resampling of float64[samples], both rates in Hz: a sinc in a Hann window over 6
-    zero crossings, cut off at 0.99 of the lower Nyquist frequency (torchaudio's defaults; after
-    J. O. Smith, Digital Audio Resampling). Element by element in a fixed order: the same bits on
-    any machine. The kernel has one row for each phase that occurs, without the zeros around it, so
-    that rates without a common factor take no more memory than others."""
-    divisor = math.gcd(rate, new_rate)
-    step, phases = rate // divisor, new_rate // divisor
-    if step == phases:
-        return waveform
-    cutoff, crossings = 0.99 * min(step, phases), 6
-    width = math.ceil(crossings * step / cutoff)
-    phase, offset = np.arange(phases), np.arange(-width, width + 1)
-    start = phase * step // phases  # the input sample at or before each phase
-    ticks = (start[:, None] + offset) * phases - (phase * step)[:, None]
-    t = np.clip(ticks / (step * phases) * cutoff, -crossings, crossings)
-    hann = sin_pi(0.5 - np.abs(t) / (2 * crossings)) ** 2
-    sinc = np.where(t == 0, 1.0, sin_pi(t) / np.where(t == 0, 1.0, t * math.pi))
-    kernel = (sinc * hann * (cutoff / step)).T.copy()
-    length = -(-len(waveform) * phases // step)
-    periods = -(-length // phases)
-    padded = np.pad(waveform, (width, max(0, (periods + 1) * step + width - len(waveform))))
-    places = np.arange(periods)[:, None] * step + start
-    resampled = np.zeros((periods, phases))
-    for tap, weights in enumerate(kernel):
-        resampled += padded[places + tap] * weights
-    return resampled.reshape(-1)[:length]
-
-
 # ---------------------------------------------------------------------------------------- features
-
-SETTINGS = {"weights": DIGEST, "layer": int, "precision": ("exact", "float32", "bfloat16"),
-            "store": ("float32", "float16"), "sample_rate": int,
-            "normalize_epsilon": (None, float)}
-RUN_SETTINGS = {**SETTINGS, "weights": (None, DIGEST)}  # None: of features without manifest
-ENTRY = {"pcm": DIGEST, "features": DIGEST, "frames": int}
-MANIFEST = {"settings": SETTINGS, "annotations": DIGEST, "top_layers": DIGEST,
-            "swapped_labels": (None, [[int, int]]), "songs": {int: ENTRY}, "digest": DIGEST,
-            "source": {"name": str}}
-# A folder of the published notebook has no manifest: its features cannot be verified, and are taken
-# as those of the backbone that it used.
-NOTEBOOK_MANIFEST = {
-    "settings": {"weights": None, "layer": 10, "precision": "float32", "store": "float32",
-                 "sample_rate": 16000, "normalize_epsilon": 1e-7},
-    "swapped_labels": None, "songs": None, "digest": None,
-    "source": {"name": "ALM/wav2vec2-base-audioset"}}
-
-
-def manifest_digest(manifest):
-    """One digest over how the features were made, the labels beside them, and every song's PCM and
-    features."""
-    inside = "settings", "annotations", "top_layers", "swapped_labels", "songs"
-    return json_digest({key: manifest[key] for key in inside})
-
-
-def read_manifest(path):
-    """A manifest.json, whose song ids are texts. Raises UserError if it is none or was edited."""
-    manifest = read_json(path, "a manifest", MANIFEST)
-    if manifest["digest"] != manifest_digest(manifest):
-        raise UserError(f"{path} does not match its own digest: it was edited or damaged; restore "
-                        "it, or delete the folder and extract again")
-    return manifest
-
-
-def read_features(path, digest=None, dimension=None):
-    """features[T, D] of a feature file. Raises UserError where it is not a finite tensor [T, D], or
-    not the one that a manifest's digest says."""
-    features = load_tensors(path, "a feature file")
-    if (not isinstance(features, torch.Tensor) or features.ndim != 2 or not len(features)
-            or features.dtype not in (torch.float32, torch.float16)
-            or dimension and features.shape[1] != dimension):
-        raise UserError(f"{path}: not a tensor [T, {dimension or 'D'}] of float32 or float16; "
-                        "extract this song again")
-    if not is_plain(features):
-        raise UserError(f"{path}: NaN or infinity in it, or not a dense tensor; extract this song "
-                        "again")
-    if digest and tensor_digest(features) != digest:
-        raise UserError(f"{path} is damaged: not the features of the manifest; run extract.py "
-                        "again")
-    return features
-
 
 COMPARED = set()  # feature files that this process has compared with their digests
 
@@ -733,28 +342,6 @@ class DEAMFeatHandler:
                    "swapped (see audit.py; --labels corrected)")
         if not self.complete:
             yield f"working on {self.summary}"
-
-
-def corrected(annotations, swapped):
-    """Annotations with valence and arousal exchanged for the [[lowest id, highest id], …]."""
-    return {song: values[2:] + values[:2] if any(low <= song <= high for low, high in swapped)
-            else values for song, values in annotations.items()}
-
-
-def labels_of(annotations, songs):
-    """float64[N, 2]: valence and arousal of the songs, on the 1–9 scale."""
-    labels = [annotations[song][::2] for song in songs]
-    return torch.tensor(labels, dtype=torch.float64).reshape(-1, 2)
-
-
-def label_statistics(annotations, songs):
-    """(mean, population σ) of valence and arousal, float64[2] each, over the songs."""
-    labels = labels_of(annotations, songs)
-    with Exact():
-        mean, std = labels.mean(0), labels.std(0, correction=0)
-    if not (std > 0).all():
-        raise UserError("the labels of train and val are all the same: nothing can be learned")
-    return mean, std
 
 
 # ---------------------------------------------------------------------------------- model and heads
@@ -962,16 +549,6 @@ def room_for_activations(clips, frames, model, device):
     return has_room(device, values * model.norm.weight.element_size())
 
 
-def has_room(device, size):
-    """Whether `size` bytes fit into half of the memory that a device has free now; if a system does
-    not say how much, a quarter of all memory counts as free."""
-    if device.type == "cuda":
-        return size < torch.cuda.mem_get_info(device)[0] / 2
-    known = "SC_AVPHYS_PAGES" in os.sysconf_names
-    pages = os.sysconf("SC_AVPHYS_PAGES") if known else os.sysconf("SC_PHYS_PAGES") / 4
-    return size < pages * os.sysconf("SC_PAGE_SIZE") / 2
-
-
 # --------------------------------------------------------------------------------------------- loss
 
 
@@ -979,13 +556,6 @@ def pearson(values):
     """Correlation between the two columns of values[B, 2]; 0 where a column is constant."""
     a, b = (values - values.mean(0)).unbind(1)
     return (a * b).sum() / (a.norm() * b.norm()).clamp_min(1e-12)
-
-
-def quadrant(values, threshold=0.0):
-    """Quadrant of values[..., 2] (numpy or torch): 0 HV/HA, 1 LV/HA, 2 LV/LA, 3 HV/LA, high from
-    `threshold` on. z-scored labels are split at 0, those on the 1–9 scale at 5."""
-    valence, arousal = values[..., 0] >= threshold, values[..., 1] >= threshold
-    return 2 * (1 - 1 * arousal) + (valence ^ arousal)
 
 
 def quadrant_weights(labels):

@@ -9,7 +9,7 @@
 A verdict is REPRODUCED (exit code 0), CLOSE (3) or NOT REPRODUCED (1).
 """
 
-from cli import Parser, execute, path, start
+from kit.cli import Parser, execute, path, start
 
 
 def parser():
@@ -40,15 +40,19 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-import figures
-from cli import Progress, UserError
-from common import (DIMENSIONS, PARAMS, QUADRANTS, RUN_SETTINGS, Arithmetic, DEAMFeatHandler,
-                    DEAMHandler, EmotionModel, FrozenOutputs, collate, corrected, environment,
-                    own_splits, read_manifest, read_splits, songs_of, splits_digest)
-from files import (DIGEST, Verdict, ahead, check_form, differences, json_digest, read_json,
-                   read_tensors, read_text, state_digest, table_text, write_file, write_json)
-from metrics import (PUBLISHED, artist_groups, measure, measure_split, paired_difference,
-                     predicted_values, ridge, stated, true_values)
+from common import PARAMS, DEAMFeatHandler, DEAMHandler, EmotionModel, FrozenOutputs, collate
+from kit import figures
+from kit.cli import Progress, UserError
+from kit.deam import (DIMENSIONS, QUADRANTS, corrected, own_splits, read_splits, songs_of,
+                      splits_digest)
+from kit.files import (ahead, json_digest, read_json, read_tensors, read_text, state_digest,
+                       table_text, write_file, write_json)
+from kit.machine import Arithmetic, environment
+from kit.metrics import (PUBLISHED, artist_groups, measure, measure_split, paired_difference,
+                         predicted_values, ridge, stated, true_values)
+from kit.records import RUN_SETTINGS, read_manifest
+from kit.schema import DIGEST, check_form
+from kit.verdict import Verdict, differences
 from train import CONFIG, RECORD
 
 SIX_DECIMALS, ABSENT = 5e-7, ("absent",)  # a tuple: nothing that JSON can hold

@@ -10,7 +10,7 @@
 Rerun the same command to resume after an interruption: verified songs are skipped.
 """
 
-from cli import Parser, execute, number, path, start
+from kit.cli import Parser, execute, number, path, start
 
 ADVICE = "rerun the same command to resume"
 
@@ -59,15 +59,19 @@ import time
 
 import torch
 
-from audit import audit_labels
-from cli import Progress, UserError
-from common import (COLUMNS, ENTRY, SETTINGS, TOP_LAYERS, Arithmetic, Backbone, BadClip,
-                    DEAMHandler, environment, manifest_digest, operations, own_splits,
-                    read_features, read_manifest, read_splits, say_if_slow, songs_of)
-from files import (DIGEST, Verdict, ahead, differences, file_digest, json_text, lock, read_json,
-                   read_tensors, sha256, shortened, state_digest, table_text, tensor_digest,
-                   write_file, write_json, write_tensors)
-from weights import weights_name
+from common import TOP_LAYERS, Backbone, DEAMHandler
+from kit.audio import BadClip
+from kit.cli import Progress, UserError
+from kit.deam import COLUMNS, own_splits, read_splits, songs_of
+from kit.files import (ahead, file_digest, json_text, lock, read_json, read_tensors, sha256,
+                       shortened, state_digest, table_text, tensor_digest, write_file, write_json,
+                       write_tensors)
+from kit.machine import Arithmetic, environment
+from kit.records import ENTRY, SETTINGS, manifest_digest, read_features, read_manifest
+from kit.schema import DIGEST
+from kit.swapped import audit_labels
+from kit.verdict import Verdict, differences
+from kit.weights import weights_name
 
 RANK = int(os.environ.get("RANK", 0))  # torchrun's number of this process, and how many there are
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
@@ -365,7 +369,6 @@ def extract(args):
           f"{backbone.params['encoder_num_layers']}; weights {backbone.digest[:16]}; "
           f"{args.precision} on {arithmetic.device.type}"
           + (f"; process {RANK + 1} of {PROCESSES}" if PROCESSES > 1 else ""), flush=True)
-    say_if_slow(arithmetic, len(todo) * operations(backbone.params, args.layer))
     backbone.to(arithmetic, args.layer)
     decoded = Progress(ahead(folder.decode, todo, DECODERS), total=len(todo), desc="extract",
                        unit="song", disable=RANK > 0 or not todo)

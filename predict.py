@@ -7,7 +7,7 @@
 Any file that libsndfile reads. Unreadable files are reported and skipped (exit code 1).
 """
 
-from cli import Parser, execute, number, path, start
+from kit.cli import Parser, execute, number, path, start
 
 
 def parser():
@@ -44,12 +44,14 @@ import numpy as np
 import soundfile
 import torch
 
-import figures
-from cli import Progress, UserError
-from common import (MOODS, QUADRANTS, Arithmetic, Backbone, BadClip, files_below, quadrant,
-                    read_windows)
+from common import Backbone
 from eval import read_model
-from weights import weights_name
+from kit import figures
+from kit.audio import BadClip, read_windows
+from kit.cli import Progress, UserError
+from kit.deam import MOODS, QUADRANTS, files_below, quadrant
+from kit.machine import Arithmetic
+from kit.weights import weights_name
 
 READABLE = {".aif", ".oga", ".opus", *(f".{name.lower()}" for name in
                                        soundfile.available_formats())}

@@ -13,7 +13,7 @@ new to the loss is also an option in `parser` and a line in CONFIG.
 from argparse import ArgumentTypeError
 from pathlib import Path
 
-from cli import Parser, execute, number, path, start
+from kit.cli import Parser, execute, number, path, start
 
 ADVICE = "rerun the same command with --resume to resume after the last finished epoch"
 
@@ -88,14 +88,18 @@ import re
 import torch
 from torch.utils.data import DataLoader
 
-import figures
-from cli import Progress, UserError
-from common import (RUN_SETTINGS, SPLITS, Arithmetic, DEAMFeatHandler, EmotionModel, FrozenOutputs,
-                    emotion_loss, environment, fold_splits, operations, own_splits,
-                    quadrant_weights, read_manifest, read_splits, room_for_activations, say_if_slow,
-                    sin_pi, splits_digest, where_to_keep)
-from files import (DIGEST, Verdict, differences, lock, read_json, read_table, read_tensors,
-                   state_digest, tensor_digest, write_csv, write_json, write_tensors)
+from common import (DEAMFeatHandler, EmotionModel, FrozenOutputs, emotion_loss, quadrant_weights,
+                    room_for_activations, where_to_keep)
+from kit import figures
+from kit.audio import sin_pi
+from kit.cli import Progress, UserError
+from kit.deam import SPLITS, fold_splits, own_splits, read_splits, splits_digest
+from kit.files import (lock, read_json, read_table, read_tensors, state_digest, tensor_digest,
+                       write_csv, write_json, write_tensors)
+from kit.machine import Arithmetic, environment
+from kit.records import RUN_SETTINGS, read_manifest
+from kit.schema import DIGEST
+from kit.verdict import Verdict, differences
 
 HISTORY = ["epoch", "lr", "train_loss", "train_mse", "train_mae", "val_loss", "val_mse", "val_mae"]
 DIGESTS = ["epoch", "step", "loss", "state"]
@@ -405,9 +409,6 @@ def announce(args, training):
           f"{sum(each.numel() for each in model.parameters()):,} parameters; {args.precision} on "
           f"{training.device}\nfeatures {str(data.digest)[:16]}; "
           f"initial model {training.initial[:16]}", flush=True)
-    clips = (training.steps - training.step) * args.batch_size
-    say_if_slow(training.arithmetic, 3 * clips * operations(  # forward, and backward twice that
-        model.params, len(model.trained_layers), convolutions=False))
 
 
 def run(args):

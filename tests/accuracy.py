@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import demo
 from common import EmotionModel, emotion_loss, network, state_above
+from kit.weights import fold_weight_norm
 from exact import Exact
-from weights import fold_weight_norm
 
 LAYER, CHANNEL = 10, 5
 

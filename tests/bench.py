@@ -31,11 +31,23 @@ ROOT = Path(__file__).resolve().parent.parent
 SECONDS, FRAMES, WIDTH = 45, 2249, 768
 
 
+def operations(params, layers, convolutions=True, samples=45 * 16000):
+    """Floating point operations of a backbone on one clip: its convolutions and `layers` encoder
+    layers. A multiplication with its addition counts as two."""
+    total, channels, length = 0, 1, samples
+    for out, kernel, stride in params["extractor_conv_layer_config"]:
+        length = (length - kernel) // stride + 1
+        total, channels = total + 2 * length * channels * kernel * out, out
+    width, inner = params["encoder_embed_dim"], params["encoder_ff_interm_features"]
+    position = width // params["encoder_pos_conv_groups"] * params["encoder_pos_conv_kernel"]
+    total += 2 * length * width * (channels + position)
+    layer = 2 * length * (4 * width**2 + 2 * width * inner) + 4 * length**2 * width
+    return total * convolutions + layers * layer
+
+
 def work(layers):
     """Floating point operations of wav2vec2-base on one clip: convolutions and `layers` layers."""
     import torchaudio
-
-    from common import operations
 
     return operations(torchaudio.pipelines.WAV2VEC2_BASE._params, layers, samples=SECONDS * 16000)
 
@@ -64,10 +76,10 @@ DTYPE = {"exact": torch.float64, "float64": torch.float64, "float32": torch.floa
          "bfloat16": torch.bfloat16}
 
 
-def machine(device):
-    import common
+def machine_name(device):
+    from kit import machine
 
-    here = common.environment(torch.device(device))
+    here = machine.environment(torch.device(device))
     cpu = f"{os.cpu_count()} cores of {here['cpu']}"
     return {"name": ", ".join(([] if device == "cpu" else [here["device"]])
                               + [cpu, f"Python {here['python']}", f"torch {here['torch']}"])}
@@ -84,8 +96,9 @@ def extract_kit(device, precision, repeat):
     import torchaudio
 
     import common
+    from kit import machine
 
-    arithmetic = common.Arithmetic(precision, device)
+    arithmetic = machine.Arithmetic(precision, device)
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "weights.pt"
@@ -116,8 +129,9 @@ def step_kit(device, precision, finetune, batch, micro_batch, repeat):
     import torchaudio
 
     import common
+    from kit import machine
 
-    arithmetic = common.Arithmetic(precision, device, 8 if precision != "exact" else None)
+    arithmetic = machine.Arithmetic(precision, device, 8 if precision != "exact" else None)
     params = {**torchaudio.pipelines.WAV2VEC2_BASE._params, "aux_num_out": None}
     model = common.EmotionModel(params, 10, finetune)
     reference = torchaudio.models.wav2vec2_model(**params)
@@ -198,7 +212,7 @@ def main():
         print(json.dumps(globals()[name](**arguments)))
         return
     device, repeat = args.device, args.repeat
-    print(row(machine, device=device)["name"] + "\n")
+    print(row(machine_name, device=device)["name"] + "\n")
     line("one clip to layer 10", "ms", "share", "GiB")
     line(*["---"] * 4)
     rates = {}

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import cli
+from kit import cli, deam, files, records
 
 os.environ.update(cli.PINS)  # before torch is imported: for the tests of float32
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the demo runs beside; small work waits for threads
@@ -22,11 +22,9 @@ import numpy as np
 import torch
 
 import audit
-import common
 import demo as demo_script
 import eval as eval_script
 import extract
-import files
 import predict
 import train
 
@@ -92,9 +90,9 @@ def made_features(folder, splits, noise=1.0):
     """Write a features folder without audio: of each song of the splits 4 frames of 64 channels
     from which its labels follow but for noise; of the demo's architecture, nothing above layer 12.
     As in DEAM, valence and arousal are exchanged for ids up to 1000."""
-    generator, songs, table = np.random.default_rng(0), {}, [",".join(common.COLUMNS)]
+    generator, songs, table = np.random.default_rng(0), {}, [",".join(deam.COLUMNS)]
     (folder / "songs").mkdir(parents=True)
-    for song in common.songs_of(splits):
+    for song in deam.songs_of(splits):
         both = generator.normal(0, 0.7)
         truth = (5 + generator.normal(both, 1, 2)).clip(1, 9).round(1)
         clip = generator.normal(0, 2, (4, 64)) + np.repeat(truth - 5, 32)
@@ -111,7 +109,7 @@ def made_features(folder, splits, noise=1.0):
                 "annotations": files.sha256(table.encode()), "source": {"name": "made"},
                 "top_layers": files.state_digest(state), "swapped_labels": [[1, 1000]],
                 "songs": songs}
-    manifest["digest"] = common.manifest_digest(manifest)
+    manifest["digest"] = records.manifest_digest(manifest)
     files.write_file(folder / "annotations.csv", table)
     files.write_json(folder / "splits.json", splits)
     files.write_json(folder / "manifest.json", manifest)
@@ -181,4 +179,4 @@ def clone(started):
 
 @pytest.fixture(scope="session")
 def splits():
-    return common.read_splits(ROOT / "splits.json")
+    return deam.read_splits(ROOT / "splits.json")

@@ -22,11 +22,12 @@ from safetensors.torch import save
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from cli import Progress
-from common import COLUMNS, STATIC, network, read_splits
+from common import network
+from kit.cli import Progress
+from kit.deam import COLUMNS, STATIC, read_splits
+from kit.files import write_file, write_json
+from kit.weights import POSITION
 from exact import Exact
-from files import write_file, write_json
-from weights import POSITION
 
 SOURCE = "synthetic songs, written by tests/demo.py: results on them say nothing about DEAM"
 SONGS = {"train": 40, "val": 10, "test": 10}  # the first ids of DEAM's splits

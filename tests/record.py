@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cli import Parser, execute, path, start
+from kit.cli import Parser, execute, path, start
 
 RUN = ("manifest.json splits.json config.json history.csv digests.csv model.pt "
        "history.png history.pdf").split()

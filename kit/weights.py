@@ -12,9 +12,10 @@ from typing import NamedTuple
 import torch
 import torchaudio
 
-from cli import UserError
+from kit.cli import UserError
 from exact import Exact
-from files import check_form, file_digest, load_tensors, read_json
+from kit.files import file_digest, load_tensors, read_json
+from kit.schema import check_form
 
 POSITION = "encoder.transformer.pos_conv_embed.conv."
 WEIGHTS = "model.safetensors", "pytorch_model.bin"

@@ -9,8 +9,8 @@ import functools
 
 import numpy as np
 
-from common import (DIMENSIONS, QUADRANTS, label_statistics, labels_of, quadrant, read_artists,
-                    splits_digest)
+from kit.deam import (DIMENSIONS, QUADRANTS, label_statistics, labels_of, quadrant, read_artists,
+                      splits_digest)
 
 PUBLISHED = {"mse": 0.4945, "quadrants": 107,  # on the first 160 test songs of these splits
              "splits": "c127846430ead7c2249ece577899cf276362b559daa45eaf37d0b810082fa957"}

@@ -18,9 +18,11 @@ import torch
 from conftest import ROOT, call, extraction
 
 import extract
-from cli import UserError
-from common import DEAMHandler, manifest_digest, read_manifest, read_splits, songs_of
-from files import read_json, tensor_digest, write_json
+from common import DEAMHandler
+from kit.cli import UserError
+from kit.deam import read_splits, songs_of
+from kit.files import read_json, tensor_digest, write_json
+from kit.records import manifest_digest, read_manifest
 
 FLOAT32 = ["--precision", "float32"]
 

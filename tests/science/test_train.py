@@ -18,9 +18,10 @@ from torch import nn
 import common
 import eval as eval_script
 import train
-from cli import UserError
 from common import DEAMFeatHandler, EmotionModel, emotion_loss, quadrant_weights
-from files import load_tensors, read_json, state_digest, write_json, write_tensors
+from kit import deam, files, machine, records
+from kit.cli import UserError
+from kit.files import load_tensors, read_json, state_digest, write_json, write_tensors
 
 BASE = {**torchaudio.pipelines.WAV2VEC2_BASE._params, "aux_num_out": None}
 
@@ -87,7 +88,7 @@ def test_exact_training_is_the_same_kept_or_recomputed_on_any_threads(features, 
     digests = []
     for threads, keep in ((1, "cpu"), (2, None)):
         torch.set_num_threads(threads)
-        arithmetic = common.Arithmetic("exact", "cpu")
+        arithmetic = machine.Arithmetic("exact", "cpu")
         args = train.parser().parse_args(["--features", str(features), "--batch-size", "4",
                                           "--micro-batch", "2"])
         data = train.open_data(args)
@@ -257,10 +258,10 @@ def test_a_run_is_not_overwritten_or_mixed(features, trained, tmp_path, fails, c
 def test_a_notebooks_folder_without_manifest_trains(tmp_path, capsys, fails, monkeypatch, compared):
     """annotations.csv and songs/<id>.pt of layer 10 of its backbone, nothing else."""
     (tmp_path / "f/songs").mkdir(parents=True)
-    splits = common.read_splits(ROOT / "splits.json")
+    splits = deam.read_splits(ROOT / "splits.json")
     ids = splits["train"][:4] + splits["val"][:2] + splits["test"][:2]
-    (tmp_path / "f/annotations.csv").write_text(",".join(common.COLUMNS) + "\n" + "".join(
-        f"{song},{3 + song % 5},1,{4 + song % 3},1\n" for song in common.songs_of(splits)))
+    (tmp_path / "f/annotations.csv").write_text(",".join(deam.COLUMNS) + "\n" + "".join(
+        f"{song},{3 + song % 5},1,{4 + song % 3},1\n" for song in deam.songs_of(splits)))
     for song in ids:
         torch.save(torch.randn(9, 768), tmp_path / "f/songs" / f"{song}.pt")
     asked, weights = [], torchaudio.models.wav2vec2_base().state_dict()
@@ -315,7 +316,7 @@ def test_layers_above_that_do_not_fit(features, tmp_path, fails, compared):
         manifest = read_json(copy / "manifest.json", "")
         manifest["top_layers"] = state_digest(edit.get("state", state))
         write_json(copy / "manifest.json", {
-            **manifest, "digest": common.manifest_digest(manifest)})
+            **manifest, "digest": records.manifest_digest(manifest)})
         fails(train, "--features", copy, "--run", tmp_path / "r", *QUICK)
     compared(len(edits), "edits")
 
@@ -388,13 +389,13 @@ def test_every_edited_file_of_a_run_is_one_error(features, trained, tmp_path, fi
 def test_flipped_bits_are_noticed(trained, tmp_path, file, compared):
     whole, noticed = bytearray((trained / file).read_bytes()), 0
     form, path = (eval_script.MODEL if file == "model.pt" else train.CHECKPOINT), tmp_path / file
-    original = common.read_tensors(trained / file, "", form)
+    original = files.read_tensors(trained / file, "", form)
     for place in range(0, len(whole), len(whole) // 60):
         damaged = bytearray(whole)
         damaged[place] ^= 4
         path.write_bytes(damaged)
         try:
-            same = common.read_tensors(path, "", form)  # in what the zip does not need
+            same = files.read_tensors(path, "", form)  # in what the zip does not need
             assert str(same) == str(original)
         except UserError:
             noticed += 1

@@ -14,13 +14,14 @@ import torch
 import torchaudio
 from conftest import ROOT
 
-import common
 import extract
-from cli import UserError
-from common import (STATIC, BadClip, DEAMHandler, read_annotations, read_splits, read_waveform,
-                    read_windows, resample, sin_pi, songs_of)
+from common import DEAMHandler
+from kit import deam
+from kit.audio import BadClip, read_waveform, read_windows, resample, sin_pi
+from kit.cli import UserError
+from kit.deam import STATIC, read_annotations, read_splits, songs_of
 
-HEADER = ",".join(common.COLUMNS) + "\n"
+HEADER = ",".join(deam.COLUMNS) + "\n"
 NOISE = np.random.default_rng(0).normal(0, 0.1, 5 * 44100)
 
 
@@ -29,7 +30,7 @@ def test_splits_are_the_frozen_ones(splits, compared):
         "train": 1395, "val": 174, "test": 175}
     everything = songs_of(splits)
     assert len(set(everything)) == 1744 and (min(everything), max(everything)) == (2, 2000)
-    assert common.splits_digest(splits) == (
+    assert deam.splits_digest(splits) == (
         "c127846430ead7c2249ece577899cf276362b559daa45eaf37d0b810082fa957")
     compared(len(everything), "song ids, in order")
 
@@ -223,10 +224,10 @@ def test_odd_rates_take_no_more_memory_than_others(tmp_path, compared):
     rates = (44101, 15999, 4001, 383_999, 384_000)
     for rate in rates:
         soundfile.write(tmp_path / f"{rate}.wav", np.zeros(rate), rate)
-    script = ("import sys, resource; sys.path.insert(0, sys.argv[1]); import common; before = "
+    script = ("import sys, resource; sys.path.insert(0, sys.argv[1]); from kit.audio import read_waveform; before = "
               "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
               "for path in sys.argv[2:]:\n"
-              "    assert len(common.read_waveform(path, 16000)[0]) == 16000\n"
+              "    assert len(read_waveform(path, 16000)[0]) == 16000\n"
               "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)")
     done = subprocess.run([sys.executable, "-c", script, ROOT, *(
         tmp_path / f"{rate}.wav" for rate in rates)], capture_output=True, text=True, check=True)
@@ -244,7 +245,7 @@ def test_the_demo_is_like_deam(demo, splits, compared):
     info = soundfile.info(deam.audio[songs[0]])
     assert (info.samplerate, info.channels, info.subtype) == (44100, 2, "PCM_16")
     raw = next(demo.rglob(STATIC)).read_bytes()
-    assert raw.startswith(", ".join(common.COLUMNS).encode() + b"\r\n") and raw.count(b"\r\n") == 61
+    assert raw.startswith(", ".join(deam.COLUMNS).encode() + b"\r\n") and raw.count(b"\r\n") == 61
     for name, column in (("valence", 0), ("arousal", 2)):
         header, *rows = csv.reader(deam.dynamic[name].open())
         assert header[1].startswith("sample_") and len(rows) == 60

@@ -12,8 +12,10 @@ import audit
 import eval as eval_script
 import extract
 import train
-from common import STATIC, DEAMFeatHandler, read_annotations, read_splits
-from files import read_json
+from common import DEAMFeatHandler
+from kit.swapped import audit_labels, dynamic_means
+from kit.deam import STATIC, read_annotations, read_splits
+from kit.files import read_json
 
 
 def deam(folder, seed, swapped, noise):
@@ -40,7 +42,7 @@ def deam(folder, seed, swapped, noise):
 def test_audit_decides_from_the_data(tmp_path, compared, swapped, noise, verdicts):
     """And where half of the songs are swapped, it says that it cannot tell."""
     for seed in range(2):
-        rows = audit.audit_labels(deam(tmp_path, seed, swapped, noise))
+        rows = audit_labels(deam(tmp_path, seed, swapped, noise))
         assert [row["swapped"] for row in rows] == verdicts
     compared(2 * len(verdicts), "ranges")
 
@@ -48,7 +50,7 @@ def test_audit_decides_from_the_data(tmp_path, compared, swapped, noise, verdict
 def test_audit_does_not_guess_from_noise(tmp_path, compared):
     """At 99.9% a verdict on nothing but noise is rare."""
     verdicts = [row["swapped"] for seed in range(5) for row in
-                audit.audit_labels(deam(tmp_path, seed, lambda _: False, 1000))]
+                audit_labels(deam(tmp_path, seed, lambda _: False, 1000))]
     assert verdicts.count(None) >= len(verdicts) - 1
     compared(len(verdicts), "ranges")
 
@@ -57,7 +59,7 @@ def test_dynamic_annotations_as_they_are(tmp_path, compared):
     """Gaps, NaN, CRLF, stray spaces, ids written as 2.0; the song's mean is that of its cells."""
     (tmp_path / "valence.csv").write_bytes(
         "\ufeffsong_id, a, b, c,\r\n2.0, 0.1,,0.2,\r\n\r\n3,NaN,-1,1\r\n4,,nan,\r\n".encode())
-    assert audit.dynamic_means(tmp_path / "valence.csv") == {2: pytest.approx(0.15), 3: 0}
+    assert dynamic_means(tmp_path / "valence.csv") == {2: pytest.approx(0.15), 3: 0}
     compared(3, "songs")
 
 

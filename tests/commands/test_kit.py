@@ -9,9 +9,9 @@ import pytest
 import torch
 from conftest import ROOT, SCRIPTS, call
 
-import cli
+from kit import cli
+from kit.files import read_json
 import extract
-from files import read_json
 
 README = (ROOT / "README.md").read_text()
 DEMO = (ROOT / "tests/demo.sh").read_text()

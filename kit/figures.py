@@ -13,9 +13,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from common import DIMENSIONS, MOODS, QUADRANTS
-from files import write_file
-from metrics import stated
+from kit.deam import DIMENSIONS, MOODS, QUADRANTS
+from kit.files import write_file
+from kit.metrics import stated
 
 COLOURS = {"valence": "#0072b2", "arousal": "#d55e00", "train": "#009e73", "val": "#cc79a7",
            "grey": "#666666"}

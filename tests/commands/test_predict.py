@@ -14,8 +14,9 @@ from conftest import ROOT, call
 
 import eval as eval_script
 import predict
-from common import DEAMHandler, read_windows
-from files import read_json
+from common import DEAMHandler
+from kit.audio import read_windows
+from kit.files import read_json
 from safetensors.torch import load_file, save_file
 
 NOISE = np.random.default_rng(0).normal(0, 0.1, (100 * 8000, 2))

@@ -1,4 +1,4 @@
-"""Tests of exact.py: close to plain float64, and the same bits however it is computed."""
+"""Tests of exact/: close to plain float64, and the same bits however it is computed."""
 
 import contextlib
 import hashlib
@@ -17,8 +17,8 @@ from torch import library, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-import exact
-from exact import Exact, check
+from exact import Exact, check, dropout, grids, mode, norms, products, sums
+from exact.check import CASES
 
 
 def draw(*shape, seed=0):
@@ -127,7 +127,7 @@ def digests():
 @pytest.fixture(scope="module")
 def elsewhere():
     """The same of a process that takes another kind of CPU, as far as torch can be told."""
-    code = ("import json, sys; sys.path.insert(0, '..'); import test_exact; "
+    code = ("import json, sys; sys.path.insert(0, '../..'); import test_exact; "
             "print(json.dumps(test_exact.digests()))")
     child = subprocess.run(
         [sys.executable, "-c", code], text=True, check=True, capture_output=True,
@@ -158,14 +158,15 @@ class Executed(TorchDispatchMode):
         self.names = set()
 
     def __torch_dispatch__(self, func, _types, args=(), kwargs=None):
-        if any(True for _ in exact.floats_in(args)):
+        if any(True for _ in mode.floats_in(args)):
             self.names.add(func._schema.name.removeprefix("aten::").removesuffix("_"))
         return func(*args, **(kwargs or {}))
 
 
 def test_what_reaches_torch_is_exact(monkeypatch, compared):
     """Whatever is taken apart: no transcendental function, and no sum but of integers on a grid."""
-    monkeypatch.setattr(exact, "in_slices", lambda work, count, *_: work(slice(0, count)))
+    for module in (dropout, grids, norms, products, sums):
+        monkeypatch.setattr(module, "in_slices", lambda work, count, *_: work(slice(0, count)))
     arithmetic = {"add", "sub", "rsub", "div", "sum", "matmul", "mm", "bmm", "scatter_add",
                   "scatter_reduce"}
     moving = {"broadcast_tensors", "repeat_interleave", "result_type", "to", "pad", "mT",
@@ -173,7 +174,7 @@ def test_what_reaches_torch_is_exact(monkeypatch, compared):
     for name, (function, tensors, _) in RULES.items():
         with Executed() as executed, Exact():
             run(function, tensors)
-        assert executed.names <= exact.EXACT | arithmetic | moving, name
+        assert executed.names <= mode.EXACT | arithmetic | moving, name
     compared(len(RULES), "functions")
 
 
@@ -286,7 +287,7 @@ def test_what_has_no_rule_raises_by_name(monkeypatch, compared):
         with pytest.raises(NotImplementedError, match="aten.erf.*RULES"):  # of prims.erf
             X.erf()
         with monkeypatch.context() as patch:
-            patch.setitem(exact.decomposition_table, torch.ops.aten.cumsum.default, torch.cumsum)
+            patch.setitem(mode.decomposition_table, torch.ops.aten.cumsum.default, torch.cumsum)
             with pytest.raises(NotImplementedError, match="aten.cumsum.*RULES"):  # of itself
                 X.cumsum(0)
         with pytest.raises(NotImplementedError, match="aten.exponential_"):  # it draws
@@ -487,7 +488,7 @@ def test_nesting_inference_and_eval(compared):
             results.append(layer(X).clone())
     assert len({digest(result) for result in results}) == 1
     outside = F.scaled_dot_product_attention(Q, K, K)
-    assert torch.equal(outside, exact.torch_attention(Q, K, K))
+    assert torch.equal(outside, mode.torch_attention(Q, K, K))
     compared(len(results), "contexts")
 
 
@@ -506,8 +507,8 @@ def test_known_answers(monkeypatch, compared):
     check()
     for name, case in (("gelu", "gelu"), ("_softmax", "softmax"), ("convolution", "convolution")):
         with monkeypatch.context() as patch:
-            rule = exact.RULES[name]
-            patch.setitem(exact.RULES, name, lambda *a, **k: rule(*a, **k) * (1 + 2.0**-52))
+            rule = mode.RULES[name]
+            patch.setitem(mode.RULES, name, lambda *a, **k: rule(*a, **k) * (1 + 2.0**-52))
             with pytest.raises(ArithmeticError, match=f"^{case} on cpu"):
                 check()
-    compared(len(exact.CASES), "known answers")
+    compared(len(CASES), "known answers")

@@ -10,12 +10,12 @@ import pytest
 from conftest import FLOAT32, ROOT, call, few, made_features
 
 import audit
-import common
+import artists as artists_script
 import eval as eval_script
 import folds as folds_script
-import metrics
+from kit import deam, machine, metrics
+from kit.files import read_json
 import train
-from files import read_json
 
 DRAW = eval_script.figures.draw_report
 QUICK = ["--finetune", "frozen", "--batch-size", "8", "--epochs", "1", *FLOAT32]
@@ -28,8 +28,8 @@ def folds():
 
 def test_folds_keep_artists_apart(folds, splits, compared):
     """All 1744 songs once, no artist in two folds; sizes and shares of ids up to 1000 alike."""
-    artists, lists = common.read_artists(), folds["folds"]
-    assert sorted(sum(lists, [])) == sorted(common.songs_of(splits)) == sorted(artists)
+    artists, lists = deam.read_artists(), folds["folds"]
+    assert sorted(sum(lists, [])) == sorted(deam.songs_of(splits)) == sorted(artists)
     where = collections.defaultdict(set)
     for n, fold in enumerate(lists):
         for song in fold:
@@ -42,7 +42,7 @@ def test_folds_keep_artists_apart(folds, splits, compared):
 
 def test_folds_are_drawn_again_from_their_seed(folds, compared):
     """Whatever the artists are called, and in whatever order they stand."""
-    artists = common.read_artists()
+    artists = deam.read_artists()
     renamed = {song: f"artist {artist * 7 % 1009}" for song, artist in reversed(artists.items())}
     for each in (artists, renamed):
         assert folds_script.draw(each, folds["seed"]) == folds["folds"]
@@ -56,13 +56,13 @@ def test_folds_are_drawn_again_from_their_seed(folds, compared):
 def test_splits_of_every_fold(folds, splits, compared):
     """Test is the fold, val the next one, train the others: over ten folds every song is once in
     test and once in val."""
-    made = [common.fold_splits(fold, splits) for fold in range(10)]
+    made = [deam.fold_splits(fold, splits) for fold in range(10)]
     for name in ("test", "val"):
         once = sorted(song for each in made for song in each[name])
-        assert once == sorted(common.songs_of(splits))
+        assert once == sorted(deam.songs_of(splits))
     for n, each in enumerate(made):
         assert (each["test"], each["val"]) == (folds["folds"][n], folds["folds"][(n + 1) % 10])
-        assert set(common.songs_of(each)) == set(common.songs_of(splits))
+        assert set(deam.songs_of(each)) == set(deam.songs_of(splits))
         assert each["source"] == folds["source"]
     compared(10 * 1744, "songs")
 
@@ -86,14 +86,14 @@ def test_training_on_a_fold_of_other_songs(pooled, folds, tmp_path, monkeypatch,
     """Folds of a folder with fewer songs hold those songs alone, and say where both come from; a
     verdict and a resumed run know the fold."""
     features, folder = pooled
-    own, run = common.read_splits(features / "splits.json"), folder / "frozen-fold3"
-    found = common.read_splits(run / "splits.json")
+    own, run = deam.read_splits(features / "splits.json"), folder / "frozen-fold3"
+    found = deam.read_splits(run / "splits.json")
     assert found["source"] == f"{own['source']}; {folds['source']}"
-    assert set(common.songs_of(found)) == set(common.songs_of(own)) and len(found["test"]) > 1
+    assert set(deam.songs_of(found)) == set(deam.songs_of(own)) and len(found["test"]) > 1
     assert set(found["test"]) <= set(folds["folds"][3])
     assert set(found["val"]) <= set(folds["folds"][4])
     config = read_json(run / "config.json", "")["config"]
-    assert config["splits"] == common.splits_digest(found)
+    assert config["splits"] == deam.splits_digest(found)
     assert call(train, "--verify", run, "--features", features, "--device", "cpu") == 0
     monkeypatch.chdir(tmp_path)
     assert call(train, "--features", features, "--fold", "9", *QUICK) == 0
@@ -141,7 +141,7 @@ def test_disjoint_runs_are_pooled(pooled, undrawn, monkeypatch, capsys, compared
     assert call(eval_script, *runs_of(folder), "--features", features, "--device", "cpu") == 0
     output, out = capsys.readouterr().out, folder / "frozen-pooled/eval-pooled-test"
     found = read_json(out / "metrics.json", "")
-    songs = common.songs_of(common.read_splits(features / "splits.json"))
+    songs = deam.songs_of(deam.read_splits(features / "splits.json"))
     assert sorted(map(int, found["predictions"])) == sorted(songs) and found["songs"] == 60
     singles = [read_json(run / "eval-test/metrics.json", "") for run in runs_of(folder)]
     for each in singles:
@@ -149,7 +149,7 @@ def test_disjoint_runs_are_pooled(pooled, undrawn, monkeypatch, capsys, compared
             assert each[kind].items() <= found[kind].items()
         assert found["runs"][each["run"]]["model"] == each["model"] and each["model"] in output
     assert "model" not in found  # there is no one model
-    annotations = common.read_annotations(features / "annotations.csv")
+    annotations = deam.read_annotations(features / "annotations.csv")
     true = np.array([annotations[int(song)][::2] for song in found["predictions"]])
     pred = np.array(list(found["predictions"].values()))
     metrics = found["numbers"]["metrics"]
@@ -168,7 +168,7 @@ def test_intervals_of_pooled_runs_resample_artists(pooled, undrawn, monkeypatch,
     features, folder = pooled
     args = eval_script.parser().parse_args([
         *map(str, runs_of(folder)[:2]), "--features", str(features), "--device", "cpu"])
-    arithmetic, opened = common.Arithmetic("exact", "cpu"), {}
+    arithmetic, opened = machine.Arithmetic("exact", "cpu"), {}
     evaluated = [eval_script.evaluate(args, run, arithmetic, opened) for run in args.runs]
     halves = {int(song): n for n, each in enumerate(evaluated)
               for song in each.found["predictions"]}
@@ -234,16 +234,16 @@ def test_the_difference_of_two_sets_of_runs(pooled, undrawn, tmp_path, fails, ca
 
 
 def test_the_overlap_of_the_published_splits(splits, capsys, compared):
-    audit.print_artists(splits, [])
+    audit.print_artists(splits)
     assert ("of 175 test songs 113 are by an artist who is also in train, 43 in val, 119 in either"
             in capsys.readouterr().out)
-    artists = common.read_artists()
+    artists = deam.read_artists()
     known = {artists[song] for song in splits["train"] + splits["val"]}
     assert sum(artists[song] in known for song in splits["test"]) == 119
-    audit.print_artists(common.fold_splits(0, splits), [])
+    audit.print_artists(deam.fold_splits(0, splits))
     assert "175 test songs 0 are by an artist who is also in train, 0 in val, 0 in either" in \
         capsys.readouterr().out
-    audit.print_artists({**splits, "test": [999_999]}, [])  # whose artist nobody knows
+    audit.print_artists({**splits, "test": [999_999]})  # whose artist nobody knows
     assert capsys.readouterr().out == ""
     compared(175, "test songs")
 
@@ -262,42 +262,20 @@ def test_artists_of_deams_own_tables(tmp_path, compared):
     for name, text in TABLES.items():
         (tmp_path / name).write_bytes(text.encode())
     tables = [tmp_path / name for name in TABLES]
-    assert audit.artists_of(tables) == {2: "new mystikal troubadours", 5: "kevin macleod",
+    assert artists_script.artists_of(tables) == {2: "new mystikal troubadours", 5: "kevin macleod",
                                         13: "kevin macleod", 1001: "bjork", 1002: "m pex",
                                         2001: "bjork"}
     compared(6, "songs")
 
 
-def test_audit_compares_artists_with_the_tables(demo, splits, tmp_path, fails, capsys, compared):
-    """Agreement, a song of another artist, and a table that is none; --splits with another file."""
-    deam, artists = shutil.copytree(demo / "DEAM/DEAM_Annotations", tmp_path / "D"), \
-        common.read_artists()
-    songs, table = common.songs_of(few(splits)), tmp_path / "D/metadata_2013.csv"
-    # in words of letters alone: a hyphen may end a name
-    names = {song: "".join(chr(97 + int(digit)) for digit in str(artists[song])) for song in songs}
-    one = next(song for song in songs if list(names.values()).count(names[song]) > 1)
-    for change, says in (({}, "60 songs, they agree"),
-                         ({one: "somebody else"}, "60 songs, 1 grouped otherwise: ")):
-        rows = [f"{song},{name}" for song, name in {**names, **change}.items()]
-        table.write_text("\n".join(["song_id, Artist", *rows]) + "\n")
-        assert call(audit, deam, "--splits", demo / "splits.json") == 0
-        output = capsys.readouterr().out
-        assert f"artists.json against metadata_2013.csv: {says}" in output
-        assert "of 10 test songs " in output and "say nothing about DEAM" in output
-    for text in ("", "id,name\n1,a\n", "id,artist\nx,a\n", "id,artist\n1\n"):
-        table.write_text(text)
-        assert "is not a table of songs" in fails(audit, deam)
-    compared(len(songs), "songs")
-
-
 def test_songs_that_are_grouped_otherwise(compared):
     """A song split off or moved, two artists merged: found, whatever the artists are called."""
-    artists = common.read_artists()
+    artists = deam.read_artists()
     renamed = {song: f"n{artist}" for song, artist in artists.items()}
-    assert audit.otherwise_grouped(artists, renamed) == []
+    assert artists_script.otherwise_grouped(artists, renamed) == []
     for change in ({3: "nobody"}, {2: renamed[3]}):
-        assert audit.otherwise_grouped(artists, {**renamed, **change}) == list(change)
+        assert artists_script.otherwise_grouped(artists, {**renamed, **change}) == list(change)
     merged = {song: renamed[10] if name == renamed[12] else name for song, name in renamed.items()}
-    found = audit.otherwise_grouped(artists, merged)
+    found = artists_script.otherwise_grouped(artists, merged)
     assert found and {artists[song] for song in found} <= {artists[10], artists[12]}
     compared(4, "partitions")

@@ -15,15 +15,14 @@ import numpy as np
 import pytest
 from conftest import FLOAT32, call, few, made_features
 
-import cli
+from kit import cli, metrics
+from kit.deam import STATIC
+from kit.files import (json_digest, read_json, read_tensors, sha256, write_file, write_json, write_tensors)
+from kit.records import manifest_digest
 import eval as eval_script
 import extract
 import record
-import metrics
 import train
-from common import STATIC, manifest_digest
-from files import (json_digest, read_json, read_tensors, sha256, write_file, write_json,
-                   write_tensors)
 
 
 @pytest.fixture

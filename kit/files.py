@@ -1,4 +1,4 @@
-"""What is read and written: digests, whole files, the form of what is read, locks, verdicts.
+"""What is read and written: digests, whole files, locks.
 
 A digest is sha256 over dtype, shape and bytes of tensors, never over a file format. A file is there
 whole or not at all. What is read is of the form described beside its reader, or one line says where
@@ -13,11 +13,8 @@ import functools
 import hashlib
 import io
 import json
-import math
 import os
-import re
 import socket
-import sys
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,7 +22,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cli import UserError
+from kit.cli import UserError
+from kit.schema import check_form
 
 # ------------------------------------------------------------------------------------------ threads
 
@@ -179,13 +177,6 @@ def read_json(path, what, form=None):
     return value
 
 
-def is_plain(value):
-    """Whether it is a dense tensor of finite numbers on the CPU."""
-    return (isinstance(value, torch.Tensor) and value.layout == torch.strided
-            and value.device.type == "cpu" and not value.is_neg() and not value.is_quantized
-            and (not value.is_floating_point() or bool(value.isfinite().all())))
-
-
 def load_tensors(path, what):
     """torch.load that can only make tensors and plain values, never run code. Raises UserError."""
     try:
@@ -212,70 +203,6 @@ def read_tensors(path, what, form):
     return value
 
 
-DIGEST, WHOLE = re.compile("[0-9a-f]{64}"), re.compile("0|[1-9][0-9]{0,8}")
-KINDS = {int: "a whole number", float: "a finite number", str: "a text", bool: "true or false",
-         dict: "names with values", DIGEST: "a sha256",
-         torch.Tensor: "a tensor without NaN or infinity"}
-
-
-def check_form(value, form, complaint):
-    """Raise UserError, beginning with `complaint` and naming the place, where a value read from a
-    file is not of a form: a type (float: any finite number; torch.Tensor: finite too), a string or
-    None itself, a regular expression, [form of each], [form, form, …] of exactly so many, {name:
-    form} with at least these names, {type: form} with names of a type (str, or int for digits), or
-    a tuple of alternatives. {"songs": {int: [float, float]}, "labels": (None, str)}: a dict with
-    two numbers for each song id, and labels that may be missing."""
-    for place, expected in misfits(value, form, ()):
-        where = ".".join(map(str, place)) or "what it holds"
-        raise UserError(f"{complaint}: {where} is not {expected}")
-
-
-def misfits(value, form, place):
-    """Yield (place, what was expected there) wherever a value is not of a form."""
-    if isinstance(form, tuple):
-        found = [next(misfits(value, each, place), None) for each in form]
-        if None not in found:
-            yield max(found, key=lambda each: len(each[0]))  # the alternative that was meant
-    elif isinstance(form, list):
-        if not isinstance(value, (list, tuple)):
-            yield place, "a list"
-        elif len(form) > 1 and len(value) != len(form):
-            yield place, f"a list of {len(form)}"
-        else:
-            for n, each in enumerate(value):
-                yield from misfits(each, form[n % len(form)], (*place, n))
-    elif isinstance(form, dict):
-        if not isinstance(value, dict):
-            yield place, KINDS[dict]
-        elif form.keys() == {str} or form.keys() == {int}:
-            (kind, inner), = form.items()
-            for key, each in value.items():
-                if not (isinstance(key, str) if kind is str else WHOLE.fullmatch(str(key))):
-                    yield (*place, repr(key)), f"{KINDS[kind]}, as a name has to be"
-                yield from misfits(each, inner, (*place, key))
-        else:
-            for key, inner in form.items():
-                if key in value:
-                    yield from misfits(value[key], inner, (*place, key))
-                else:
-                    yield (*place, key), "there"
-    elif not fits(value, form):
-        yield place, KINDS.get(form, repr(form))
-
-
-def fits(value, form):
-    """Whether a value is of a form that has no forms in it."""
-    if isinstance(form, re.Pattern):
-        return isinstance(value, str) and form.fullmatch(value)
-    if form is torch.Tensor:
-        return is_plain(value)
-    if isinstance(value, bool) and form in (int, float):
-        return False  # though Python has it as a whole number
-    if form is float:
-        return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
-    return isinstance(value, form) if isinstance(form, type) else value == form
-
-
 def lock(folder, name, what):
     """Hold `folder` as long as what this returns is kept, at most until the process ends, however
     it ends. Raises UserError, naming the holder, where another has it. A folder that may only be
@@ -297,71 +224,6 @@ def lock(folder, name, what):
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
     return file
-
-
-# ----------------------------------------------------------------------------------------- verdicts
-
-
-class Verdict:
-    """What every --verify says: a line for each thing that is not identical, a count of those that
-    are, then REPRODUCED, CLOSE or NOT REPRODUCED; `finish` returns the exit code 0, 3 or 1."""
-
-    def __init__(self, what):
-        self.identical, self.close, self.different = 0, 0, 0
-        print(f"\nverifying {what}:")
-
-    def compare(self, name, expected, found, limit=0.0, same=0.0, like=False):
-        """Compare two values. Numbers that differ by at most `same` are identical, by less than
-        `limit` close; with `like` anything that differs is close."""
-        numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool)
-                      for value in (expected, found))
-        try:
-            apart = abs(expected - found) if numbers else math.nan
-        except OverflowError:  # a whole number that no float holds
-            apart = math.inf
-        if type(expected) is type(found) and expected == found or apart <= same:
-            self.identical += 1
-            return
-        near = like or apart < limit
-        self.close, self.different = self.close + near, self.different + (not near)
-        place, expected, found = first_difference(expected, found)
-        shown = [f"{value:.9g}" if isinstance(value, float) else str(value)[:24]
-                 for value in (expected, found)]
-        word = "close" if near else "DIFFERENT"
-        print(f"  {name + place:42} {word}: expected {shown[0]}, found {shown[1]}")
-
-    def compare_all(self, names, expected, found):
-        """Compare what two dicts have under these names."""
-        for name in names:
-            self.compare(name.replace("_", " "), expected.get(name), found.get(name))
-
-    def finish(self, what):
-        print(f"  {self.identical} identical, {self.close} close, {self.different} different")
-        if self.different or not self.identical:
-            print(f"NOT REPRODUCED: {what}")
-            return 1
-        print(f"{'CLOSE' if self.close else 'REPRODUCED'}: {what}")
-        return 3 if self.close else 0
-
-
-def first_difference(expected, found):
-    """The first place at which two lists or two dicts differ, however deep: ("[3]", its value in
-    each, "nothing" if it has none); ("", expected, found) of anything else."""
-    for kind, keys in ((list, lambda value: range(len(value))), (dict, dict.keys)):
-        if isinstance(expected, kind) and isinstance(found, kind):
-            for key in dict.fromkeys([*keys(expected), *keys(found)]):
-                then, now = (value[key] if key in keys(value) else "nothing"
-                             for value in (expected, found))
-                if then != now:
-                    place, *values = first_difference(then, now)
-                    return f"[{key}]{place}", *values
-    return "", expected, found
-
-
-def differences(then, now):
-    """"key a there, b now; …" for two dicts of settings; empty if they are the same."""
-    return "; ".join(f"{key} {then.get(key)} there, {now.get(key)} now"
-                     for key in {**then, **now} if then.get(key) != now.get(key))
 
 
 def shortened(ids):

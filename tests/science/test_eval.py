@@ -12,9 +12,9 @@ from conftest import FLOAT32, call, few, made_features
 import common
 import eval as eval_script
 import extract
-import metrics
+from kit import deam, metrics, records
+from kit.files import load_tensors, read_json, read_tensors, write_json, write_tensors
 import train
-from files import load_tensors, read_json, read_tensors, write_json, write_tensors
 
 DIMENSIONS = ("valence", "arousal")
 FROZEN = ["--finetune", "frozen", "--batch-size", "20", "--epochs", "1", *FLOAT32]
@@ -89,7 +89,7 @@ def test_bootstrap_against_a_normal_approximation(compared):
         half = 1.96 / (len(true) - 3) ** 0.5
         found = np.arctanh(intervals[name]["pearson"])
         assert found == pytest.approx([z - half, z + half], abs=0.15 * half)
-    hits = (common.quadrant(true, 5) == common.quadrant(pred, 5)).mean()
+    hits = (deam.quadrant(true, 5) == deam.quadrant(pred, 5)).mean()
     half = 1.96 * (hits * (1 - hits) / len(true)) ** 0.5
     assert intervals["quadrant"]["accuracy"] == pytest.approx([hits - half, hits + half],
                                                               abs=0.1 * half)
@@ -251,9 +251,9 @@ def test_published_protocol_and_new_artists(splits, undrawn, tmp_path, capsys, c
     assert call(eval_script, run, "--features", features, "--device", "cpu") == 0
     output = capsys.readouterr().out
     found = read_json(run / "eval-test/metrics.json", "")
-    artists, (songs, true, pred) = common.read_artists(), read_predictions(run / "eval-test")
+    artists, (songs, true, pred) = deam.read_artists(), read_predictions(run / "eval-test")
     known = splits["train"] + splits["val"]
-    labels = common.corrected(common.read_annotations(features / "annotations.csv"), [[1, 1000]])
+    labels = deam.corrected(deam.read_annotations(features / "annotations.csv"), [[1, 1000]])
     std = np.array([labels[song][::2] for song in known]).std(0)
     protocol = found["numbers"]["published_protocol"]
     assert protocol["z_mse"] == pytest.approx(np.mean(((pred - true) / std)[:160] ** 2))
@@ -315,7 +315,7 @@ def test_files_are_read_once_for_several_runs(small, undrawn, monkeypatch, compa
     monkeypatch.setattr(common, "load_tensors",
                         lambda path, what: read.append(path.stem) or load_tensors(path, what))
     call(eval_script, *runs, "--features", features, "--device", "cpu")
-    splits = common.read_splits(features / "splits.json")
+    splits = deam.read_splits(features / "splits.json")
     assert sorted(each for each in read if int(each) not in splits["test"]) == sorted(
         map(str, splits["train"] + splits["val"]))
     compared(len(read), "reads")
@@ -409,6 +409,6 @@ def test_features_that_are_not_the_runs(small, tmp_path, fails, compared):
     manifest = read_json(features / "manifest.json", "")
     manifest["settings"]["precision"] = "exact"  # a manifest made so is a valid one
     write_json(features / "manifest.json",
-               {**manifest, "digest": common.manifest_digest(manifest)})
+               {**manifest, "digest": records.manifest_digest(manifest)})
     assert "was trained on features" in fails(eval_script, run, "--features", features)
     compared(4, "features")

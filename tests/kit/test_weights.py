@@ -22,13 +22,13 @@ from conftest import ROOT, call, extraction
 from demo import CONFIG, PARAMS, PROCESSOR
 from safetensors.torch import load_file, save_file
 
-import common
 import extract
-import weights
-from cli import UserError
-from common import Arithmetic, Backbone
-from files import ahead, read_json, state_digest, tensor_digest
-from weights import POSITION, fold_weight_norm, from_hugging_face
+from common import Backbone
+from kit import machine, weights
+from kit.cli import UserError
+from kit.files import ahead, read_json, state_digest, tensor_digest
+from kit.machine import Arithmetic
+from kit.weights import POSITION, fold_weight_norm, from_hugging_face
 
 NEW = "parametrizations.weight.original0", "parametrizations.weight.original1"
 # of the extractor and of the layers: as in wav2vec2-base, wav2vec2-large and between them
@@ -220,8 +220,9 @@ def test_no_configuration_ends_in_a_traceback(demo, tmp_path, monkeypatch, compa
 MAIN, OTHER = "a" * 40, "b" * 40  # commits
 BACKBONES = """
 import sys, time; sys.path.insert(0, sys.argv[1])
-from common import Backbone, UserError
 time.sleep = lambda _: None  # the client waits before it tries again
+from common import Backbone
+from kit.cli import UserError
 for name in sys.argv[2:]:
     try:
         backbone = Backbone(name)
@@ -382,11 +383,11 @@ def test_each_process_has_its_gpu(monkeypatch, compared):
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     for place in (0, 1):
         monkeypatch.setenv("LOCAL_RANK", str(place))
-        assert common.pick_device("auto") == torch.device("cuda", place)
+        assert machine.pick_device("auto") == torch.device("cuda", place)
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(UserError, match="process 3 has no GPU: torch sees 2"):
-        common.pick_device("cuda")
-    assert chosen == [0, 1] and common.pick_device("cpu") == torch.device("cpu")
+        machine.pick_device("cuda")
+    assert chosen == [0, 1] and machine.pick_device("cpu") == torch.device("cpu")
     compared(4, "processes")
 
 

@@ -1,0 +1,64 @@
+"""The known-answer check: does this machine compute what exact arithmetic relies on?"""
+
+import hashlib
+import math
+
+import torch
+import torch.nn.functional as F
+
+from exact.mode import Exact
+
+
+def sample(device, *shape):
+    """Numbers from -1 to 1 that are the same everywhere: a hash of their place."""
+    x = torch.arange(1, math.prod(shape) + 1).mul_(-7046029254386353131)
+    x = x.bitwise_xor_((x >> 30) & (1 << 34) - 1).mul_(-4658895280553007687)
+    x >>= 11
+    return (x.to(torch.float64) * 2.0**-52).view(shape).to(device)
+
+
+CASES = {  # of x[60, 500] and y[500, 40]: the digest of the answer, and what to compute
+    "product": ("0946f3a3", lambda x, y: x @ y),
+    "sum": ("e84c220b", lambda x, y: x.repeat(20, 1).sum()),
+    "index_add": ("281e0fda", lambda x, y: torch.zeros_like(x[:7]).index_add(
+        0, torch.arange(60, device=x.device) % 7, x)),
+    "division": ("1a143734", lambda x, y: x / 3.0),
+    "square root": ("b50d9d82", lambda x, y: (x + 2.0).sqrt()),
+    "addition": ("271ef2bc", lambda x, y: torch.lerp(x, x * x, 0.3).addcmul(x, x, value=0.7)),
+    # so many that all of torch's threads take part
+    "denormal numbers": ("c2670832", lambda x, y: x.repeat(20, 1) * 2.0**-1030),
+    "exp": ("a58f73ce", lambda x, y: torch.exp(x * 20.0)),
+    "log": ("63c8543d", lambda x, y: torch.log(x + 1.5)),
+    "gelu": ("9a120eb2", lambda x, y: F.gelu(x * 6.0)),
+    "softmax": ("296f9a5f", lambda x, y: x.softmax(1)),
+    "layer norm": ("15cdbc6b", lambda x, y: F.layer_norm(x, x.shape[1:], y[:, 0], y[:, 1])),
+    "convolution": ("896f9178", lambda x, y: F.conv1d(
+        x[None], y.view(100, 40, 5)[:20, :30], groups=2)),
+    "dropout": ("f599be47", lambda x, y: F.dropout(x, 0.3)
+                + torch.native_dropout(x, 0.3, True)[0]),
+    "attention": ("feecf199", lambda x, y: F.scaled_dot_product_attention(
+        *x.view(3, 4, 50, 50))),
+    "Python's power": ("3808ebb3", lambda x, y: torch.tensor([
+        (1 - beta**n)**0.5 for beta in (0.9, 0.99, 0.999) for n in range(1, 300)],
+        dtype=torch.float64)),
+}
+
+
+def answers(device):
+    """{operation: the first eight hexadecimal digits of the sha256 of its result}."""
+    x, y = sample(device, 60, 500), sample(device, 500, 40)
+    with Exact(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        results = {name: case(x, y) for name, (_, case) in CASES.items()}
+    return {name: hashlib.sha256(value.cpu().numpy().astype("<f8").tobytes()).hexdigest()[:8]
+            for name, value in results.items()}
+
+
+def check(device="cpu"):
+    """Compute known answers on a device, in milliseconds once it is warm. Raises ArithmeticError,
+    which names the first operation whose bits are others."""
+    for name, digest in answers(torch.device(device)).items():
+        if digest != CASES[name][0]:
+            raise ArithmeticError(f"{name} on {device} gives other bits than it must ({digest}, "
+                                  f"not {CASES[name][0]}): results there are not those of other "
+                                  "machines")

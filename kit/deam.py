@@ -1,0 +1,161 @@
+"""DEAM: annotations, splits, artists, labels, download."""
+
+import functools
+import math
+import os
+import re
+from pathlib import Path
+
+import torch
+
+from exact import Exact
+from kit.cli import UserError
+from kit.files import json_digest, read_json, read_table
+
+HERE = Path(__file__).resolve().parent.parent
+DIMENSIONS = ("valence", "arousal")
+QUADRANTS = ("HV/HA", "LV/HA", "LV/LA", "HV/LA")  # high or low valence, high or low arousal
+MOODS = ("excited, happy", "tense, angry", "sad, tired", "calm, content")  # after Russell 1980
+# version 1: a bare handle asks for the latest
+KAGGLE = "imsparsh/deam-mediaeval-dataset-emotional-analysis-in-music/versions/1"
+STATIC = "static_annotations_averaged_songs_1_2000.csv"
+COLUMNS = ["song_id", "valence_mean", "valence_std", "arousal_mean", "arousal_std"]
+SPLITS = {"train": [int], "val": [int], "test": [int]}
+
+def read_annotations(path):
+    """Static annotations: {song id: (valence, its standard deviation, arousal, its standard
+    deviation)}, floats on DEAM's 1–9 scale. Other columns, stray spaces and CRLF are fine; missing
+    columns, gaps, NaN, labels outside 1–9 and double ids raise UserError."""
+    rows = [[cell.strip() for cell in row] for row in read_table(path, "a table of labels")]
+    header, songs = rows[0] if rows else [], {}
+    if missing := [name for name in COLUMNS if name not in header]:
+        raise UserError(f"{path}: no column {', '.join(missing)}; it needs {', '.join(COLUMNS)}")
+    places = [header.index(name) for name in COLUMNS]
+    fresh = "take the file from a fresh copy of DEAM"
+    for line, row in enumerate(rows[1:], 2):
+        if not any(row):
+            continue
+        try:
+            song, *values = [row[place] for place in places]
+            values = tuple(map(float, values))
+            fine = (re.fullmatch("[0-9]{1,9}", song) and all(map(math.isfinite, values))
+                    and all(1 <= values[n] <= 9 for n in (0, 2)) and min(values) >= 0)
+        except (ValueError, IndexError):
+            fine = False
+        if not fine:
+            raise UserError(f"{path}, line {line}: not a song id, two labels from 1 to 9 and their "
+                            f"standard deviations; {fresh}")
+        if int(song) in songs:
+            raise UserError(f"{path}, line {line}: song {song} appears twice; {fresh}")
+        songs[int(song)] = values
+    if not songs:
+        raise UserError(f"{path}: no songs in it")
+    return songs
+
+
+def read_splits(path):
+    """{"source": where they come from, "train": [ids], "val": [ids], "test": [ids]}, disjoint,
+    their order kept. Raises UserError."""
+    splits = read_json(path, "a file of splits", SPLITS)
+    splits = {"source": str(splits.get("source", Path(path).name)),
+              **{name: splits[name] for name in SPLITS}}
+    everything = songs_of(splits)
+    if len(set(everything)) != len(everything):
+        raise UserError(f"{path}: a song appears twice in it; splits must be disjoint")
+    if not splits["train"] or not all(0 < song < 10**9 for song in everything):
+        raise UserError(f"{path}: no training songs, or invalid ids")
+    return splits
+
+
+def own_splits(folder):
+    """The splits of a features folder or a run: its own, or the kit's. extract.py copies those it
+    used into the features folder, train.py into the run."""
+    own = Path(folder) / "splits.json"
+    return read_splits(own if own.exists() else HERE / "splits.json")
+
+
+def fold_splits(fold, own):
+    """Splits of folds.json, no artist in two of them: test is fold `fold` of ten, val the next one,
+    train the others; of the songs of `own`, the splits of a features folder. Raises UserError."""
+    content = read_json(HERE / "folds.json", "a file of folds", {"source": str, "folds": [[int]]})
+    folds, songs, source = content["folds"], set(songs_of(own)), content["source"]
+    if not songs >= set(sum(folds, [])):
+        folds = [[song for song in each if song in songs] for each in folds]
+        source = f"{own['source']}; {source}"
+    val = (fold + 1) % len(folds)
+    if not folds[fold] or not folds[val]:
+        raise UserError(f"--fold {fold}: none of these songs is in fold {fold} or in fold {val}")
+    train = [song for n, each in enumerate(folds) if n not in (fold, val) for song in each]
+    return {"source": source, "train": train, "val": folds[val], "test": folds[fold]}
+
+
+@functools.cache
+def read_artists():
+    """{song id: number of its artist}, facts about DEAM."""
+    content = read_json(HERE / "artists.json", "a file of artists", {"artist": {int: int}})
+    return {int(song): artist for song, artist in content["artist"].items()}
+
+
+def songs_of(splits):
+    return splits["train"] + splits["val"] + splits["test"]
+
+
+def splits_digest(splits):
+    return json_digest({name: splits[name] for name in SPLITS})
+
+
+def download_deam():
+    import kagglehub  # here, because only this needs it and it is slow to load
+
+    try:
+        return kagglehub.dataset_download(KAGGLE)
+    except Exception as error:  # requests', kagglehub's own and the system's, in many versions
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"cannot download DEAM from Kaggle ({reason[:150]}): check the network, or "
+                        f"fetch kaggle.com/datasets/{KAGGLE.split('/versions')[0]} elsewhere, "
+                        "unpack it and pass the folder with --deam") from None
+
+
+def files_below(root, most=100_000):
+    """All files below a folder, links followed, each folder entered once."""
+    files, entered = [], set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in entered:  # a link that leads back
+            folders.clear()
+            continue
+        entered.add(real)
+        files += [Path(folder) / name for name in names]
+        if len(files) + len(entered) > most:
+            raise UserError(f"more than {most} files below {root}: give a smaller folder; DEAM's "
+                            "own has some 4000")
+    return files
+
+
+def corrected(annotations, swapped):
+    """Annotations with valence and arousal exchanged for the [[lowest id, highest id], …]."""
+    return {song: values[2:] + values[:2] if any(low <= song <= high for low, high in swapped)
+            else values for song, values in annotations.items()}
+
+
+def labels_of(annotations, songs):
+    """float64[N, 2]: valence and arousal of the songs, on the 1–9 scale."""
+    labels = [annotations[song][::2] for song in songs]
+    return torch.tensor(labels, dtype=torch.float64).reshape(-1, 2)
+
+
+def label_statistics(annotations, songs):
+    """(mean, population σ) of valence and arousal, float64[2] each, over the songs."""
+    labels = labels_of(annotations, songs)
+    with Exact():
+        mean, std = labels.mean(0), labels.std(0, correction=0)
+    if not (std > 0).all():
+        raise UserError("the labels of train and val are all the same: nothing can be learned")
+    return mean, std
+
+
+def quadrant(values, threshold=0.0):
+    """Quadrant of values[..., 2] (numpy or torch): 0 HV/HA, 1 LV/HA, 2 LV/LA, 3 HV/LA, high from
+    `threshold` on. z-scored labels are split at 0, those on the 1–9 scale at 5."""
+    valence, arousal = values[..., 0] >= threshold, values[..., 1] >= threshold
+    return 2 * (1 - 1 * arousal) + (valence ^ arousal)

@@ -1,0 +1,74 @@
+"""Are DEAM's labels swapped? The static ones against the means of those over time."""
+
+import math
+import re
+import statistics
+
+import numpy as np
+
+from kit.cli import UserError
+from kit.files import read_table
+from kit.metrics import correlation
+
+RANGES = ((1, 1000), (1001, 2000))  # the songs of 2013 and 2014
+
+
+def dynamic_means(path):
+    """{song id: mean over time} of a dynamic annotations file; empty cells and NaN are skipped.
+    Raises UserError for any other cell that is not a finite number."""
+    means = {}
+    for line, row in enumerate(read_table(path, "a table of labels"), 1):
+        song, *cells = [cell.strip() for cell in row] or [""]
+        if line == 1 or not any([song, *cells]):
+            continue
+        try:
+            values = [value for value in map(float, filter(None, cells)) if not math.isnan(value)]
+            if not re.fullmatch(r"[0-9]{1,9}(\.0*)?", song) or not all(
+                    abs(value) <= 1000 for value in values):
+                raise ValueError
+        except ValueError:
+            raise UserError(f"{path}, line {line}: not a song id and finite numbers; take the file "
+                            "from a fresh copy of DEAM") from None
+        if values:
+            means[int(float(song))] = statistics.fmean(values)
+    return means
+
+
+def audit_labels(deam):
+    """Compare a DEAMHandler's static labels with the song means of its dynamic ones. One dict a
+    range: low, high, songs, r (2×2: static valence, arousal × dynamic valence, arousal), evidence:
+    mean correlation crosswise minus straight, its 99.9% bootstrap interval over songs, and
+    swapped: True, False, or None where the interval holds 0. Raises UserError where there is
+    nothing to compare with."""
+    if len(deam.dynamic) < 2:
+        raise UserError(f"no dynamic annotations in {deam.root} to compare with: unpack the whole "
+                        "of DEAM_Annotations there")
+    valence, arousal = (dynamic_means(deam.dynamic[name]) for name in ("valence", "arousal"))
+    rows, generator = [], np.random.default_rng(0)
+    for low, high in RANGES:
+        values = np.array([[*labels[::2], valence[song], arousal[song]]
+                           for song, labels in deam.annotations.items()
+                           if low <= song <= high and song in valence and song in arousal])
+        if len(values) < 10:
+            continue
+        drawn = generator.integers(0, len(values), (4000, len(values)))
+        resampled = np.concatenate([evidence(correlations(values[some]))
+                                    for some in np.array_split(drawn, 20)])
+        interval = np.quantile(resampled, [0.0005, 0.9995])
+        swapped = True if interval[0] > 0 else False if interval[1] < 0 else None
+        r = correlations(values)
+        rows.append({"low": low, "high": high, "songs": len(values), "r": r,
+                     "evidence": float(evidence(r)), "interval": interval.tolist(),
+                     "swapped": swapped})
+    return rows
+
+
+def correlations(values):
+    """values[..., N, 4] (static valence, arousal, dynamic valence, arousal) → r[..., 2, 2]."""
+    columns = np.swapaxes(values, -1, -2)
+    return correlation(columns[..., :2, None, :], columns[..., None, 2:, :])
+
+
+def evidence(r):
+    """How much better the labels fit crosswise than straight, from r[..., 2, 2]."""
+    return (r[..., 0, 1] + r[..., 1, 0] - r[..., 0, 0] - r[..., 1, 1]) / 2
