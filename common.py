@@ -1,15 +1,12 @@
-"""What the scripts share, in the order in which it is used:
+"""What a method section would say, in the order in which it is used:
 
-    determinism · backbone · DEAM and audio · features · model and heads · loss
+    seeding · Wav2Vec2 · dataset · heads · loss
 
-To try another head or another loss, change `Head` or `emotion_loss` at the end: a kind of layer new
-to `Head` also needs a line in `start_from`. Around it: exact.py, the arithmetic of --precision
-exact; weights.py finds a backbone's weights; files.py has digests and safe files; cli.py the
-command line.
+To try another pooling, head or loss, change `Pooling`, `Head` or `emotion_loss`: nothing else in
+the kit needs to know. What supports these five parts is in kit/, the arithmetic in exact/.
 """
 
 import functools
-import math
 import re
 from pathlib import Path
 
@@ -23,14 +20,23 @@ from torch.utils.data import DataLoader, Dataset
 from exact import Exact
 from kit.audio import RATES, read_waveform
 from kit.cli import UserError
-from kit.deam import (DIMENSIONS, SPLITS, STATIC, corrected, download_deam, files_below,
+from kit.deam import (SPLITS, STATIC, corrected, download_deam, files_below,
                       label_statistics, labels_of, own_splits, quadrant, read_annotations, songs_of)
-from kit.files import ahead, load_tensors, read_tensors, sha256, shortened, state_digest
-from kit.machine import has_room
-from kit.records import NOTEBOOK_MANIFEST, read_features, read_manifest
+from kit.features import NOTEBOOK_MANIFEST, FeatureReader, read_manifest
+from kit.files import prefetch, read_tensors, sha256, shortened, state_digest
+from kit.schema import check_schema
 from kit.weights import find_weights, fold_weight_norm
 
-# ---------------------------------------------------------------------------------------- backbone
+# ----------------------------------------------------------------------------------------- seeding
+
+
+def seeds(seed):
+    """Every seed of a run, by what it seeds: the first values of the heads, the order of the
+    training songs, and dropout. Nothing else in the kit is random."""
+    return {"heads": seed, "shuffling": seed + 1, "dropout": seed + 2}
+
+
+# ---------------------------------------------------------------------------------------- Wav2Vec2
 
 # oneDNN's float32 convolutions add up in an order that follows the thread count and the batch: they
 # always get this many threads and one clip at a time, so that float32 features repeat themselves.
@@ -157,10 +163,13 @@ class Backbone:
 # ----------------------------------------------------------------------------------- DEAM and audio
 
 
+# ----------------------------------------------------------------------------------------- dataset
+
+
 class DEAMHandler:
     """DEAM in a folder: `annotations` (of read_annotations), `dynamic` {"valence": path, "arousal":
-    path} of the annotations over time where they are there, `metadata` its tables of songs; `audio`
-    {song id: path}; `get_waveform`.
+    path} of the annotations over time where they are there; `audio` {song id: path};
+    `get_waveform`.
 
     root: the folder, in any layout (Kaggle's, the original zip files', spaces or underscores): it
     is searched for the static annotations and for files named <song id>.mp3 (.wav, .flac, .ogg).
@@ -180,8 +189,6 @@ class DEAMHandler:
         self.root, self.annotations, self.audio = root, read_annotations(min(tables)), {}
         self.dynamic = {path.stem: path for path in files if "dynamic" in path.parent.name
                         and path.name in ("valence.csv", "arousal.csv")}
-        self.metadata = sorted(path for path in files
-                               if re.fullmatch(r"metadata_\d{4}\.csv", path.name))
         for path in sorted(files):
             if path.suffix.lower() in (".mp3", ".wav", ".flac", ".ogg") and re.fullmatch(
                     "[0-9]{1,9}", path.stem):
@@ -197,45 +204,24 @@ class DEAMHandler:
         return read_waveform(self.audio[song_id], sample_rate)
 
 
-# ---------------------------------------------------------------------------------------- features
-
-COMPARED = set()  # feature files that this process has compared with their digests
-
-
 class FeatDataset(Dataset):
-    """Yields (features[T, D] as stored, label[2] float64: valence, arousal on 1–9). A file is
-    compared with the manifest's digest when it is first read. Raises UserError naming a file that
-    is missing, damaged or not [T, D]."""
+    """Yields (features[T, D] as stored, label[2] float64: valence, arousal on 1–9).
 
-    def __init__(self, root, ids, annotations, songs, dimension):
-        self.root, self.ids, self.songs, self.dimension = Path(root), ids, songs, dimension
-        self.labels = labels_of(annotations, ids)
+    reader: of kit.records, which reads a song's file and compares it with the manifest. Raises
+    UserError naming a file that is missing, damaged or not [T, D]."""
+
+    def __init__(self, reader, ids, annotations):
+        self.reader, self.ids, self.labels = reader, ids, labels_of(annotations, ids)
 
     def __len__(self):
         return len(self.ids)
 
     def __getitem__(self, index):
-        key = path, _, digest = self.key(index)
-        if key in COMPARED:
-            features = load_tensors(path, "a feature file")
-        else:
-            features = read_features(path, digest, self.dimension)
-            COMPARED.add(key)
-        return features, self.labels[index]
-
-    def key(self, index):
-        """What COMPARED holds of a song: (its file, as it was written then, the digest it has to
-        have, or None)."""
-        song = str(self.ids[index])
-        path = self.root / "songs" / f"{song}.pt"
-        changed = path.stat().st_mtime_ns if path.exists() else None
-        if self.songs is not None and song not in self.songs:
-            raise UserError(f"{path}: the manifest has no song {song}; run extract.py again")
-        return path, changed, None if self.songs is None else self.songs[song]["features"]
+        return self.reader.read(self.ids[index]), self.labels[index]
 
     def __getitems__(self, indices):
-        """Many at once, in order, the next files read meanwhile."""
-        return ahead(self.__getitem__, indices)
+        """Many at once, in order; the next files are read meanwhile."""
+        return prefetch(self.__getitem__, indices)
 
 
 def collate(batch):
@@ -246,14 +232,13 @@ def collate(batch):
 
 
 class DEAMFeatHandler:
-    """A DEAM_feats folder and its frozen splits: `ids` and `datasets` by split, loaders `train`,
-    `val`, `test`, the label statistics `mean`, `std` (float64[2], population σ over train and val),
-    and `top_layers`, the encoder layers above the features'.
+    """A DEAM_feats folder and its frozen splits: `ids` and `datasets` by split, the label
+    statistics `mean`, `std` (float64[2], population σ over train and val) that z-score the targets,
+    loaders, and `top_layers`, the encoder layers above the features'.
 
     splits: of read_splits; None takes the folder's own. labels: "corrected" exchanges valence and
-    arousal for the ranges of ids that the audit found swapped.
-    allow_missing: work on the songs that are there; None takes all, and a missing one is an error
-    when it is read.
+    arousal for the ranges of ids that the audit found swapped. allow_missing: work on the songs
+    that are there; None takes all, and a missing one is an error when it is read.
     Raises UserError for a folder that is not one, songs that are missing or a split that names
     unknown songs. A folder without manifest, as the published notebook made them, is taken as
     layer 10 of the backbone that it used.
@@ -261,55 +246,52 @@ class DEAMFeatHandler:
 
     def __init__(self, root, splits=None, batch_size=32, seed=0, allow_missing=False,
                  labels="shipped"):
-        self.root, self.labels = root, labels = Path(root), labels
-        if not (root / "annotations.csv").is_file():
+        self.root, self.labels, self.batch_size = Path(root), labels, batch_size
+        if not (self.root / "annotations.csv").is_file():
             raise UserError(f"no features in {root}: run extract.py --features {root} first")
-        verified = (root / "manifest.json").exists()
-        self.manifest = read_manifest(root / "manifest.json") if verified else NOTEBOOK_MANIFEST
+        has_manifest = (self.root / "manifest.json").exists()
+        self.manifest = (read_manifest(self.root / "manifest.json") if has_manifest
+                         else NOTEBOOK_MANIFEST)
         self.settings, self.digest = self.manifest["settings"], self.manifest["digest"]
-        self.annotations = self.read_labels(verified, labels)
-        self.splits = splits or own_splits(root)
-        self.ids = self.songs_there(allow_missing)
-        self.complete = all(len(self.ids[name]) == len(self.splits[name]) for name in self.ids)
-        self.summary = ", ".join(f"{len(self.ids[name])} of {len(self.splits[name])} {name}"
-                                 for name in self.ids) + " songs"
-        dimension = self.top_layers["params"]["encoder_embed_dim"]
-        self.datasets = {name: FeatDataset(root, ids, self.annotations, self.manifest["songs"],
-                                           dimension) for name, ids in self.ids.items()}
-        known = self.ids["train"] + self.ids["val"]
-        self.mean, self.std = label_statistics(self.annotations, known)
-        self.batch_size, self.shuffle = batch_size, torch.Generator().manual_seed(seed)
-        for name in self.ids:
-            setattr(self, name, self.loader(name, self.datasets[name]))
+        self.annotations = self.read_labels()
+        self.splits = splits or own_splits(self.root)
+        self.reader = FeatureReader(self.root, self.manifest["songs"],
+                                    self.top_layers["params"]["encoder_embed_dim"])
+        self.ids = self.available(allow_missing)
+        self.datasets = {split: FeatDataset(self.reader, ids, self.annotations)
+                         for split, ids in self.ids.items()}
+        self.mean, self.std = label_statistics(self.annotations,
+                                               self.ids["train"] + self.ids["val"])
+        self.shuffle = torch.Generator().manual_seed(seeds(seed)["shuffling"])
+        self.train, self.val, self.test = (self.loader(split, dataset)
+                                           for split, dataset in self.datasets.items())
 
-    def read_labels(self, verified, labels):
-        path = self.root / "annotations.csv"
-        annotations = read_annotations(path)
-        if verified and sha256(path.read_bytes()) != self.manifest["annotations"]:
+    def read_labels(self):
+        path, swapped = self.root / "annotations.csv", self.manifest["swapped_labels"]
+        if self.digest and sha256(path.read_bytes()) != self.manifest["annotations"]:
             raise UserError(f"{path} is not the file of the manifest; run extract.py again")
-        swapped = self.manifest["swapped_labels"]
-        if labels == "corrected" and swapped is None:
+        annotations = read_annotations(path)
+        if self.labels == "corrected" and swapped is None:
             raise UserError(f"{self.root} does not say which labels are swapped: extract again "
                             "from a DEAM folder with its dynamic annotations")
-        return corrected(annotations, swapped) if labels == "corrected" else annotations
+        return corrected(annotations, swapped) if self.labels == "corrected" else annotations
 
-    def songs_there(self, allow_missing):
+    def available(self, allow_missing):
         """{split: ids whose features are there}."""
-        everything, root = songs_of(self.splits), self.root
+        everything = songs_of(self.splits)
         if unknown := [song for song in everything if song not in self.annotations]:
             raise UserError(f"{len(unknown)} songs of the splits have no labels in "
-                            f"{root / 'annotations.csv'}: {shortened(unknown)}")
+                            f"{self.root / 'annotations.csv'}: {shortened(unknown)}")
         if allow_missing is None:
-            return {name: self.splits[name] for name in SPLITS}
-        songs = self.manifest["songs"]
-        there = {song for song in everything if (songs is None or str(song) in songs)
-                 and (root / "songs" / f"{song}.pt").exists()}
-        missing = [song for song in everything if song not in there]
-        if missing and not allow_missing or not there:
+            return {split: self.splits[split] for split in SPLITS}
+        missing = [song for song in everything if not self.reader.has(song)]
+        if missing and not allow_missing or len(missing) == len(everything):
             raise UserError(f"{len(missing)} of {len(everything)} songs have no features in "
-                            f"{root}: {shortened(missing)}; extract them, or train with "
+                            f"{self.root}: {shortened(missing)}; extract them, or train with "
                             "--allow-missing on those that are there")
-        return {name: [song for song in self.splits[name] if song in there] for name in SPLITS}
+        missing = set(missing)
+        return {split: [song for song in self.splits[split] if song not in missing]
+                for split in SPLITS}
 
     @functools.cached_property
     def top_layers(self):
@@ -329,22 +311,40 @@ class DEAMFeatHandler:
                               collate_fn=collate, generator=self.shuffle)
         return DataLoader(dataset, self.batch_size, collate_fn=collate)
 
+    def z_scored(self, labels):
+        """labels[N, 2] on the 1–9 scale → the model's targets, float64[N, 2]."""
+        return (labels - self.mean) / self.std
+
+    @property
+    def summary(self):
+        return ", ".join(f"{len(self.ids[split])} of {len(self.splits[split])} {split}"
+                         for split in SPLITS) + " songs"
+
     def notes(self):
         """What a user should know about these features and labels before reading a number."""
         yield f"songs: {self.splits['source']}"
         if self.digest is None:
             yield (f"{self.root} has no manifest: its features cannot be verified; taken as "
                    f"layer {self.settings['layer']} of {self.manifest['source']['name']}")
-        swapped = self.manifest["swapped_labels"]
-        if swapped and self.labels == "shipped":
-            ranges = ", ".join(f"{low}–{high}" for low, high in swapped)
-            yield (f"original labels (as shipped): for ids {ranges} valence and arousal are "
-                   "swapped (see audit.py; --labels corrected)")
-        if not self.complete:
+        if self.manifest["swapped_labels"] and self.labels == "shipped":
+            ranges = ", ".join(f"{low}–{high}" for low, high in self.manifest["swapped_labels"])
+            yield (f"labels as shipped: for ids {ranges} valence and arousal are swapped (see "
+                   "audit.py; --labels corrected)")
+        if any(len(self.ids[split]) < len(self.splits[split]) for split in SPLITS):
             yield f"working on {self.summary}"
 
 
-# ---------------------------------------------------------------------------------- model and heads
+# ------------------------------------------------------------------------------------------- heads
+
+
+class Pooling(nn.Module):
+    """states[B, T, D] → pooled[B, D]: the mean over time."""
+
+    def __init__(self, dimension):
+        super().__init__()
+
+    def forward(self, states):
+        return states.mean(1)
 
 
 class Head(nn.Sequential):
@@ -376,96 +376,62 @@ def layers_to_train(finetune, available, layer):
 
 
 class EmotionModel(nn.Module):
-    """The layers above the cached one → LayerNorm → mean over time → valence and arousal heads.
+    """The layers above the cached one → the encoder's LayerNorm → pooling → two heads.
 
     params, layer: of the backbone and the features. finetune names what trains: `frozen` the heads
-    alone; `last<n>` the top n layers, the norm and the heads. The layers between the cached one and
-    those, layer 11 for `last1` and features of layer 10, stay frozen and in eval mode.
-    Weights come from `start_from` or load_state_dict(assign=True).
+    and a pooling that has parameters; `last<n>` also the top n layers and the norm. The stages
+    before those, layer 11 for `last1` and features of layer 10, are frozen: they stay in eval mode,
+    unless frozen_dropout asks for their dropout in training, as the published system has it.
     attention_dropout: of the layers that train; None leaves the backbone's.
+    The pooling and the heads start with the values that their constructors draw under `seed`, in
+    exact arithmetic; the layers and the norm get theirs from load_state_dict(assign=True).
     """
 
-    def __init__(self, params, layer, finetune, attention_dropout=None):
+    def __init__(self, params, layer, finetune, seed=0, attention_dropout=None,
+                 frozen_dropout=False):
         super().__init__()
-        top = params["encoder_num_layers"] - layer
+        top, dimension = params["encoder_num_layers"] - layer, params["encoder_embed_dim"]
         if layer < 0 or top < 0:
             raise UserError(f"layer {layer} of a backbone with {layer + top} layers")
         cut = top - layers_to_train(finetune, top, layer)
-        transformer, dimension = network(params).encoder.transformer, params["encoder_embed_dim"]
+        transformer = network(params).encoder.transformer
         self.layers, self.norm = transformer.layers[layer:], transformer.layer_norm
-        with torch.device("meta"):
+        with Exact(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seeds(seed)["heads"])
+            self.pooling = Pooling(dimension)
             self.valence, self.arousal = Head(dimension), Head(dimension)
-        self.frozen_layers, self.trained_layers = list(self.layers[:cut]), list(self.layers[cut:])
-        self.params, self.recompute = params, True
-        if attention_dropout is not None:
-            for encoder_layer in self.trained_layers:
-                encoder_layer.attention.dropout = attention_dropout
-        for module in self.frozen_modules():
-            module.requires_grad_(False)
-        self.train()
 
-    def frozen_modules(self):
-        return self.frozen_layers if self.trained_layers else [*self.frozen_layers, self.norm]
+        # the stages from `cut` on train: without any layer, only a pooling that has parameters
+        stages = [*self.layers, self.norm, self.pooling]
+        if cut == top:
+            cut = len(stages) - any(True for _ in self.pooling.parameters())
+        self.frozen_stages, self.trained_stages = stages[:cut], stages[cut:]
+        self.params, self.frozen_dropout, self.recompute = params, frozen_dropout, True
+        for stage in self.frozen_stages:
+            stage.requires_grad_(False)
+        for stage in self.trained_stages:
+            if attention_dropout is not None and hasattr(stage, "attention"):
+                stage.attention.dropout = attention_dropout
+        self.train()
 
     def train(self, mode=True):
         super().train(mode)
-        for module in self.frozen_modules():
-            module.eval()
+        for stage in self.frozen_stages:
+            stage.train(mode and self.frozen_dropout)
         return self
-
-    def start_from(self, top_layers, seed):
-        """Take the layers and the norm from a backbone's top layers; draw the heads' weights as
-        nn.Linear does (uniform within 1/√fan-in), from a CPU generator of their own. Raises
-        UserError if the top layers do not fit."""
-        state, generator = dict(top_layers["state"]), torch.Generator().manual_seed(seed)
-        wanted = {name: value.shape for name, value in self.state_dict().items()
-                  if not name.startswith(DIMENSIONS)}
-        if wanted != {name: value.shape for name, value in state.items()}:
-            raise UserError("the top layers of these features are not those of their architecture; "
-                            "run extract.py again")
-        for name, parameter in self.named_parameters():
-            if name in state:
-                continue
-            place, _, part = name.rpartition(".")
-            module = self.get_submodule(place)
-            if isinstance(module, nn.Linear):
-                bound = 1 / math.sqrt(module.in_features)
-                # not uniform_, which some builds of torch round once, not twice
-                state[name] = torch.rand(parameter.shape, generator=generator) * (2 * bound) - bound
-            elif isinstance(module, (nn.LayerNorm, nn.GroupNorm)):
-                state[name] = torch.full(parameter.shape, {"weight": 1.0, "bias": 0.0}[part])
-            else:
-                raise NotImplementedError(f"{name}: say here how a {type(module).__name__} starts")
-        self.load_state_dict(state, assign=True)
-
-    # What trains decides where the norm and the mean over time come:
-    #                  run_frozen                                run_trained
-    #   all layers     –                                         layers, norm, mean
-    #   the top ones   the layers below                          layers, norm, mean
-    #   the heads      layers, norm, mean: kept is one row       the mean of one row
 
     @torch.no_grad()
     def run_frozen(self, features):
-        """One clip's features[T, D] through the layers that do not train → states[T, D] on the
-        model's device, the features as they are if all train; where none trains, on through norm
-        and mean: pooled[1, D]. Clip by clip, so that it can be kept or computed again, whichever
-        memory allows, without changing a bit."""
-        if self.trained_layers and not self.frozen_layers:
+        """One clip's features[T, D] through the frozen stages → states[T, D], or pooled[D] where
+        the pooling is one of them, on the model's device. Clip by clip, so that it can be kept or
+        computed again, whichever memory allows, without changing a bit."""
+        if not self.frozen_stages:
             return features.to(self.norm.weight.device)
-        states = features.to(self.norm.weight)[None]
-        for layer in self.frozen_layers:
-            states, _ = layer(states)
-        return states[0] if self.trained_layers else self.pool(states)
-
-    def run_trained(self, states):
-        """states[B, T, D] of `run_frozen` → pooled[B, D]."""
-        for layer in self.trained_layers:
-            states, _ = layer(states)
-        return self.pool(states) if self.trained_layers else states.mean(1)
+        return through(self.frozen_stages, features.to(self.norm.weight)[None])[0]
 
     def pool(self, states):
-        """states[B, T, D] → pooled[B, D]: the final norm, then the mean over time."""
-        return self.norm(states).mean(1)
+        """states[B, …] of `run_frozen` → pooled[B, D]."""
+        return through(self.trained_stages, states)
 
     def forward(self, clips, micro_batch=1):
         """[states of `run_frozen`, …], of any lengths → z-scored [B, 2]: valence, arousal."""
@@ -475,24 +441,24 @@ class EmotionModel(nn.Module):
     def pool_clips(self, clips, micro_batch):
         """[states of `run_frozen`, …] → pooled[B, D]; a clip's row does not depend on the others.
 
-        Clips of equal length go through the layers together, up to `micro_batch` at a time. In
+        Clips of equal length go through the stages together, up to `micro_batch` at a time. In
         training, unless there is room for the whole batch's, a group's activations are dropped and
         recomputed in the backward pass: the gradient is that of the whole batch, to the same bits.
         """
-        places, pooled, weight = {}, [None] * len(clips), self.norm.weight
+        weight, places, pooled = self.norm.weight, {}, [None] * len(clips)
+        if not self.trained_stages:
+            return torch.stack([clip.to(weight.device) for clip in clips]).to(weight)
         for place, clip in enumerate(clips):
             places.setdefault(len(clip), []).append(place)
-        for same in places.values():
-            for start in range(0, len(same), micro_batch):
-                group = same[start:start + micro_batch]
-                states = torch.stack([clips[place].to(weight.device, non_blocking=True)
-                                      for place in group]).to(weight)
-                if self.training and self.trained_layers and self.recompute:
-                    rows = checkpoint(self.run_trained, states, use_reentrant=False)
-                else:
-                    rows = self.run_trained(states)
-                for place, row in zip(group, rows):
-                    pooled[place] = row
+        groups = [same[start:start + micro_batch] for same in places.values()
+                  for start in range(0, len(same), micro_batch)]
+        for group in groups:
+            states = torch.stack([clips[place].to(weight.device, non_blocking=True)
+                                  for place in group]).to(weight)
+            rows = (checkpoint(self.pool, states, use_reentrant=False)
+                    if self.training and self.recompute else self.pool(states))
+            for place, row in zip(group, rows):
+                pooled[place] = row
         return torch.stack(pooled)
 
     @torch.no_grad()
@@ -504,52 +470,41 @@ class EmotionModel(nn.Module):
             return torch.cat([self(clips, micro_batch).double() for clips, _ in loader]).cpu()
 
 
-class FrozenOutputs(Dataset):
-    """A FeatDataset seen through a model's frozen layers: yields (states, label[2]). Each clip's
-    states are computed once and kept on the device `keep`, or computed at each use where that is
-    None."""
-
-    def __init__(self, dataset, model, arithmetic, keep=None):
-        self.dataset, self.model, self.arithmetic = dataset, model, arithmetic
-        self.keep, self.kept = keep, {}
-
-    def __len__(self):
-        return len(self.dataset)
-
-    def __getitems__(self, indices):
-        new = set(indices) - self.kept.keys()
-        read = self.dataset.__getitems__([index for index in indices if index in new])
-        for index in indices:
-            states = self.kept.get(index)
-            if index in new:
-                features, _ = next(read)
-                with self.arithmetic():
-                    states = self.model.run_frozen(features)
-                if self.keep:
-                    # to pinned memory of the host, without waiting: only the GPU reads it again
-                    states = self.kept[index] = states.to(self.keep, non_blocking=True)
-            yield states, self.dataset.labels[index]
+def through(stages, states):
+    """states through modules one by one; torchaudio's layers give a position bias beside them."""
+    for stage in stages:
+        states = stage(states)
+        states = states[0] if isinstance(states, tuple) else states
+    return states
 
 
-def where_to_keep(count, frames, model, stored, device):
-    """The device with room for the frozen outputs of `count` clips of `frames` frames: the model's
-    own, the host, or None. stored: dtype of the features, which are kept as they are where no layer
-    is frozen."""
-    parameter = model.norm.weight
-    dtype = parameter.dtype if model.frozen_layers or not model.trained_layers else stored
-    needed = count * (frames if model.trained_layers else 1) * len(parameter) * dtype.itemsize
-    return next((place for place in (device, torch.device("cpu")) if has_room(place, needed)), None)
+def start_from(model, top_layers):
+    """Give a model the layers and the norm of a backbone's top layers. Raises UserError if they are
+    not of its architecture."""
+    state = top_layers["state"]
+    expected = {name: value.shape for name, value in model.state_dict().items()
+                if name.startswith(("layers.", "norm."))}
+    if expected != {name: value.shape for name, value in state.items()}:
+        raise UserError("the top layers of these features are not those of their architecture; run "
+                        "extract.py again")
+    model.load_state_dict(state, strict=False, assign=True)
 
 
-def room_for_activations(clips, frames, model, device):
-    """Whether there is room for the activations of a whole batch: some 12 values a channel and 4 a
-    feed-forward unit, for every frame and layer that trains."""
-    width, inner = model.params["encoder_embed_dim"], model.params["encoder_ff_interm_features"]
-    values = clips * frames * len(model.trained_layers) * (12 * width + 4 * inner)
-    return has_room(device, values * model.norm.weight.element_size())
+def load_model(content, file):
+    """The EmotionModel, in eval mode, of what a model.pt holds. Raises UserError for anything
+    else."""
+    complaint = f"{file} is not a model that train.py wrote"
+    check_schema(content["params"], PARAMS, complaint)
+    try:
+        model = EmotionModel(content["params"], content["settings"]["layer"],
+                             content["config"]["options"]["finetune"])
+        model.load_state_dict(content["state"], assign=True)
+    except (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError):
+        raise UserError(complaint) from None
+    return model.eval()
 
 
-# --------------------------------------------------------------------------------------------- loss
+# -------------------------------------------------------------------------------------------- loss
 
 
 def pearson(values):
@@ -560,9 +515,11 @@ def pearson(values):
 
 def quadrant_weights(labels):
     """float64[4]: a weight for each quadrant, inverse to how many of labels[N, 2] it holds
-    (z-scored), scaled so that the mean over the N songs is 1."""
+    (z-scored), scaled so that the mean over the four quadrants is 1, as the published system has
+    it. A quadrant without songs has no weight."""
     counts = torch.bincount(quadrant(labels), minlength=4)
-    return len(labels) / (counts > 0).sum() / counts.clamp_min(1).double()
+    inverse = torch.where(counts > 0, 1 / counts.double(), 0.0)
+    return inverse / inverse.sum() * (counts > 0).sum()
 
 
 def emotion_loss(pred, true, lambda_corr=0.05, lambda_var=0.05, corr_target="true", weights=None):

@@ -40,72 +40,22 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from common import PARAMS, DEAMFeatHandler, DEAMHandler, EmotionModel, FrozenOutputs, collate
+from common import DEAMFeatHandler, DEAMHandler, collate, load_model
 from kit import figures
 from kit.cli import Progress, UserError
 from kit.deam import (DIMENSIONS, QUADRANTS, corrected, own_splits, read_splits, songs_of,
                       splits_digest)
-from kit.files import (ahead, json_digest, read_json, read_tensors, read_text, state_digest,
+from kit.features import read_manifest
+from kit.files import (prefetch, json_digest, read_json, read_tensors, read_text, state_digest,
                        table_text, write_file, write_json)
-from kit.machine import Arithmetic, environment
+from kit.machine import Arithmetic, FrozenOutputs, environment
 from kit.metrics import (PUBLISHED, artist_groups, measure, measure_split, paired_difference,
                          predicted_values, ridge, stated, true_values)
-from kit.records import RUN_SETTINGS, read_manifest
-from kit.schema import DIGEST, check_form
-from kit.verdict import Verdict, differences
-from train import CONFIG, RECORD
+from kit.records import flat_config, read_metrics, read_run
+from kit.verdict import Verdict
 
 SIX_DECIMALS, ABSENT = 5e-7, ("absent",)  # a tuple: nothing that JSON can hold
 TOLERANCE = 0.01  # on the 1–9 scale: predictions of float32 that differ less are close
-MODEL = {"config": CONFIG, "settings": RUN_SETTINGS, "params": PARAMS,
-         "mean": torch.Tensor, "std": torch.Tensor, "state": {str: torch.Tensor},
-         "initial_model": DIGEST, "source": str, "backbone": {"name": str}}
-METRICS = {"finetune": str, "precision": ("exact", "float32", "bfloat16"), "source": str,
-           "split": ("train", "val", "test"),
-           "labels": ("shipped", "corrected"), "trained_on_labels": ("shipped", "corrected"),
-           "songs": int, "features": (None, DIGEST), "splits": DIGEST, "label_values": DIGEST,
-           "swapped_labels": (None, [[int, int]]), "initial_model": DIGEST, "model": DIGEST,
-           "numbers": dict, "ridge_penalty": float, "predictions": {int: [float, float]},
-           "ridge_predictions": {int: [float, float]}, "digest": DIGEST}
-
-
-def read_model(file):
-    """(EmotionModel in eval mode, what else model.pt holds). Raises UserError for anything else."""
-    content = read_tensors(file, "a trained model", MODEL)
-    complaint = f"{file} is not a model that train.py wrote"
-    try:
-        model = EmotionModel(content["params"], content["settings"]["layer"],
-                             content["config"]["finetune"])
-        model.load_state_dict(content["state"], assign=True)
-    except (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError):
-        raise UserError(complaint) from None
-    if any(each.shape != (2,) or each.dtype != torch.float64 or not ((0 < each) & (each < 9)).all()
-           for each in (content["mean"], content["std"])):
-        raise UserError(f"{complaint}: mean and std of two labels")
-    return model.eval(), content
-
-
-def read_run(folder):
-    """(model, what else model.pt holds, the run's splits). Raises UserError where the run's files
-    are not of one run."""
-    record = read_json(folder / "config.json", "a run's configuration", RECORD)
-    finished = "model" in record["digests"] and (folder / "model.pt").exists()
-    if not finished and (folder / "last.pt").exists():
-        raise UserError(f"{folder} is not finished: train.py with --resume resumes it")
-    model, content = read_model(folder / "model.pt")
-    splits = read_splits(folder / "splits.json")
-    if splits["source"] != content["source"]:
-        raise UserError(f"{folder}: splits.json names another source than model.pt")
-    content["digest"] = state_digest(content["state"])
-    there = {"model": content["digest"], "initial_model": content["initial_model"],
-             "label_mean": content["mean"].tolist(), "label_std": content["std"].tolist()}
-    recorded = {**record, **record["digests"]}
-    if differing := differences(record["config"], content["config"]) or differences(
-            {key: recorded.get(key) for key in there}, there):
-        raise UserError(f"{folder}: config.json and model.pt are not of one run ({differing})")
-    if content["config"]["splits"] != splits_digest(splits):
-        raise UserError(f"{folder}: splits.json is not the one that the run was trained on")
-    return model, content, splits
 
 
 # --------------------------------------------------------------------------------------- evaluation
@@ -116,7 +66,7 @@ POOLED = {}  # by FeatDataset.key: for several runs a file is read once
 
 def pooled_features(dataset, index):
     """float64[D]: the mean over time of a song's features."""
-    key = dataset.key(index)
+    key = dataset.reader.key(dataset.ids[index])
     if key not in POOLED:
         POOLED[key] = dataset[index][0].double().mean(0).numpy()
     return POOLED[key]
@@ -128,7 +78,7 @@ def ridge_predictions(data, split):
     x, y, std = {}, {}, data.std.numpy()
     for name in dict.fromkeys(["train", "val", split]):
         dataset = data.datasets[name]
-        pooled = ahead(functools.partial(pooled_features, dataset), range(len(dataset)))
+        pooled = prefetch(functools.partial(pooled_features, dataset), range(len(dataset)))
         bar = Progress(pooled, total=len(dataset), desc=f"ridge {name}", unit="song", leave=False)
         x[name], y[name] = np.stack([*bar]), dataset.labels.numpy() / std
     predict, penalty = ridge(x["train"], y["train"], x["val"], y["val"])
@@ -147,8 +97,9 @@ class Evaluation(NamedTuple):
 
 def evaluate(args, folder, arithmetic, opened):
     """The Evaluation of a run. opened: features by labels and splits, for the runs that follow."""
-    model, content, splits = read_run(folder)
-    config, split = content["config"], args.split
+    content, splits = read_run(folder)
+    model = load_model(content, folder / "model.pt")
+    config, split = flat_config(content["config"]), args.split
     labels = args.labels or config["labels"]
     key = labels, splits_digest(splits)
     if key not in opened:
@@ -312,29 +263,6 @@ def print_runs(evaluated):
 # ------------------------------------------------------------------------------------------ verdict
 
 
-def read_metrics(file):
-    """An earlier metrics.json. Raises UserError if it is none or was edited."""
-    content = read_json(file, "a metrics.json", {str: object})
-    if "runs" in content:
-        raise UserError(f"{file} is pooled over folds: verify the metrics.json of each fold")
-    check_form(content, METRICS, f"{file} is not a metrics.json")
-    digest = content.pop("digest")
-    if digest != json_digest(content):
-        raise UserError(f"{file} does not match its own digest: it was edited or damaged")
-    pred, ridge_pred = content["predictions"], content["ridge_predictions"]
-    pairs = [*pred.values(), *ridge_pred.values()]
-    unknown = content.keys() - METRICS.keys() - {"run", "environment"}
-    for wrong, complaint in (
-            (unknown, f"{', '.join(sorted(unknown))} is nothing that eval.py writes"),
-            (any(abs(value) > 1e6 for pair in pairs for value in pair),
-             "a prediction far from any scale"),
-            (not pred or content["songs"] != len(pred) or ridge_pred.keys() != pred.keys(),
-             "two predictions for each of its songs")):
-        if wrong:
-            raise UserError(f"{file} is not a metrics.json: {complaint}")
-    return content
-
-
 def flat(value, name=""):
     """{"metrics.valence.mse": 1.2, "intervals.valence.mse[0]": 1.1, …} of nested dicts and lists;
     what is empty stays as it is."""
@@ -406,8 +334,8 @@ def verify_file(expected, file, deam):
         verdict.compare("manifest.json", expected["features"], manifest["digest"])
         verdict.compare("swapped labels", expected["swapped_labels"], manifest["swapped_labels"])
     if (beside / "config.json").exists():
-        _, content, splits = read_run(beside)
-        config = content["config"]
+        content, splits = read_run(beside)
+        config = flat_config(content["config"])
         there = {"model": content["digest"], "initial_model": content["initial_model"],
                  "source": splits["source"], "trained_on_labels": config["labels"],
                  **{key: config[key] for key in ("features", "finetune", "precision")}}

@@ -44,13 +44,13 @@ import numpy as np
 import soundfile
 import torch
 
-from common import Backbone
-from eval import read_model
+from common import Backbone, load_model
 from kit import figures
 from kit.audio import BadClip, read_windows
 from kit.cli import Progress, UserError
 from kit.deam import MOODS, QUADRANTS, files_below, quadrant
 from kit.machine import Arithmetic
+from kit.records import read_model
 from kit.weights import weights_name
 
 READABLE = {".aif", ".oga", ".opus", *(f".{name.lower()}" for name in
@@ -126,7 +126,8 @@ class Predictor:
     """Waveforms → valence and arousal, as the run's features and model make them."""
 
     def __init__(self, args):
-        self.model, content = read_model(args.run / "model.pt")
+        content = read_model(args.run / "model.pt")
+        self.model = load_model(content, args.run / "model.pt")
         settings, source = content["settings"], content["backbone"]
         backbone = Backbone(args.weights or weights_name(source))
         here = {"weights": settings["weights"] and backbone.digest,

@@ -61,9 +61,9 @@ SHARED = {
     "--features": dict(type=path, default=Path("DEAM_feats"), metavar="FOLDER",
                        help="the folder of features"),
     "--deam": dict(type=path, metavar="PATH", help="a folder with DEAM in it, in any layout"),
-    "--precision": dict(choices=["exact", "float32", "bfloat16"], default="exact",
-                        help="arithmetic: exact gives the same bits on any machine; float32 and "
-                             "bfloat16 (GPU) are faster and give that up"),
+    "--precision": dict(choices=["exact", "float32"], default="exact",
+                        help="arithmetic: exact gives the same bits on any machine, float32 on one "
+                             "make of CPU or one GPU model"),
     "--labels": dict(choices=["shipped", "corrected"], default="shipped",
                      help="corrected exchanges valence and arousal where the audit says that DEAM "
                           "has them swapped"),
@@ -82,12 +82,29 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description):
         super().__init__(description=description, formatter_class=Help, allow_abbrev=False)
+        self.file = None  # that options are read from, instead of the command line
+
+    def read(self, options, file):
+        """The namespace of options {name: value} that a file holds, checked as those of a command
+        line are. Raises UserError, beginning with the file."""
+        self.file = file
+        unknown = options.keys() - vars(self.parse_args([])).keys()
+        if unknown:
+            self.error(f"no option {', '.join(sorted(unknown))}")
+        words = []
+        for name, value in options.items():
+            if value is not None and value is not False:
+                words.append(f"--{name.replace('_', '-')}" + (f"={value}" if value is not True
+                                                              else ""))
+        return self.parse_args(words)
 
     def share(self, *names, **changes):
         for name in names:
             self.add_argument(name, **{**SHARED[name], **changes})
 
     def error(self, message):
+        if self.file:
+            raise UserError(f"{self.file} holds options that are none: {message}")
         self.exit(2, f"error: {message} ({self.prog} --help lists the options)\n")
 
 

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from kit.cli import UserError
-from kit.schema import check_form
+from kit.schema import check_schema
 
 # ------------------------------------------------------------------------------------------ threads
 
@@ -35,9 +35,9 @@ def thread_pool(threads):
     return ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
 
 
-def ahead(function, items, threads=8):
+def prefetch(function, items, threads=8):
     """Yield function(item) for each of items, in their order, computed a few items ahead by
-    `threads` threads. The function must not use ahead itself."""
+    `threads` threads. The function must not use prefetch itself."""
     waiting = deque()
     try:
         for item in items:
@@ -77,7 +77,7 @@ def state_digest(state, known=()):
     """sha256 over the sorted names and the digests of a state dict's tensors, buffers included.
     known: {name: digest} of tensors that need not be read again."""
     names = [name for name in state if name not in known]
-    digests = dict(zip(names, ahead(tensor_digest, [state[name] for name in names])), **dict(known))
+    digests = dict(zip(names, prefetch(tensor_digest, [state[name] for name in names])), **dict(known))
     return sha256("".join(f"{name} {digests[name]}\n" for name in sorted(state)).encode())
 
 
@@ -165,15 +165,15 @@ def read_table(path, what, errors="strict"):
         raise UserError(f"{path} is not {what}: {error}") from None
 
 
-def read_json(path, what, form=None):
-    """A JSON file of the given form (of `check_form`). Raises UserError."""
+def read_json(path, what, schema=None):
+    """A JSON file of the given schema (of `check_schema`). Raises UserError."""
     text = read_text(path, what)
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not {what}: not valid JSON ({error})") from None
-    if form is not None:
-        check_form(value, form, f"{path} is not {what}")
+    if schema is not None:
+        check_schema(value, schema, f"{path} is not {what}")
     return value
 
 
@@ -190,13 +190,13 @@ def load_tensors(path, what):
                         "values") from None
 
 
-def read_tensors(path, what, form):
-    """A dict that `write_tensors` wrote: of the given form, and what its digest says."""
+def read_tensors(path, what, schema):
+    """A dict that `write_tensors` wrote: of the given schema, and what its digest says."""
     value = load_tensors(path, what)
     if not isinstance(value, dict) or not isinstance(value.get("digest"), str):
         raise UserError(f"{path} is not {what}: it has no digest of what it holds")
     digest = value.pop("digest")
-    check_form(value, form, f"{path} is not {what}")
+    check_schema(value, schema, f"{path} is not {what}")
     if content_digest(value) != digest:
         raise UserError(f"{path} is damaged: it does not hold what its digest says; restore it, or "
                         "make it again")

@@ -1,5 +1,6 @@
 """The machine: devices, arithmetic, memory, environment."""
 
+import contextlib
 import os
 import platform
 import re
@@ -9,6 +10,7 @@ import numpy as np
 import soundfile
 import torch
 import torchaudio
+from torch.utils.data import Dataset
 
 import exact
 from exact import Exact
@@ -20,8 +22,8 @@ class Arithmetic:
     to compute in, `with arithmetic():`.
 
     exact: float64 under Exact, the same bits on any machine; checked here against known answers.
-    float32, bfloat16: torch's own arithmetic made to repeat itself (deterministic kernels, an error
-    where there is none); the same bits on one make of CPU or one GPU model.
+    float32: torch's own arithmetic made to repeat itself (deterministic kernels, an error where
+    there is none); the same bits on one make of CPU or one GPU model.
     Raises UserError where there is no such device, or where it fails the check.
     """
 
@@ -41,15 +43,20 @@ class Arithmetic:
         # filling uninitialised memory takes a fifth of the time, and nothing here reads any
         torch.utils.deterministic.fill_uninitialized_memory = False
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
-        torch.backends.cudnn.enabled = precision == "float32"  # its other convolutions are slower
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
     def __call__(self):
-        """A new context each time: one autocast entered twice, nested, would stay on for good."""
-        if self.precision == "exact":
-            return Exact()
-        bfloat16 = self.precision == "bfloat16"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16)
+        return Exact() if self.precision == "exact" else contextlib.nullcontext()
+
+
+def torchrun():
+    """(this process's number, how many there are), as torchrun says; (0, 1) without it."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def cores():
+    """CPU cores for each of torchrun's processes on this machine."""
+    return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def pick_device(name):
@@ -79,6 +86,9 @@ def environment(device):
     }
 
 
+# ------------------------------------------------------------------------------------------ memory
+
+
 def has_room(device, size):
     """Whether `size` bytes fit into half of the memory that a device has free now; if a system does
     not say how much, a quarter of all memory counts as free."""
@@ -87,3 +97,48 @@ def has_room(device, size):
     known = "SC_AVPHYS_PAGES" in os.sysconf_names
     pages = os.sysconf("SC_AVPHYS_PAGES") if known else os.sysconf("SC_PHYS_PAGES") / 4
     return size < pages * os.sysconf("SC_PAGE_SIZE") / 2
+
+
+def where_to_keep(count, frames, model, stored, device):
+    """The device with room for the frozen outputs of `count` clips of `frames` frames: the model's
+    own, the host, or None. stored: dtype of the features, which are kept as they are where no stage
+    is frozen."""
+    weight = model.norm.weight
+    dtype = weight.dtype if model.frozen_stages else stored
+    needed = count * (frames if model.trained_stages else 1) * len(weight) * dtype.itemsize
+    return next((place for place in (device, torch.device("cpu")) if has_room(place, needed)), None)
+
+
+def room_for_activations(clips, frames, model, device):
+    """Whether there is room for the activations of a whole batch: some 12 values a channel and 4 a
+    feed-forward unit, for every frame and stage that trains."""
+    width, inner = model.params["encoder_embed_dim"], model.params["encoder_ff_interm_features"]
+    values = clips * frames * len(model.trained_stages) * (12 * width + 4 * inner)
+    return has_room(device, values * model.norm.weight.element_size())
+
+
+class FrozenOutputs(Dataset):
+    """A FeatDataset seen through a model's frozen stages: yields (states, label[2]). Each clip's
+    states are computed once and kept on the device `keep`, or computed at each use where that is
+    None."""
+
+    def __init__(self, dataset, model, arithmetic, keep=None):
+        self.dataset, self.model, self.arithmetic = dataset, model, arithmetic
+        self.keep, self.kept = keep, {}
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitems__(self, indices):
+        new = set(indices) - self.kept.keys()
+        clips = self.dataset.__getitems__([index for index in indices if index in new])
+        for index in indices:
+            states = self.kept.get(index)
+            if index in new:
+                features, _ = next(clips)
+                with self.arithmetic():
+                    states = self.model.run_frozen(features)
+                if self.keep:
+                    # to pinned memory of the host, without waiting: only the GPU reads it again
+                    states = self.kept[index] = states.to(self.keep, non_blocking=True)
+            yield states, self.dataset.labels[index]

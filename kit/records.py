@@ -1,57 +1,215 @@
-"""What lies on disk, and its readers."""
+"""Runs on disk: what train.py and eval.py write, and its readers.
+
+    runs/NAME/  config.json  splits.json  manifest.json  history.csv  digests.csv  model.pt
+                last.pt  what --resume goes on from      eval-test/metrics.json
+"""
+
+import re
 
 import torch
 
 from kit.cli import UserError
-from kit.files import json_digest, load_tensors, read_json, tensor_digest
-from kit.schema import DIGEST, is_plain
+from kit.deam import read_splits, splits_digest
+from kit.features import SETTINGS
+from kit.files import json_digest, read_json, read_table, read_tensors, state_digest
+from kit.schema import DIGEST, check_schema
+from kit.verdict import differences
 
-SETTINGS = {"weights": DIGEST, "layer": int, "precision": ("exact", "float32", "bfloat16"),
-            "store": ("float32", "float16"), "sample_rate": int,
-            "normalize_epsilon": (None, float)}
+HISTORY = ["epoch", "lr", "train_loss", "train_mse", "train_mae", "val_loss", "val_mse", "val_mae"]
+DIGESTS = ["epoch", "step", "loss", "state"]
 RUN_SETTINGS = {**SETTINGS, "weights": (None, DIGEST)}  # None: of features without manifest
-ENTRY = {"pcm": DIGEST, "features": DIGEST, "frames": int}
-MANIFEST = {"settings": SETTINGS, "annotations": DIGEST, "top_layers": DIGEST,
-            "swapped_labels": (None, [[int, int]]), "songs": {int: ENTRY}, "digest": DIGEST,
-            "source": {"name": str}}
-# A folder of the published notebook has no manifest: its features cannot be verified, and are taken
-# as those of the backbone that it used.
-NOTEBOOK_MANIFEST = {
-    "settings": {"weights": None, "layer": 10, "precision": "float32", "store": "float32",
-                 "sample_rate": 16000, "normalize_epsilon": 1e-7},
-    "swapped_labels": None, "songs": None, "digest": None,
-    "source": {"name": "ALM/wav2vec2-base-audioset"}}
+LABELS = ("shipped", "corrected")
+# What decides a run's result: the options of train.py, which its parser reads again, and what they
+# are applied to.
+CONFIG = {"options": {"finetune": str, "labels": LABELS, "precision": ("exact", "float32"),
+                      "epochs": int, "select": ("last", "best")},
+          "features": (None, DIGEST), "splits": DIGEST,
+          "songs": {"train": int, "val": int, "test": int}}
+RUN = {"config": CONFIG, "digests": {"initial_model": DIGEST}, "source": str,
+       "features_settings": RUN_SETTINGS, "label_mean": [float, float], "label_std": [float, float]}
+MODEL = {"config": CONFIG, "settings": RUN_SETTINGS, "params": {str: object},
+         "mean": torch.Tensor, "std": torch.Tensor, "state": {str: torch.Tensor},
+         "initial_model": DIGEST, "source": str, "backbone": {"name": str}}
+CHECKPOINT = {
+    "config": CONFIG, "model": {str: torch.Tensor},
+    "optimizer": {int: {"step": torch.Tensor, "exp_avg": torch.Tensor, "exp_avg_sq": torch.Tensor}},
+    "history": [[float] * 8], "digests": [[int, int, float, DIGEST]], "shuffle": torch.Tensor,
+    "rng": torch.Tensor, "best": (None, {"loss": float, "model": {str: torch.Tensor}})}
+METRICS = {"finetune": str, "precision": ("exact", "float32"), "source": str,
+           "split": ("train", "val", "test"), "labels": LABELS, "trained_on_labels": LABELS,
+           "songs": int, "features": (None, DIGEST), "splits": DIGEST, "label_values": DIGEST,
+           "swapped_labels": (None, [[int, int]]), "initial_model": DIGEST, "model": DIGEST,
+           "numbers": dict, "ridge_penalty": float, "predictions": {int: [float, float]},
+           "ridge_predictions": {int: [float, float]}, "digest": DIGEST}
 
 
-def manifest_digest(manifest):
-    """One digest over how the features were made, the labels beside them, and every song's PCM and
-    features."""
-    inside = "settings", "annotations", "top_layers", "swapped_labels", "songs"
-    return json_digest({key: manifest[key] for key in inside})
+def flat_config(config):
+    """A run's configuration as one dict, for comparing name by name."""
+    return {**config["options"], **{key: config[key] for key in ("features", "splits", "songs")}}
 
 
-def read_manifest(path):
-    """A manifest.json, whose song ids are texts. Raises UserError if it is none or was edited."""
-    manifest = read_json(path, "a manifest", MANIFEST)
-    if manifest["digest"] != manifest_digest(manifest):
-        raise UserError(f"{path} does not match its own digest: it was edited or damaged; restore "
-                        "it, or delete the folder and extract again")
-    return manifest
+def read_config(folder):
+    """What config.json says of a run. Raises UserError."""
+    return read_json(folder / "config.json", "a run's configuration", RUN)
 
 
-def read_features(path, digest=None, dimension=None):
-    """features[T, D] of a feature file. Raises UserError where it is not a finite tensor [T, D], or
-    not the one that a manifest's digest says."""
-    features = load_tensors(path, "a feature file")
-    if (not isinstance(features, torch.Tensor) or features.ndim != 2 or not len(features)
-            or features.dtype not in (torch.float32, torch.float16)
-            or dimension and features.shape[1] != dimension):
-        raise UserError(f"{path}: not a tensor [T, {dimension or 'D'}] of float32 or float16; "
-                        "extract this song again")
-    if not is_plain(features):
-        raise UserError(f"{path}: NaN or infinity in it, or not a dense tensor; extract this song "
-                        "again")
-    if digest and tensor_digest(features) != digest:
-        raise UserError(f"{path} is damaged: not the features of the manifest; run extract.py "
-                        "again")
-    return features
+def read_run(folder):
+    """(what model.pt holds with its digest, the run's splits). Raises UserError where the run is
+    not finished, or its files are not of one run."""
+    record = read_config(folder)
+    finished = "model" in record["digests"] and (folder / "model.pt").exists()
+    if not finished and (folder / "last.pt").exists():
+        raise UserError(f"{folder} is not finished: train.py with --resume resumes it")
+    content, splits = read_model(folder / "model.pt"), read_splits(folder / "splits.json")
+    if splits["source"] != content["source"]:
+        raise UserError(f"{folder}: splits.json names another source than model.pt")
+    actual = {"model": content["digest"], "initial_model": content["initial_model"],
+              "label_mean": content["mean"].tolist(), "label_std": content["std"].tolist()}
+    recorded = {**record, **record["digests"]}
+    if differing := (differences(flat_config(record["config"]), flat_config(content["config"]))
+                     or differences({key: recorded.get(key) for key in actual}, actual)):
+        raise UserError(f"{folder}: config.json and model.pt are not of one run ({differing})")
+    if content["config"]["splits"] != splits_digest(splits):
+        raise UserError(f"{folder}: splits.json is not the one that the run was trained on")
+    return content, splits
+
+
+def read_model(file):
+    """What a model.pt holds, and `digest` of its state. Raises UserError for anything else."""
+    content = read_tensors(file, "a trained model", MODEL)
+    if any(each.shape != (2,) or each.dtype != torch.float64 or not ((0 < each) & (each < 9)).all()
+           for each in (content["mean"], content["std"])):
+        raise UserError(f"{file} is not a model that train.py wrote: mean and std of two labels")
+    return {**content, "digest": state_digest(content["state"])}
+
+
+# ------------------------------------------------------------------------------------------ tables
+
+
+def whole(cell):
+    if not re.fullmatch("[0-9]{1,9}", cell):
+        raise ValueError
+    return int(cell)
+
+
+def sha256_text(cell):
+    if not DIGEST.fullmatch(cell):
+        raise ValueError
+    return cell
+
+
+def read_rows(path, names, kinds):
+    """The rows of a CSV file with these columns, each cell read by its kind. Raises UserError."""
+    header, *rows = read_table(path, "a file of a run") or [[]]
+    try:
+        rows = [[kind(cell) for kind, cell in zip(kinds, row, strict=True)] for row in rows]
+    except ValueError:
+        rows = []
+    if header != names or not rows:
+        raise UserError(f"{path} is not a file that train.py wrote")
+    return rows
+
+
+def read_history(folder):
+    """[[epoch, lr, …], …] of a run's history.csv. Raises UserError."""
+    return read_rows(folder / "history.csv", HISTORY, (whole, *[float] * 7))
+
+
+def read_digests(folder):
+    """[[epoch, step, loss, state digest], …] of a run's digests.csv. Raises UserError."""
+    return read_rows(folder / "digests.csv", DIGESTS, (whole, whole, float, sha256_text))
+
+
+# ------------------------------------------------------------------------------------- checkpoints
+
+
+def read_checkpoint(folder, config, resume):
+    """The training state in a run's folder to resume from, or None. Raises UserError where the
+    folder holds another run, or a finished one that would be lost."""
+    last, done = folder / "last.pt", folder / "model.pt"
+    if not last.exists():
+        if done.exists():
+            raise UserError(f"{folder} holds a finished run (without {last.name}, to resume "
+                            "from): choose another --run, or delete it")
+        return None
+    if not resume:
+        raise UserError(f"{folder} holds a run already: add --resume to resume it, choose "
+                        "another --run, or delete it")
+    state = read_tensors(last, "a training state", CHECKPOINT)
+    finished, options = len(state["history"]), config["options"]
+    then = flat_config(state["config"])
+    if options["epochs"] >= finished and options["schedule"] != "cosine":
+        then["epochs"] = options["epochs"]  # cosine's rates depend on the end
+    if differing := differences(then, flat_config(config)):
+        raise UserError(f"{folder} was started otherwise ({differing}): resume with its own "
+                        "options, or choose another --run")
+    if not finished:
+        raise UserError(f"{last} is not a training state: it has no history; delete {folder} and "
+                        "train again")
+    return state
+
+
+def shapes(state):
+    """{name: (dtype, shape)} of a dict of tensors."""
+    return {name: (value.dtype, value.shape) for name, value in state.items()}
+
+
+def restore(training, state, file):
+    """Set a Training of train.py to a checkpoint, read from `file`. Raises UserError if it is of
+    another model."""
+    try:
+        if state["best"]:
+            training.load(state["best"]["model"])  # only to see that it fits
+        training.load(state["model"])
+        moments, parameters = state["optimizer"], dict(enumerate(training.trainable))
+        if any(shapes(parameters) != shapes({n: each[name] for n, each in moments.items()})
+               for name in ("exp_avg", "exp_avg_sq")):
+            raise KeyError("moments of other parameters")
+        training.optimizer.load_state_dict({**training.optimizer.state_dict(), "state": moments})
+        training.data.shuffle.set_state(state["shuffle"])
+        torch.set_rng_state(state["rng"])
+        if "cuda_rng" in state and training.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_rng"], training.device)
+    except (KeyError, ValueError, RuntimeError, TypeError, AttributeError, IndexError):
+        raise UserError(f"{file} is not a training state of this run: delete {file.parent} and "
+                        "train again") from None
+    training.history, training.digests, training.best = (
+        state[key] for key in ("history", "digests", "best"))
+    training.step = len(training.history) * len(training.train)
+
+
+def checkpoint(training):
+    """What a resumed run goes on from: what last.pt holds."""
+    state = {"config": training.config, "model": training.trained(),
+             "optimizer": training.optimizer.state_dict()["state"],
+             "shuffle": training.data.shuffle.get_state(), "rng": torch.get_rng_state(),
+             "history": training.history, "digests": training.digests, "best": training.best}
+    if training.device.type == "cuda":
+        state["cuda_rng"] = torch.cuda.get_rng_state(training.device)
+    return state
+
+
+# ------------------------------------------------------------------------------------- evaluations
+
+
+def read_metrics(file):
+    """An earlier metrics.json of one run. Raises UserError if it is none or was edited."""
+    content = read_json(file, "a metrics.json", {str: object})
+    if "runs" in content:
+        raise UserError(f"{file} is pooled over folds: verify the metrics.json of each fold")
+    check_schema(content, METRICS, f"{file} is not a metrics.json")
+    digest = content.pop("digest")
+    if digest != json_digest(content):
+        raise UserError(f"{file} does not match its own digest: it was edited or damaged")
+    pred, ridge_pred = content["predictions"], content["ridge_predictions"]
+    pairs = [*pred.values(), *ridge_pred.values()]
+    unknown = content.keys() - METRICS.keys() - {"run", "environment"}
+    for wrong, complaint in (
+            (unknown, f"{', '.join(sorted(unknown))} is nothing that eval.py writes"),
+            (any(abs(value) > 1e6 for pair in pairs for value in pair),
+             "a prediction far from any scale"),
+            (not pred or content["songs"] != len(pred) or ridge_pred.keys() != pred.keys(),
+             "two predictions for each of its songs")):
+        if wrong:
+            raise UserError(f"{file} is not a metrics.json: {complaint}")
+    return content

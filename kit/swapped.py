@@ -72,3 +72,20 @@ def correlations(values):
 def evidence(r):
     """How much better the labels fit crosswise than straight, from r[..., 2, 2]."""
     return (r[..., 0, 1] + r[..., 1, 0] - r[..., 0, 0] - r[..., 1, 1]) / 2
+
+
+def swapped_ranges(deam):
+    """[[lowest, highest id], …] whose valence and arousal the audit finds swapped; None where there
+    is nothing to compare with."""
+    try:
+        rows = audit_labels(deam)
+        if all(row["swapped"] is None for row in rows):
+            raise UserError("the data do not tell whether they are swapped")
+    except UserError as error:
+        print(f"the labels cannot be audited ({error}); --labels corrected will not be possible")
+        return None
+    for row in rows:
+        if row["swapped"] is None:
+            print(f"ids {row['low']}–{row['high']}: the data do not tell whether their labels are "
+                  "swapped; --labels corrected will leave them as they are")
+    return [[row["low"], row["high"]] for row in rows if row["swapped"]]

@@ -15,7 +15,7 @@ import torchaudio
 from kit.cli import UserError
 from exact import Exact
 from kit.files import file_digest, load_tensors, read_json
-from kit.schema import check_form
+from kit.schema import check_schema
 
 POSITION = "encoder.transformer.pos_conv_embed.conv."
 WEIGHTS = "model.safetensors", "pytorch_model.bin"
@@ -82,7 +82,7 @@ def folder_weights(name, folder, commit=None):
     """Of a folder laid out like a Hugging Face repository, or of a repository at a commit."""
     config = HUGGING_FACE | read_json(folder / "config.json", "a Hugging Face configuration",
                                       {str: object})
-    check_form(config, CONFIGURATION, f"{folder / 'config.json'} describes no network of this kind")
+    check_schema(config, CONFIGURATION, f"{folder / 'config.json'} describes no network of this kind")
     params = torchaudio.models.wav2vec2.utils.import_huggingface._get_config(
         SimpleNamespace(**config))
     params = {**params, "aux_num_out": None, "extractor_conv_layer_config":
@@ -91,7 +91,7 @@ def folder_weights(name, folder, commit=None):
     if (folder / "preprocessor_config.json").exists():
         processor |= read_json(folder / "preprocessor_config.json", "a processor's configuration",
                                {str: object})
-    check_form(processor, PROCESSOR, f"{folder / 'preprocessor_config.json'} is no processor")
+    check_schema(processor, PROCESSOR, f"{folder / 'preprocessor_config.json'} is no processor")
     file = next((folder / file for file in WEIGHTS if (folder / file).exists()), None)
     if file is None:
         raise UserError(f"no weights in {name}: it has neither {' nor '.join(WEIGHTS)}")
@@ -121,7 +121,7 @@ def read_state(file):
         except (SafetensorError, OSError, ValueError) as error:
             raise UserError(f"{file} is not a file of weights: damaged ({error})") from None
     state = load_tensors(file, "a file of weights")
-    check_form(state, {str: torch.Tensor}, f"{file} is not a state dict")
+    check_schema(state, {str: torch.Tensor}, f"{file} is not a state dict")
     return state
 
 

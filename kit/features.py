@@ -1,0 +1,228 @@
+"""The features folder: its manifest, its readers, and how it is filled.
+
+    DEAM_feats/  annotations.csv  splits.json  manifest.json  top_layers.pt
+                 songs/<id>.pt  a tensor [T, D]      songs/<id>.json  its record
+"""
+
+import time
+from pathlib import Path
+
+import torch
+
+from kit.cli import Progress, UserError
+from kit.deam import COLUMNS
+from kit.files import (json_digest, json_text, load_tensors, lock, prefetch, read_json, table_text,
+                       tensor_digest, write_file, write_json, write_tensors)
+from kit.schema import DIGEST, is_plain
+from kit.verdict import differences
+
+SETTINGS = {"weights": DIGEST, "layer": int, "precision": ("exact", "float32"),
+            "store": ("float32", "float16"), "sample_rate": int,
+            "normalize_epsilon": (None, float)}
+ENTRY = {"pcm": DIGEST, "features": DIGEST, "frames": int}
+MANIFEST = {"settings": SETTINGS, "annotations": DIGEST, "top_layers": DIGEST,
+            "swapped_labels": (None, [[int, int]]), "songs": {int: ENTRY}, "digest": DIGEST,
+            "source": {"name": str}}
+RECORD = (ENTRY, {"failed": str})  # of one song
+# A folder of the published notebook has no manifest: its features cannot be verified, and are taken
+# as those of the backbone that it used.
+NOTEBOOK_MANIFEST = {
+    "settings": {"weights": None, "layer": 10, "precision": "float32", "store": "float32",
+                 "sample_rate": 16000, "normalize_epsilon": 1e-7},
+    "swapped_labels": None, "songs": None, "digest": None,
+    "source": {"name": "ALM/wav2vec2-base-audioset"}}
+
+
+def manifest_digest(manifest):
+    """One digest over how the features were made, the labels beside them, and every song's PCM and
+    features."""
+    inside = "settings", "annotations", "top_layers", "swapped_labels", "songs"
+    return json_digest({key: manifest[key] for key in inside})
+
+
+def read_manifest(path):
+    """A manifest.json, whose song ids are texts. Raises UserError if it is none or was edited."""
+    manifest = read_json(path, "a manifest", MANIFEST)
+    if manifest["digest"] != manifest_digest(manifest):
+        raise UserError(f"{path} does not match its own digest: it was edited or damaged; restore "
+                        "it, or delete the folder and extract again")
+    return manifest
+
+
+def labels_table(annotations):
+    """The text of annotations.csv: the same bytes for the same labels, whatever DEAM's own file."""
+    return table_text(COLUMNS, [[song, *labels] for song, labels in annotations.items()])
+
+
+# ----------------------------------------------------------------------------------------- reading
+
+
+def read_features(path, digest=None, dimension=None):
+    """features[T, D] of a feature file. Raises UserError where it is not a finite tensor [T, D], or
+    not the one that a manifest's digest says."""
+    features = load_tensors(path, "a feature file")
+    if (not isinstance(features, torch.Tensor) or features.ndim != 2 or not len(features)
+            or features.dtype not in (torch.float32, torch.float16)
+            or dimension and features.shape[1] != dimension):
+        raise UserError(f"{path}: not a tensor [T, {dimension or 'D'}] of float32 or float16; "
+                        "extract this song again")
+    if not is_plain(features):
+        raise UserError(f"{path}: NaN or infinity in it, or not a dense tensor; extract this song "
+                        "again")
+    if digest and tensor_digest(features) != digest:
+        raise UserError(f"{path} is damaged: not the features of the manifest; run extract.py "
+                        "again")
+    return features
+
+
+class FeatureReader:
+    """Reads feature files of a folder, each compared with its digest when it is first read.
+
+    songs: of the manifest, or None; dimension: D. Raises UserError naming a file that is missing,
+    damaged or not [T, D]."""
+
+    compared = set()  # files of any folder that this process has compared with their digests
+
+    def __init__(self, root, songs, dimension):
+        self.root, self.songs, self.dimension = Path(root), songs, dimension
+
+    def path(self, song):
+        return self.root / "songs" / f"{song}.pt"
+
+    def has(self, song):
+        return (self.songs is None or str(song) in self.songs) and self.path(song).exists()
+
+    def key(self, song):
+        """(a song's file, when it was written, the digest it has to have, or None)."""
+        path = self.path(song)
+        written = path.stat().st_mtime_ns if path.exists() else None
+        if self.songs is not None and str(song) not in self.songs:
+            raise UserError(f"{path}: the manifest has no song {song}; run extract.py again")
+        return path, written, None if self.songs is None else self.songs[str(song)]["features"]
+
+    def read(self, song):
+        """features[T, D] as stored."""
+        key = path, _, digest = self.key(song)
+        if key in self.compared:
+            return load_tensors(path, "a feature file")
+        features = read_features(path, digest, self.dimension)
+        self.compared.add(key)
+        return features
+
+
+def find_damage(root, entries, store):
+    """{song: what is wrong with its feature file, None where nothing is}, given {song: entry}."""
+
+    def damage(song):
+        path, entry = root / "songs" / f"{song}.pt", entries[song]
+        try:
+            features = read_features(path, entry["features"])
+        except UserError as error:
+            return str(error)
+        fine = features.dtype == getattr(torch, store) and len(features) == entry["frames"]
+        return None if fine else f"{path}: not the type or the frames that the manifest says"
+
+    bar = Progress(prefetch(damage, entries), total=len(entries), desc="check", unit="song",
+                   disable=not entries)
+    return dict(zip(entries, list(bar)))
+
+
+# ----------------------------------------------------------------------------------------- filling
+
+
+class FeatureFolder:
+    """DEAM_feats/ while it is filled: every song with a record of its own beside it, so that a kill
+    costs at most the songs in flight and several processes can fill one folder; the manifest is
+    all records together.
+
+    ids: the songs wanted; manifest: without songs; rank: this process's number, 0 for the one that
+    writes what is there once. Raises UserError for a folder whose features were made otherwise."""
+
+    def __init__(self, root, ids, manifest, rank=0):
+        self.root, self.ids, self.manifest, self.rank = root, ids, manifest, rank
+        path = root / "manifest.json"
+        while rank and not path.exists():  # the first process decides whether this folder will do
+            time.sleep(0.2)
+        if path.exists():
+            self.join(read_manifest(path))
+        self.lock = lock(root, f"extract-{rank}", "the features folder")
+
+    def join(self, earlier):
+        """Go on with the folder's manifest. Raises UserError where it was made otherwise."""
+        then, now = ({**manifest["settings"], **{key: manifest[key] for key in (
+            "annotations", "swapped_labels")}} for manifest in (earlier, self.manifest))
+        if differing := differences(then, now):
+            raise UserError(f"{self.root} holds features made otherwise ({differing}): choose "
+                            "another --features")
+        self.manifest |= {key: earlier[key] for key in ("songs", "digest")}
+
+    def begin(self, annotations, splits, top_layers):
+        """Write what stands beside the songs, where it is not there yet."""
+        if self.rank:
+            return
+        self.write("annotations.csv", labels_table(annotations))
+        self.write("splits.json", json_text(splits))
+        manifest, top = self.root / "manifest.json", self.root / "top_layers.pt"
+        if not manifest.exists() or not top.exists():
+            write_tensors(top, top_layers)
+        self.write_manifest()
+
+    def write(self, name, text):
+        """Write a file, unless it is there as it should be: the folder may be for reading only."""
+        path = self.root / name
+        if not path.exists() or path.read_bytes() != text.encode():
+            write_file(path, text)
+
+    def record(self, song):
+        """What is known of a song: its entry and perhaps a note; {"failed": reason}; or {}."""
+        path = self.root / "songs" / f"{song}.json"
+        try:
+            return read_json(path, "a song's record", RECORD)
+        except UserError:  # none, or damaged
+            return self.manifest["songs"].get(str(song), {})
+
+    def missing(self, ids):
+        """Those of the ids whose features are not there, or not as their records say. Songs that
+        failed before are tried again."""
+        for song in ids:
+            if "failed" in self.record(song):
+                (self.root / "songs" / f"{song}.json").unlink(missing_ok=True)
+        records = {song: self.record(song) for song in ids}
+        entries = {song: record for song, record in records.items() if "features" in record}
+        damages = find_damage(self.root, entries, self.manifest["settings"]["store"])
+        return [song for song in ids if song not in entries or damages[song]]
+
+    def write_song(self, song, pcm, features, note=None):
+        """Store features[T, D] of a song; pcm: the digest of what was decoded."""
+        features = features.to(getattr(torch, self.manifest["settings"]["store"])).cpu().clone()
+        if not features.isfinite().all():
+            return self.fail(song, f"song {song}: NaN or infinity in its features, as "
+                                   f"{features.dtype}")
+        write_tensors(self.root / "songs" / f"{song}.pt", features)
+        write_json(self.root / "songs" / f"{song}.json", {
+            "pcm": pcm, "features": tensor_digest(features), "frames": len(features),
+            **({"note": note} if note else {})})
+
+    def fail(self, song, reason):
+        write_json(self.root / "songs" / f"{song}.json", {"failed": reason})
+
+    def write_manifest(self):
+        """The manifest of all songs that have features; again, should one have come meanwhile."""
+        path = self.root / "manifest.json"
+        while True:
+            records = self.manifest["songs"] | {str(song): self.record(song) for song in self.ids}
+            songs = {song: {key: records[song][key] for key in ENTRY}
+                     for song in sorted(records, key=int) if "features" in records[song]}
+            if songs == self.manifest["songs"] and path.exists():
+                return
+            self.manifest["songs"] = songs
+            self.manifest["digest"] = manifest_digest(self.manifest)
+            write_json(path, self.manifest)
+
+    def finish(self):
+        """Complete the manifest → the records of the songs wanted. The first process waits until
+        the others have dealt with their songs."""
+        while not self.rank and not all(map(self.record, self.ids)):
+            time.sleep(0.5)
+        self.write_manifest()
+        return list(map(self.record, self.ids))
