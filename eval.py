@@ -3,7 +3,6 @@
   python eval.py runs/last1                                # no backbone, no audio, no network
   python eval.py runs/seed0 runs/seed1 runs/seed2          # and a table, mean ± standard deviation
   python eval.py runs/last1 --verify metrics.json          # does it give the published numbers?
-  python eval.py --verify metrics.json --deam PATH         # do they follow from the predictions?
   python eval.py runs/last1-fold* --against runs/frozen-fold*     # all songs, and the difference
 
 A verdict is REPRODUCED (exit code 0), CLOSE (3) or NOT REPRODUCED (1).
@@ -14,7 +13,7 @@ from kit.cli import Parser, execute, path, start
 
 def parser():
     p = Parser(__doc__)
-    p.add_argument("runs", type=path, nargs="*", metavar="RUN", help="folder that train.py wrote")
+    p.add_argument("runs", type=path, nargs="+", metavar="RUN", help="folder that train.py wrote")
     p.share("--features", help="the folder that extract.py wrote")
     p.add_argument("--split", choices=["train", "val", "test"], default="test", help="which songs")
     p.share("--labels", default=None, help="compare with these labels (default: those that the run "
@@ -22,9 +21,7 @@ def parser():
     p.add_argument("--against", type=path, nargs="+", metavar="RUN",
                    help="runs to compare with, song by song: the difference and its interval")
     p.add_argument("--verify", type=path, metavar="FILE",
-                   help="compare with this metrics.json; without a run, check it against DEAM's "
-                        "labels")
-    p.share("--deam", help="with --verify and no run: a folder with DEAM's annotations in it")
+                   help="compare with this metrics.json")
     p.share("--device")
     return p
 
@@ -34,28 +31,22 @@ if __name__ == "__main__":
 
 import functools
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch.utils.data import DataLoader
 
-from common import DEAMFeatHandler, DEAMHandler, collate, load_model
+from common import DEAMFeatHandler, collate, load_model
 from kit import figures
 from kit.cli import Progress, UserError
-from kit.deam import (DIMENSIONS, QUADRANTS, corrected, own_splits, read_splits, songs_of,
-                      splits_digest)
-from kit.features import read_manifest
-from kit.files import (prefetch, json_digest, read_json, read_tensors, read_text, state_digest,
-                       table_text, write_file, write_json)
+from kit.deam import (DIMENSIONS, QUADRANTS, splits_digest)
+from kit.files import (prefetch, json_digest, write_file, write_json)
 from kit.machine import Arithmetic, FrozenOutputs, environment
-from kit.metrics import (PUBLISHED, artist_groups, measure, measure_split, paired_difference,
+from kit.metrics import (PUBLISHED, artist_groups, label_digest, measure, measure_split, paired_difference,
                          predicted_values, ridge, stated, true_values)
-from kit.records import flat_config, read_metrics, read_run
-from kit.verdict import Verdict
-
-SIX_DECIMALS, ABSENT = 5e-7, ("absent",)  # a tuple: nothing that JSON can hold
-TOLERANCE = 0.01  # on the 1–9 scale: predictions of float32 that differ less are close
+from kit.records import flat_config, predictions_table, read_metrics, read_run
+from kit.verdict import Verdict, compare_numbers, compare_predictions
 
 
 # --------------------------------------------------------------------------------------- evaluation
@@ -95,6 +86,18 @@ class Evaluation(NamedTuple):
     found: dict
 
 
+def predictions(model, data, split, scale, arithmetic):
+    """{song id: [valence, arousal]} on the 1–9 scale, to six decimals, of a model in this
+    arithmetic. scale: what has the `mean` and `std` of the labels that it was trained on."""
+    clips = DataLoader(FrozenOutputs(data.datasets[split], model, arithmetic), 1,
+                       collate_fn=collate)
+    bar = Progress(clips, desc=f"eval {split}", unit="song")
+    values = (model.predict(bar, arithmetic) * scale.std + scale.mean).numpy()
+    if not np.isfinite(values).all():
+        raise UserError("a prediction is NaN or infinite")
+    return dict(zip(map(str, data.ids[split]), (values.round(6) + 0.0).tolist()))
+
+
 def evaluate(args, folder, arithmetic, opened):
     """The Evaluation of a run. opened: features by labels and splits, for the runs that follow."""
     content, splits = read_run(folder)
@@ -112,14 +115,8 @@ def evaluate(args, folder, arithmetic, opened):
     ids = data.ids[split]
     if not ids:
         raise UserError(f"{data.summary}: no {split} song to evaluate on")
-    model.to(arithmetic.device, arithmetic.dtype)
-    clips = DataLoader(FrozenOutputs(data.datasets[split], model, arithmetic), 1,
-                       collate_fn=collate)
-    bar = Progress(clips, desc=f"eval {folder.name}", unit="song")
-    values = (model.predict(bar, arithmetic) * content["std"] + content["mean"]).numpy()
-    if not np.isfinite(values).all():
-        raise UserError(f"{folder}: a prediction is NaN or infinite")
-    pred = dict(zip(map(str, ids), (values.round(6) + 0.0).tolist()))
+    pred = predictions(model.to(arithmetic.device, arithmetic.dtype), data, split,
+                       SimpleNamespace(**content), arithmetic)
     ridge_pred, penalty = ridge_predictions(data, split)
     found = {"run": folder.name, "finetune": config["finetune"], "precision": config["precision"],
              "source": splits["source"], "split": split, "labels": labels,
@@ -134,20 +131,7 @@ def evaluate(args, folder, arithmetic, opened):
     return Evaluation(folder / f"eval-{split}{apart}", config, data, found)
 
 
-def label_digest(annotations, splits):
-    """sha256 over the labels of the splits' songs and their standard deviations."""
-    return json_digest({str(song): annotations[song] for song in songs_of(splits)})
-
-
 # ------------------------------------------------------------------------------------------- report
-
-
-def predictions_table(found, annotations):
-    """The text of predictions.csv."""
-    return table_text(
-        ["song_id", "valence_true", "arousal_true", "valence_pred", "arousal_pred"],
-        [[song, *annotations[int(song)][::2], *(f"{value:.6f}" for value in pred)]
-         for song, pred in found["predictions"].items()])
 
 
 def write_report(evaluation, device):
@@ -155,7 +139,7 @@ def write_report(evaluation, device):
     out, _, data, found = evaluation
     content = {**found, "environment": environment(device)}
     write_json(out / "metrics.json", {**content, "digest": json_digest(content)})
-    write_file(out / "predictions.csv", predictions_table(found, data.annotations))
+    write_file(out / "predictions.csv", predictions_table(found["predictions"], data.annotations))
     caption = figures.caption_of(found["finetune"], found["labels"],
                                  f"{found['split']}, n = {found['songs']}", found["source"])
     songs = list(map(int, found["predictions"]))
@@ -263,84 +247,19 @@ def print_runs(evaluated):
 # ------------------------------------------------------------------------------------------ verdict
 
 
-def flat(value, name=""):
-    """{"metrics.valence.mse": 1.2, "intervals.valence.mse[0]": 1.1, …} of nested dicts and lists;
-    what is empty stays as it is."""
-    if not isinstance(value, (dict, list)) or not value:
-        return {name: value}
-    pairs = ([(f"{name}.{key}".lstrip("."), inner) for key, inner in value.items()]
-             if isinstance(value, dict) else
-             [(f"{name}[{place}]", inner) for place, inner in enumerate(value)])
-    return {key: leaf for place, inner in pairs for key, leaf in flat(inner, place).items()}
-
-
-def compare_leaves(verdict, expected, found, **closeness):
-    """Compare two nested dicts number by number."""
-    then, now = flat(expected), flat(found)
-    for name in {**then, **now}:
-        verdict.compare(name, then.get(name, ABSENT), now.get(name, ABSENT), **closeness)
-
-
-def compare_numbers(verdict, expected, annotations, splits):
-    """Every number of an earlier metrics.json against what follows from its own predictions."""
-    split, pred = expected["split"], expected["predictions"]
-    ids = [str(song) for song in splits[split]]
-    verdict.compare("songs", list(pred), ids)
-    verdict.compare("splits", expected["splits"], splits_digest(splits))
-    verdict.compare("labels", expected["label_values"], label_digest(annotations, splits))
-    if set(ids) == set(pred):
-        follows = measure_split(annotations, splits, split, pred, expected["ridge_predictions"])
-        compare_leaves(verdict, expected["numbers"], follows, same=SIX_DECIMALS)
-
-
 def verify_run(expected, file, evaluation):
     """An evaluation just made against an earlier metrics.json; the exit code."""
     verdict, found, data = Verdict(file), evaluation.found, evaluation.data
+    verdict.begin(f"features, model, predictions and numbers of {file}, {found['precision']}")
     verdict.compare_all(("finetune", "precision", "source", "split", "labels", "trained_on_labels",
                          "songs", "features", "splits", "label_values", "swapped_labels",
                          "initial_model"), expected, found)
     exact = expected["precision"] == "exact"
-    verdict.compare("model", expected["model"], found["model"], like=not exact)
+    verdict.compare("model", expected["model"], found["model"], any_close=not exact)
     compare_numbers(verdict, expected, data.annotations, data.splits)
-    for kind, closeness in (("predictions", {"limit": 0 if exact else TOLERANCE}),
-                            ("ridge_predictions", {"same": 2e-6})):
-        compare_leaves(verdict, {kind: expected[kind]}, {kind: found[kind]}, **closeness)
-    verdict.compare("ridge penalty", expected["ridge_penalty"], found["ridge_penalty"],
-                    same=1e-9 * found["ridge_penalty"])
-    return verdict.finish(f"features, model, predictions and numbers of {file}, "
-                          f"{found['precision']}")
-
-
-def verify_file(expected, file, deam):
-    """Do the numbers of a metrics.json follow from its predictions and DEAM's labels? Beside a
-    run's other files, are its digests theirs? The exit code."""
-    annotations, beside = DEAMHandler(deam).annotations, file.resolve().parent.parent
-    if expected["labels"] == "corrected":
-        annotations = corrected(annotations, expected["swapped_labels"] or [])
-    splits = own_splits(beside)
-    if unknown := [song for song in songs_of(splits) if song not in annotations]:
-        raise UserError(f"{deam} has no labels of {len(unknown)} songs of the splits: give the "
-                        "DEAM that the file is about")
-    verdict = Verdict(file)
-    compare_numbers(verdict, expected, annotations, splits)
-    if (beside / "splits.json").exists():
-        verdict.compare("source", expected["source"], splits["source"])
-    table = file.with_name("predictions.csv")
-    if table.exists() and set(expected["predictions"]) <= set(map(str, annotations)):
-        verdict.compare("predictions.csv", read_text(table, "a table").splitlines(),
-                        predictions_table(expected, annotations).splitlines())
-    if (beside / "manifest.json").exists():
-        manifest = read_manifest(beside / "manifest.json")
-        verdict.compare("manifest.json", expected["features"], manifest["digest"])
-        verdict.compare("swapped labels", expected["swapped_labels"], manifest["swapped_labels"])
-    if (beside / "config.json").exists():
-        content, splits = read_run(beside)
-        config = flat_config(content["config"])
-        there = {"model": content["digest"], "initial_model": content["initial_model"],
-                 "source": splits["source"], "trained_on_labels": config["labels"],
-                 **{key: config[key] for key in ("features", "finetune", "precision")}}
-        verdict.compare_all(there, expected, there)
-    return verdict.finish(f"the numbers of {file} follow from its predictions and DEAM's labels")
+    compare_predictions(verdict, expected, found)
+    verdict.end()
+    return verdict.finish()
 
 
 # ------------------------------------------------------------------------------- folds, comparisons
@@ -410,11 +329,7 @@ def print_difference(first, second, annotations):
 def run(args):
     if args.verify and (len(args.runs) > 1 or args.against):
         raise UserError("--verify is about one run: name only one")
-    if not args.runs and not (args.verify and args.deam):
-        raise UserError("name a run, or give --verify FILE and --deam PATH")
     expected = read_metrics(args.verify) if args.verify else None  # before anything is written
-    if not args.runs:
-        return verify_file(expected, args.verify, args.deam)
 
     arithmetic, opened = Arithmetic("exact", args.device), {}
     evaluated = [evaluate(args, folder, arithmetic, opened) for folder in args.runs]

@@ -228,3 +228,9 @@ def lock(folder, name, what):
 
 def shortened(ids):
     return ", ".join(map(str, ids[:5])) + (", …" if len(ids) > 5 else "")
+
+
+def differences(then, now):
+    """"key a there, b now; …" for two dicts of settings; empty if they are the same."""
+    return "; ".join(f"{key} {then.get(key)} there, {now.get(key)} now"
+                     for key in {**then, **now} if then.get(key) != now.get(key))

@@ -10,7 +10,8 @@ import functools
 import numpy as np
 
 from kit.deam import (DIMENSIONS, QUADRANTS, label_statistics, labels_of, quadrant, read_artists,
-                      splits_digest)
+                      songs_of, splits_digest)
+from kit.files import json_digest
 
 PUBLISHED = {"mse": 0.4945, "quadrants": 107,  # on the first 160 test songs of these splits
              "splits": "c127846430ead7c2249ece577899cf276362b559daa45eaf37d0b810082fa957"}
@@ -160,6 +161,11 @@ def measure_split(annotations, splits, split, pred, ridge_pred):
         numbers["new_artists"] = {"songs": len(new), "metrics": row["metrics"],
                                   "intervals": row["intervals"]}
     return numbers
+
+
+def label_digest(annotations, splits):
+    """sha256 over the labels of the splits' songs and their standard deviations."""
+    return json_digest({str(song): annotations[song] for song in songs_of(splits)})
 
 
 def artist_groups(ids):

@@ -1,19 +1,24 @@
-"""Runs on disk: what train.py and eval.py write, and its readers.
+"""Runs on disk: what train.py and eval.py write, its readers, and the .tar that is published.
 
     runs/NAME/  config.json  splits.json  manifest.json  history.csv  digests.csv  model.pt
                 last.pt  what --resume goes on from      eval-test/metrics.json
 """
 
+import contextlib
+import io
 import re
+import tarfile
+import tempfile
+from pathlib import Path
 
 import torch
 
 from kit.cli import UserError
 from kit.deam import read_splits, splits_digest
 from kit.features import SETTINGS
-from kit.files import json_digest, read_json, read_table, read_tensors, state_digest
+from kit.files import (differences, json_digest, read_json, read_table, read_tensors, sha256,
+                       shortened, state_digest, table_text, write_file)
 from kit.schema import DIGEST, check_schema
-from kit.verdict import differences
 
 HISTORY = ["epoch", "lr", "train_loss", "train_mse", "train_mae", "val_loss", "val_mse", "val_mae"]
 DIGESTS = ["epoch", "step", "loss", "state"]
@@ -213,3 +218,60 @@ def read_metrics(file):
         if wrong:
             raise UserError(f"{file} is not a metrics.json: {complaint}")
     return content
+
+
+def predictions_table(predictions, annotations):
+    """The text of predictions.csv."""
+    return table_text(
+        ["song_id", "valence_true", "arousal_true", "valence_pred", "arousal_pred"],
+        [[song, *annotations[int(song)][::2], *(f"{value:.6f}" for value in pred)]
+         for song, pred in predictions.items()])
+
+
+# ------------------------------------------------------------------------------------------- records
+
+PACKED = ("manifest.json splits.json config.json history.csv digests.csv model.pt "
+          "history.png history.pdf").split()
+FIGURES = "true_vs_predicted", "plane", "confusion", "histograms"
+EVALUATED = ["metrics.json", "predictions.csv", *(f"{figure}.{kind}" for figure in FIGURES
+                                                  for kind in ("png", "pdf"))]
+
+
+@contextlib.contextmanager
+def open_record(path):
+    """The folder of a record, a run's own or a .tar unpacked for the while. Raises UserError."""
+    if path.is_dir():
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as place:
+        try:
+            with tarfile.open(path) as tar:
+                for entry in tar:
+                    name = Path(place, *Path(entry.name).parts[1:])
+                    # only what --pack writes: nothing that points elsewhere is unpacked
+                    if entry.isfile() and ".." not in entry.name and name.name in (
+                            PACKED + EVALUATED):
+                        name.parent.mkdir(parents=True, exist_ok=True)
+                        name.write_bytes(tar.extractfile(entry).read())
+        except (tarfile.TarError, OSError, EOFError) as error:
+            raise UserError(f"{path} is neither a run's folder nor a .tar of one ({error})"
+                            ) from None
+        yield Path(place)
+
+
+def pack(folder, file, evaluations):
+    """Write what is to be published of a run as a .tar: all that checks need, and the figures; no
+    audio, no features. The same files give the same tar. Raises UserError where one is missing."""
+    names = sorted(PACKED + [f"{each.name}/{name}" for each in evaluations for name in EVALUATED])
+    if not evaluations:
+        raise UserError(f"{folder} is not evaluated: run eval.py {folder} first")
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise UserError(f"{folder} is not complete: {shortened(missing)} missing")
+    buffer, title = io.BytesIO(), file.name.removesuffix(".tar")
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for name in names:
+            data, entry = (folder / name).read_bytes(), tarfile.TarInfo(f"{title}/{name}")
+            entry.size, entry.mode = len(data), 0o644
+            tar.addfile(entry, io.BytesIO(data))
+    write_file(file, data := buffer.getvalue())
+    print(f"written: {file}, {len(names)} files, {len(data) / 1e6:.1f} MB\nsha256 {sha256(data)}")

@@ -2,64 +2,123 @@
 
 import math
 
+from kit.deam import splits_digest
+from kit.metrics import label_digest, measure_split
+
+TOLERANCE = 0.01  # on the 1–9 scale: predictions of float32 that differ less are close
+SIX_DECIMALS, ABSENT = 5e-7, ("absent",)  # a tuple: nothing that JSON can hold
+
 
 class Verdict:
-    """What every --verify says: a line for each thing that is not identical, a count of those that
-    are, then REPRODUCED, CLOSE or NOT REPRODUCED; `finish` returns the exit code 0, 3 or 1."""
+    """Counts what is identical, close and different, part by part, and prints a line for each part
+    and for each thing that is not identical; `finish` returns the exit code."""
 
     def __init__(self, what):
-        self.identical, self.close, self.different = 0, 0, 0
-        print(f"\nverifying {what}:")
+        self.total = {"identical": 0, "close": 0, "different": 0}
+        self.part, self.checked, self.skipped = None, [], []
+        print(f"\nchecking {what}")
 
-    def compare(self, name, expected, found, limit=0.0, same=0.0, like=False):
-        """Compare two values. Numbers that differ by at most `same` are identical, by less than
-        `limit` close; with `like` anything that differs is close."""
+    def begin(self, part):
+        self.part, self.counts = part, {"identical": 0, "close": 0, "different": 0}
+
+    def compare(self, name, expected, actual, close=0.0, identical=0.0, any_close=False):
+        """Compare two values. Numbers that differ by at most `identical` are identical, by less
+        than `close` close; with `any_close` whatever differs is close."""
         numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool)
-                      for value in (expected, found))
+                      for value in (expected, actual))
         try:
-            apart = abs(expected - found) if numbers else math.nan
+            distance = abs(expected - actual) if numbers else math.nan
         except OverflowError:  # a whole number that no float holds
-            apart = math.inf
-        if type(expected) is type(found) and expected == found or apart <= same:
-            self.identical += 1
+            distance = math.inf
+        if type(expected) is type(actual) and expected == actual or distance <= identical:
+            self.counts["identical"] += 1
             return
-        near = like or apart < limit
-        self.close, self.different = self.close + near, self.different + (not near)
-        place, expected, found = first_difference(expected, found)
+        kind = "close" if any_close or distance < close else "different"
+        self.counts[kind] += 1
+        place, expected, actual = first_difference(expected, actual)
         shown = [f"{value:.9g}" if isinstance(value, float) else str(value)[:24]
-                 for value in (expected, found)]
-        word = "close" if near else "DIFFERENT"
-        print(f"  {name + place:42} {word}: expected {shown[0]}, found {shown[1]}")
+                 for value in (expected, actual)]
+        print(f"    {name + place}: {kind.upper() if kind == 'different' else kind}, expected "
+              f"{shown[0]}, actual {shown[1]}")
 
-    def compare_all(self, names, expected, found):
+    def compare_all(self, names, expected, actual):
         """Compare what two dicts have under these names."""
         for name in names:
-            self.compare(name.replace("_", " "), expected.get(name), found.get(name))
+            self.compare(name.replace("_", " "), expected.get(name), actual.get(name))
 
-    def finish(self, what):
-        print(f"  {self.identical} identical, {self.close} close, {self.different} different")
-        if self.different or not self.identical:
-            print(f"NOT REPRODUCED: {what}")
+    def compare_leaves(self, expected, actual, **tolerance):
+        """Compare two nested dicts number by number."""
+        then, now = flat(expected), flat(actual)
+        for name in {**then, **now}:
+            self.compare(name, then.get(name, ABSENT), now.get(name, ABSENT), **tolerance)
+
+    def end(self):
+        """Print what a part came to."""
+        counts = ", ".join(f"{kind} {count}" for kind, count in self.counts.items() if count)
+        print(f"  {self.part}: {counts or 'nothing to compare'}")
+        self.checked.append(self.part)
+        for kind, count in self.counts.items():
+            self.total[kind] += count
+
+    def skip(self, part, reason):
+        """A part that these inputs do not allow, and what would."""
+        print(f"  {part}: not checked, {reason}")
+        self.skipped.append(part)
+
+    def finish(self):
+        """Print the verdict over what was checked → 0 REPRODUCED, 3 CLOSE, 1 NOT REPRODUCED."""
+        scope = "; ".join(self.checked) or "nothing was checked"
+        scope += f"; not checked: {'; '.join(self.skipped)}" if self.skipped else ""
+        if self.total["different"] or not self.total["identical"]:
+            print(f"NOT REPRODUCED: {scope}")
             return 1
-        print(f"{'CLOSE' if self.close else 'REPRODUCED'}: {what}")
-        return 3 if self.close else 0
+        print(f"{'CLOSE' if self.total['close'] else 'REPRODUCED'}: {scope}")
+        return 3 if self.total["close"] else 0
 
 
-def first_difference(expected, found):
+def flat(value, name=""):
+    """{"metrics.valence.mse": 1.2, "intervals.valence.mse[0]": 1.1, …} of nested dicts and lists;
+    what is empty stays as it is."""
+    if not isinstance(value, (dict, list)) or not value:
+        return {name: value}
+    pairs = ([(f"{name}.{key}".lstrip("."), inner) for key, inner in value.items()]
+             if isinstance(value, dict) else
+             [(f"{name}[{place}]", inner) for place, inner in enumerate(value)])
+    return {key: leaf for place, inner in pairs for key, leaf in flat(inner, place).items()}
+
+
+def first_difference(expected, actual):
     """The first place at which two lists or two dicts differ, however deep: ("[3]", its value in
-    each, "nothing" if it has none); ("", expected, found) of anything else."""
+    each, "nothing" if it has none); ("", expected, actual) of anything else."""
     for kind, keys in ((list, lambda value: range(len(value))), (dict, dict.keys)):
-        if isinstance(expected, kind) and isinstance(found, kind):
-            for key in dict.fromkeys([*keys(expected), *keys(found)]):
+        if isinstance(expected, kind) and isinstance(actual, kind):
+            for key in dict.fromkeys([*keys(expected), *keys(actual)]):
                 then, now = (value[key] if key in keys(value) else "nothing"
-                             for value in (expected, found))
+                             for value in (expected, actual))
                 if then != now:
                     place, *values = first_difference(then, now)
                     return f"[{key}]{place}", *values
-    return "", expected, found
+    return "", expected, actual
 
 
-def differences(then, now):
-    """"key a there, b now; …" for two dicts of settings; empty if they are the same."""
-    return "; ".join(f"{key} {then.get(key)} there, {now.get(key)} now"
-                     for key in {**then, **now} if then.get(key) != now.get(key))
+def compare_numbers(verdict, metrics, annotations, splits):
+    """Every number of a metrics.json against what follows from its own predictions and the labels
+    {song id: labels} that it is about."""
+    split, pred = metrics["split"], metrics["predictions"]
+    ids = [str(song) for song in splits[split]]
+    verdict.compare("songs", list(pred), ids)
+    verdict.compare("splits", metrics["splits"], splits_digest(splits))
+    verdict.compare("labels", metrics["label_values"], label_digest(annotations, splits))
+    if set(ids) == set(pred):
+        follows = measure_split(annotations, splits, split, pred, metrics["ridge_predictions"])
+        verdict.compare_leaves(metrics["numbers"], follows, identical=SIX_DECIMALS)
+
+
+def compare_predictions(verdict, expected, actual):
+    """The predictions of two metrics.json, and ridge's with its penalty."""
+    close = 0.0 if expected["precision"] == "exact" else TOLERANCE
+    for kind, tolerance in (("predictions", {"close": close}),
+                            ("ridge_predictions", {"identical": 2e-6})):
+        verdict.compare_leaves({kind: expected[kind]}, {kind: actual[kind]}, **tolerance)
+    verdict.compare("ridge penalty", expected["ridge_penalty"], actual["ridge_penalty"],
+                    identical=1e-9 * actual["ridge_penalty"])
