@@ -90,10 +90,11 @@ from kit import figures
 from kit.audio import sin_pi
 from kit.cli import Progress, UserError
 from kit.deam import SPLITS, fold_splits, own_splits, splits_digest
-from kit.files import lock, state_digest, tensor_digest, write_csv, write_json, write_tensors
-from kit.machine import (Arithmetic, FrozenOutputs, environment, room_for_activations, torchrun,
+from kit.files import lock, state_digest, tensor_digest
+from kit.machine import (Arithmetic, FrozenOutputs, room_for_activations, torchrun,
                          where_to_keep)
-from kit.records import DIGESTS, HISTORY, checkpoint, read_checkpoint, restore, shapes
+from kit.records import (HISTORY, describe_run, digest_steps, read_checkpoint, restore, shapes,
+                         write_progress, write_result, write_start)
 
 
 def configuration(args, data, arithmetic):
@@ -147,13 +148,6 @@ def learning_rate(step, steps, options):
     cycle = step // (2 * options.step_size_up)  # triangular2: half as high each cycle
     height = 1 - abs(step / options.step_size_up - 2 * cycle - 1)
     return options.lr + math.ldexp((options.max_lr - options.lr) * height, -cycle)
-
-
-def digest_steps(length, epochs):
-    """[(epoch, step), …] after which digests.csv has a line, with `length` steps an epoch: steps 1,
-    2, 4, … of the first, and the end of each."""
-    early = [(1, 2**n) for n in range(length.bit_length())]
-    return early + [(epoch, epoch * length) for epoch in range(1, epochs + 1)]
 
 
 class Training:
@@ -301,15 +295,6 @@ class Training:
         self.model.load_state_dict(trained, strict=False)
 
 
-def description(training):
-    """What config.json says of a run; its `digests` get those of the result when there is one."""
-    data = training.data
-    return {"config": training.config, "features_settings": data.settings,
-            "source": data.splits["source"], "label_mean": data.mean.tolist(),
-            "label_std": data.std.tolist(), "digests": {"initial_model": training.initial},
-            "environment": environment(training.device)}
-
-
 def run(args):
     if torchrun()[1] > 1:
         raise UserError("training is for one process: run train.py without torchrun")
@@ -325,23 +310,18 @@ def run(args):
     locked = lock(args.run, "train", "the run")  # as long as this variable lives
     state = read_checkpoint(args.run, config, args.resume)
     training = Training(config, data, arithmetic)
-    record = description(training)
+    record = describe_run(training)
     if state:
         restore(training, state, args.run / "last.pt")
         print(f"resumed after epoch {len(training.history)} of {args.epochs}")
     announce(args, training)
-    write_json(args.run / "config.json", record)
-    write_json(args.run / "splits.json", {"source": data.splits["source"], **data.ids})
-    if data.digest:
-        write_json(args.run / "manifest.json", data.manifest)
+    write_start(args.run, training, record)
 
     with Progress(total=training.steps, initial=training.step, desc="train", unit="step") as bar:
         for row in training.train_until(training.steps, bar):
             bar.say("epoch {:3d}  lr {:.2e}  train loss {:.4f} MSE {:.4f} MAE {:.4f}  val loss "
                     "{:.4f} MSE {:.4f} MAE {:.4f}".format(*row))
-            write_csv(args.run / "history.csv", HISTORY, training.history)
-            write_csv(args.run / "digests.csv", DIGESTS, training.digests)
-            write_tensors(args.run / "last.pt", checkpoint(training))
+            write_progress(args.run, training)
     record["digests"] |= training.result()
     write_result(args.run, training, record)
     report(args, training, record["digests"])
@@ -357,17 +337,6 @@ def announce(args, training):
           f"{total:,} parameters; {args.precision} on {training.device}\n"
           f"features {str(training.data.digest)[:16]}; initial model {training.initial[:16]}",
           flush=True)
-
-
-def write_result(folder, training, record):
-    """model.pt, with all that predicting needs, and the last config.json."""
-    data = training.data
-    state = {name: value.cpu() for name, value in training.model.state_dict().items()}
-    write_tensors(folder / "model.pt", {
-        "config": training.config, "settings": data.settings, "params": training.model.params,
-        "backbone": data.manifest["source"], "source": data.splits["source"], "mean": data.mean,
-        "std": data.std, "initial_model": training.initial, "state": state})
-    write_json(folder / "config.json", record)
 
 
 def report(args, training, digests):

@@ -59,8 +59,9 @@ from kit.deam import corrected, read_annotations, read_splits, songs_of
 from kit.features import ENTRY, SETTINGS, find_damage, labels_table, read_manifest
 from kit.files import read_tensors, read_text, sha256, shortened, state_digest, tensor_digest
 from kit.machine import Arithmetic
-from kit.records import (DIGESTS, HISTORY, flat_config, open_record, pack, predictions_table,
-                         read_config, read_digests, read_history, read_metrics, read_run)
+from kit.records import (DIGESTS, HISTORY, describe_run, digest_steps, flat_config, open_record,
+                         pack, predictions_table, read_config, read_digests, read_history,
+                         read_metrics, read_run)
 from kit.swapped import swapped_ranges
 from kit.verdict import Verdict, compare_numbers, compare_predictions
 from kit.weights import weights_name
@@ -97,7 +98,7 @@ def check_files(verdict, record):
         manifest["songs"])], [sorted(manifest["settings"]), *map(sorted,
                                                                  manifest["songs"].values())])
     length = record.config["songs"]["train"] // options.batch_size  # steps an epoch
-    lines = train.digest_steps(length, options.epochs)
+    lines = digest_steps(length, options.epochs)
     verdict.compare("lines of digests.csv", [row[:2] for row in record.digests],
                     list(map(list, lines)))
     verdict.compare("lines of history.csv", [row[0] for row in record.history],
@@ -220,7 +221,7 @@ def prepare_training(verdict, record, args):
     config = {**train.configuration(options, data, arithmetic), "features":
               record.config["features"]}
     training, expected = train.Training(config, data, arithmetic), record.content
-    actual = train.description(training)
+    actual = describe_run(training)
     verdict.compare_all(record.config, record.config, flat_config(config))
     verdict.compare_all(("features_settings", "source", "label_mean", "label_std"), expected,
                         actual)
@@ -245,7 +246,7 @@ def check_training(verdict, record, args):
     """Repeat the first steps, or all, and compare losses and digests; after the last one also the
     model and all predictions."""
     training = prepare_training(verdict, record, args)
-    ends = [step for _, step in train.digest_steps(len(training.train), training.options.epochs)]
+    ends = [step for _, step in digest_steps(len(training.train), training.options.epochs)]
     wanted = training.steps if args.steps == "all" else min(args.steps, training.steps)
     wanted = min(step for step in ends if step >= wanted)  # on to the next digest
     part = f"{wanted} of {training.steps} steps of training"

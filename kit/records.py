@@ -17,7 +17,9 @@ from kit.cli import UserError
 from kit.deam import read_splits, splits_digest
 from kit.features import SETTINGS
 from kit.files import (differences, json_digest, read_json, read_table, read_tensors, sha256,
-                       shortened, state_digest, table_text, write_file)
+                       shortened, state_digest, table_text, write_csv, write_file, write_json,
+                       write_tensors)
+from kit.machine import environment
 from kit.schema import DIGEST, check_schema
 
 HISTORY = ["epoch", "lr", "train_loss", "train_mse", "train_mae", "val_loss", "val_mse", "val_mae"]
@@ -88,7 +90,53 @@ def read_model(file):
     return {**content, "digest": state_digest(content["state"])}
 
 
+# ----------------------------------------------------------------------------------------- writing
+
+
+def describe_run(training):
+    """What config.json says of a run; its `digests` get those of the result when there is one."""
+    data = training.data
+    return {"config": training.config, "features_settings": data.settings,
+            "source": data.splits["source"], "label_mean": data.mean.tolist(),
+            "label_std": data.std.tolist(), "digests": {"initial_model": training.initial},
+            "environment": environment(training.device)}
+
+
+def write_start(folder, training, record):
+    """What is known of a run before its first step."""
+    data = training.data
+    write_json(folder / "config.json", record)
+    write_json(folder / "splits.json", {"source": data.splits["source"], **data.ids})
+    if data.digest:
+        write_json(folder / "manifest.json", data.manifest)
+
+
+def write_progress(folder, training):
+    """The tables so far, and what --resume goes on from."""
+    write_csv(folder / "history.csv", HISTORY, training.history)
+    write_csv(folder / "digests.csv", DIGESTS, training.digests)
+    write_tensors(folder / "last.pt", checkpoint(training))
+
+
+def write_result(folder, training, record):
+    """model.pt, with all that predicting needs, and the last config.json."""
+    data = training.data
+    state = {name: value.cpu() for name, value in training.model.state_dict().items()}
+    write_tensors(folder / "model.pt", {
+        "config": training.config, "settings": data.settings, "params": training.model.params,
+        "backbone": data.manifest["source"], "source": data.splits["source"], "mean": data.mean,
+        "std": data.std, "initial_model": training.initial, "state": state})
+    write_json(folder / "config.json", record)
+
+
 # ------------------------------------------------------------------------------------------ tables
+
+
+def digest_steps(length, epochs):
+    """[(epoch, step), …] after which digests.csv has a line, with `length` steps an epoch: steps 1,
+    2, 4, … of the first, and the end of each."""
+    early = [(1, 2**n) for n in range(length.bit_length())]
+    return early + [(epoch, epoch * length) for epoch in range(1, epochs + 1)]
 
 
 def whole(cell):
