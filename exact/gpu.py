@@ -1,0 +1,77 @@
+"""Whether a device runs the kernels of exact/kernels.py; where it does not, float64 goes on."""
+
+import functools
+import importlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import torch
+
+# Set before CUDA starts: cuBLAS 13 can replace float64 products by approximations.
+EMULATION = ("CUBLAS_EMULATE_DOUBLE_PRECISION", "CUBLAS_EMULATION_STRATEGY")
+if not torch.cuda.is_initialized():
+    os.environ["CUBLAS_EMULATE_DOUBLE_PRECISION"] = "0"
+    os.environ.pop("CUBLAS_EMULATION_STRATEGY", None)
+
+
+def by_zig(name, source, folder, library_dirs, include_dirs, libraries, *_):
+    """Builds Triton's launcher with the C compiler of the ziglang wheel."""
+    library = Path(folder) / (name + sysconfig.get_config_var("EXT_SUFFIX"))
+    flags = [f"-l:{each}" if ".so" in each else f"-l{each}" for each in libraries]
+    headers = [*include_dirs, folder, sysconfig.get_paths()["include"]]
+    subprocess.check_call(
+        [sys.executable, "-m", "ziglang", "cc", source, "-O2", "-shared", "-fPIC", "-w", "-o",
+         str(library), *flags, *(f"-L{each}" for each in library_dirs),
+         *(f"-I{each}" for each in headers if each)], stdout=subprocess.DEVNULL)
+    return str(library)
+
+
+@functools.cache
+def load(device):
+    """(the module of kernels, None), or (None, what is missing)."""
+    if os.environ.get("EXACT_KERNELS") == "0":
+        return None, None
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # Triton on a CPU, for tests
+    if device.type != "cuda":
+        return (importlib.import_module("exact.kernels") if interpreted else None), None
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return None, f"a GPU of compute capability 8.0 or more (this one has {major}.{minor})"
+    if not importlib.util.find_spec("triton"):
+        return None, "Triton, which comes with torch on Linux (pip install triton)"
+    import triton
+
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        if not importlib.util.find_spec("ziglang"):
+            return None, "a C compiler for Triton (gcc, clang or pip install ziglang)"
+        triton.knobs.build.impl = by_zig
+    try:
+        module = importlib.import_module("exact.kernels")
+        module.to_digits(torch.ones(1, 1, 1, dtype=torch.float64, device=device), 22)
+    except Exception as error:  # whatever Triton needs and does not find
+        return None, f"what Triton needs to start ({type(error).__name__}: {str(error)[:200]})"
+    return module, None
+
+
+def kernels(device):
+    """exact.kernels where `device` can run it, else None. EXACT_KERNELS=0 turns it off: the bits
+    stay."""
+    return load(device)[0]
+
+
+def missing(device):
+    """What a GPU lacks to run the kernels, as a noun; None if it runs them, is not to, or is
+    none. Without them exact arithmetic is several times slower, with the same bits."""
+    return load(device)[1]
+
+
+def compiled():
+    """Whether Triton's cache has the kernels: if not, the first use compiles them, in a minute."""
+    import triton
+
+    return any(Path(triton.knobs.cache.dir).glob("*/product_kernel.json"))
