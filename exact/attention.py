@@ -12,6 +12,7 @@ Every sum is one of integers below 2^53: float64 holds it exactly, in whatever o
 """
 
 import functools
+import importlib
 import math
 
 import numpy as np
@@ -20,18 +21,14 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from exact.dropout import dropped, new_seed
 from exact.functions import np_exp
-from exact.grids import bits_for, div, in_slices, magnitude, power_of_two, sqrt
+from exact.gpu import kernels
+from exact.grids import bits_for, div, grid, in_slices, magnitude, power_of_two, reciprocal, sqrt
 from exact.sums import sum_bits
 
 STEPS = 2.0**18  # of e^-x, from x to x + 1: the table ends at 16
-SMALLEST, LARGEST = 2.0**-400, 2.0**400  # magnitudes of operands: below is 0, beyond is NaN
+SMALLEST, LARGEST = 2.0**-400, 2.0**400  # units of operands: below counts as 0, beyond as NaN
 LARGE = 1 << 18  # values of a chain at a time, as CACHED: this one has matrix products in it
 aten = torch.ops.aten
-
-
-def row_bits(size):
-    """Bits of rows of `size` numbers whose products with each other are summed."""
-    return min(22, bits_for(size))
 
 
 def column_bits(bits, count):
@@ -51,30 +48,37 @@ def exponentials(device):
                      .to(device) for steps, unit in ((128, 2.0**-6), (2**18, 2.0**-26)))
 
 
+@functools.cache
+def integer_tables(device):
+    """The same as int32: e^-x is their product divided by 2^32 and rounded."""
+    with torch.inference_mode(False):
+        return tuple((table * factor).to(torch.int32)
+                     for table, factor in zip(exponentials(device), (2.0**6, 2.0**26)))
+
+
 def integers(x, bits, dim):
     """x[N, M, K] as integers of at most 2^bits, and their unit: a power of two for each slice along
-    dim, which stays with length 1. Where a slice has NaN, infinity or a number beyond 2^400 the
-    unit is NaN and the integers are 0."""
-    top = magnitude(x, dim)
-    good = top <= LARGEST
-    exponent = torch.where(good, top, 1.0).clamp_(min=SMALLEST).view(torch.int64) >> 52
-    up = torch.where(good, power_of_two(2045 + bits - exponent), 0.0)
-    x = x.mul(up).round_()
-    if x.device.type != "cpu" or not good.all():  # on a GPU asking costs more
+    dim, which stays with length 1. Where a slice has NaN or infinity its unit is NaN."""
+    up, near, rest = grid(magnitude(x, dim), bits)
+    x, unit = x.mul(up).round_(), near.mul_(rest)
+    if x.device.type != "cpu" or not unit.isfinite().all():  # on a GPU asking costs more
         x.nan_to_num_(0.0)
-    return x, torch.where(good, power_of_two(exponent + (1 - bits)), math.nan)
+    return x, unit
 
 
-def finite(x, other=1.0):
-    """x with `other` for NaN and infinity; and 0, or NaN where it had one."""
-    return x.nan_to_num(other, other, other), x * 0.0
+def in_range(unit):
+    """Units of which a product of two is exact: 0 for smaller ones, and for larger ones and NaN.
+    And 0, or NaN for those."""
+    fits = unit < LARGEST
+    return (torch.where(fits & (unit > SMALLEST), unit, 0.0),
+            torch.where(fits, 0.0, math.nan))
 
 
 def score_factors(q, k, scale):
     """q and k as factors whose products are, exactly, minus the scores in steps of 2^-18; and for
     each row of q 0, or NaN where it or any of k is not finite."""
-    (q, unit_q), (k, unit_k) = (integers(x, row_bits(q.shape[-1]), -1) for x in (q * scale, k))
-    (unit_q, bad_q), (unit_k, bad_k) = finite(unit_q), finite(unit_k)
+    (q, unit_q), (k, unit_k) = (integers(x, bits_for(q.shape[-1]), -1) for x in (q * scale, k))
+    (unit_q, bad_q), (unit_k, bad_k) = in_range(unit_q), in_range(unit_k)
     return q.mul_(unit_q * -STEPS), k.mul_(unit_k), bad_q + bad_k.sum(1, keepdim=True)
 
 
@@ -119,8 +123,51 @@ def kept_factor(p):
     return 1.0 / (1.0 - p) if p < 1 else 0.0
 
 
+def kernels_for(q, k, v, mask, causal):
+    """exact.attention_kernels, where they run and hold such an attention, else None."""
+    if mask is not None or causal or kernels(q.device) is None:
+        return None
+    module = importlib.import_module("exact.attention_kernels")
+    return module if module.fit(q, k, v) else None
+
+
+def forward_by_kernels(module, q, k, v, p, scale, seed):
+    """attention_forward on a GPU."""
+    bits, limits = bits_for(q.shape[2]), (SMALLEST, LARGEST)
+    rows_q, unit_q, bad_q, _ = module.by_rows(q, bits, limits, scale)
+    rows_k, unit_k, bad_k, _ = module.by_rows(k, bits, limits)
+    columns_v, unit_v = module.by_columns(v, column_bits(20, v.shape[1]))
+    return module.forward(rows_q, unit_q * -STEPS, rows_k, unit_k, columns_v,
+                          unit_v * kept_factor(p), bad_q + bad_k.sum(1, keepdim=True),
+                          integer_tables(q.device), seed, p)
+
+
+def backward_by_kernels(module, dout, q, k, v, out, top, sums, p, scale, seed):
+    """attention_backward on a GPU."""
+    bits, limits, size = bits_for(q.shape[2]), (SMALLEST, LARGEST), bits_for(v.shape[2])
+    g, inner = inner_products(dout, out, sums, p)
+    rows_q, unit_q, bad_q, _ = module.by_rows(q, bits, limits, scale)
+    rows_k, unit_k, bad_k, _ = module.by_rows(k, bits, limits)
+    rows_g, unit_g, bad_g, squares_g = module.by_rows(g, size, limits)
+    rows_v, unit_v, bad_v, squares_v = module.by_rows(v, size, limits, one_grid=True)
+    bad = sum((each.sum(1) for each in (bad_q, bad_k, bad_g, inner * 0.0)), bad_v[:, 0])
+    up, inner, unit = row_scales(squares_g, squares_v, unit_g, unit_v[:, :1], inner)
+    factors = unit_q * -STEPS, top, up, inner
+
+    def gradient(of, a, b, ag, bg, x, x_bits):
+        columns, unit_columns = module.by_columns(x, column_bits(x_bits, x.shape[1]))
+        return module.gradient(of, a, b, ag, bg, columns, unit_columns, factors, unit_k,
+                               unit * scale, bad, integer_tables(q.device), seed, p)
+
+    return (gradient("q", rows_q, rows_k, rows_g, rows_v, k, 23),
+            gradient("k", rows_k, rows_q, rows_v, rows_g, q * scale * unit, 23),
+            gradient("v", rows_k, rows_q, rows_v, rows_g, g, 20))
+
+
 def attention_forward(q, k, v, mask, causal, p, scale, seed):
     """The output[N, T, E], and each row's largest score and sum of weights, [N, T, 1]."""
+    if module := kernels_for(q, k, v, mask, causal):
+        return forward_by_kernels(module, q, k, v, p, scale, seed)
     (n, length, _), columns = q.shape, k.shape[1]
     out, top, sums = (q.new_empty(n, length, size) for size in (v.shape[2], 1, 1))
     heads_at_once, row_parts = parts_of(length, columns, q.device)
@@ -144,38 +191,45 @@ def attention_forward(q, k, v, mask, causal, p, scale, seed):
     return out, top, sums
 
 
-def gradient_factors(dout, q, k, v, out, sums, p, scale):
-    """What the gradients of some heads are made of: G, V and `inner`, of which N consists, so that
-    N has at most 23 bits; the unit of N's rows; columns of K, Q and G, each with its unit; and for
-    each head 0, or NaN where anything is not finite."""
-    size = v.shape[2]
-    inner, unit = integers(dout * out, sum_bits(size), -1)
+def inner_products(dout, out, sums, p):
+    """G, the gradient of the unnormalised output, and `inner`[N, T, 1], that of the sums."""
+    inner, unit = integers(dout * out, sum_bits(out.shape[2]), -1)
     inner = div(inner.sum(2, keepdim=True).mul_(unit), sums)
-    g = div(dout, sums).mul_(kept_factor(p))
-    rows_g, unit_g = integers(g, row_bits(size), -1)
-    values, unit_v = integers(v, row_bits(size), (-2, -1))
-    (unit_g, bad_g), (unit_v, bad_v) = finite(unit_g), finite(unit_v)
-    inner, bad = finite(div(inner, unit_g * unit_v), 0.0)
-    up = score_scale(rows_g.square().sum(2, keepdim=True), values.square().sum(2, keepdim=True),
-                     inner)
-    unit = unit_g * unit_v / up
+    return div(dout, sums).mul_(kept_factor(p)), inner
+
+
+def row_scales(squares_g, squares_v, unit_g, unit_v, inner):
+    """For each row: `up`, a power of two, times which |G Vᵀ - inner| is less than 8 by a hundredth,
+    so that times a weight of at most 2^20 three digits hold it; `inner` in that unit; the unit.
+    |G Vᵀ| is at most the product of the norms, whose squares are given."""
+    unit = unit_g * unit_v
+    inner = inner.nan_to_num(0.0, 0.0, 0.0) * torch.where(unit > 0, reciprocal(unit), 0.0)
+    bound = sqrt(squares_g) * sqrt(squares_v.amax(1, keepdim=True)) + inner.abs()
+    bound = bound.mul_(1 + 2.0**-7).clamp_(1.0, LARGEST)
+    up = power_of_two(2048 - (bound.view(torch.int64) >> 52))
+    return up, inner.mul_(up), unit / up
+
+
+def gradient_factors(dout, q, k, v, out, sums, p, scale):
+    """What the gradients of some heads are made of: G, V and `inner`, of which N consists; the unit
+    of N's rows; columns of K, Q and G, each with its unit; and for each head 0, or NaN where
+    anything is not finite."""
+    g, inner = inner_products(dout, out, sums, p)
+    rows_g, unit_g = integers(g, bits_for(v.shape[2]), -1)
+    values, unit_v = integers(v, bits_for(v.shape[2]), (-2, -1))
+    (unit_g, bad_g), (unit_v, bad_v) = in_range(unit_g), in_range(unit_v)
+    bad = (inner * 0.0 + bad_g).sum(1, keepdim=True) + bad_v
+    squares = (x.square().sum(2, keepdim=True) for x in (rows_g, values))
+    up, inner, unit = row_scales(*squares, unit_g, unit_v, inner)
     by_columns = [integers(x, column_bits(bits, x.shape[1]), -2)
                   for x, bits in ((k, 23), (q * scale * unit, 23), (g, 20))]
-    bad = (bad + bad_g).sum(1, keepdim=True) + bad_v
-    return rows_g.mul_(up), values, inner.mul_(up), unit, by_columns, bad
-
-
-def score_scale(squares_g, squares_v, inner):
-    """A power of two for each row, times which |G Vᵀ - inner| is less than 8 by a hundredth: times
-    a weight of at most 2^20, three digits hold it. |G Vᵀ| is at most the product of two norms,
-    whose squares are given."""
-    bound = sqrt(squares_g) * sqrt(squares_v.amax(1, keepdim=True)) + inner.abs()
-    bound = bound.mul_(1 + 2.0**-7).clamp_(min=1.0)
-    return power_of_two(2048 - (bound.view(torch.int64) >> 52))
+    return rows_g.mul_(up), values, inner, unit, by_columns, bad
 
 
 def attention_backward(dout, q, k, v, mask, out, top, sums, causal, p, scale, seed):
     """Gradients of q, k and v."""
+    if module := kernels_for(q, k, v, mask, causal):
+        return backward_by_kernels(module, dout, q, k, v, out, top, sums, p, scale, seed)
     (n, length, _), columns, device = q.shape, k.shape[1], q.device
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     heads_at_once, row_parts = parts_of(length, columns, device)
