@@ -2,8 +2,9 @@
 
 Per head, with whole numbers in capitals, each times a unit, a power of two (`integers`):
 
-  scores     Q[i] · K[j]; from row i's largest to them it is so many steps of 2^-18
-  weights    W = e^-distance in integers of 20 bits, out of two small tables (`exponentials`)
+  scores     Q[i] · K[j], log2(e) in the unit of Q; x is how far they are below row i's largest,
+             in steps of 2^-18
+  weights    W = 2^-x in integers of 20 bits, the product of two small tables (`exponentials`)
   output     rows of W' V / sums of W, where W' is W without what dropout takes
   gradients  G = dout / sums; N = W ∘ (G Vᵀ - inner), rounded to 23 bits on a unit for each row;
              dV = W'ᵀ G, dQ = N K, dK = Nᵀ Q with the units of N's rows multiplied into Q
@@ -15,17 +16,16 @@ import functools
 import importlib
 import math
 
-import numpy as np
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from exact.dropout import dropped, new_seed
-from exact.functions import np_exp
 from exact.gpu import kernels
 from exact.grids import bits_for, div, grid, in_slices, magnitude, power_of_two, reciprocal, sqrt
 from exact.sums import sum_bits
 
-STEPS = 2.0**18  # of e^-x, from x to x + 1: the table ends at 16
+STEPS = 2.0**18  # of 2^-x, from x to x + 1; it ends at 22
+LOG2_E = 1.4426950408889634
 SMALLEST, LARGEST = 2.0**-400, 2.0**400  # units of operands: below counts as 0, beyond as NaN
 LARGE = 1 << 18  # values of a chain at a time, as CACHED: this one has matrix products in it
 aten = torch.ops.aten
@@ -38,22 +38,21 @@ def column_bits(bits, count):
 
 @functools.cache
 def exponentials(device):
-    """Two tables float64[2048] whose product, rounded, is e^-x in integers of 20 bits, where x is
-    2048·i + j steps of 2^-18: e^(-i/128) · 2^20 and e^(-j/2^18), computed with + - * / alone. Both
-    are integers of 26 bits times a power of two, so that the product is exact; and odd, lest it lie
-    halfway between two integers, where roundings differ."""
-    n = np.arange(2048.0)
-    with torch.inference_mode(False):
-        return tuple(torch.from_numpy((np.floor(np_exp(-n / steps) * 2.0**25) * 2 + 1) * unit)
-                     .to(device) for steps, unit in ((128, 2.0**-6), (2**18, 2.0**-26)))
+    """Two tables float64[2816] and [2048] whose product, rounded, is 2^-x in integers of 20 bits,
+    where x is 2048·i + j steps of 2^-18: 2^(-i/128) · 2^20 and 2^(-j/2^18), in integers of 26 bits
+    times a power of two, so that the product is exact. The second are odd, so that no product lies
+    halfway between two integers, where roundings differ.
 
-
-@functools.cache
-def integer_tables(device):
-    """The same as int32: e^-x is their product divided by 2^32 and rounded."""
+    They are polynomials in integer arithmetic, which exact/attention_kernels.py evaluates instead
+    of looking them up. The first's coefficients, times 2^29, are fitted to 2^-2u for 128 places u
+    below 1/2 (largest relative error 2^-22); the second is 1 - aj + a²j²/2 with a = ln(2)/2^18."""
+    u, j, p = torch.arange(128) << 24, torch.arange(2048), 0
+    for coefficient in (16457946, 79363323, 237625254, 515804055, 744258478, 1 << 29):
+        p = coefficient - (p * u >> 32)
+    high = p >> torch.arange(3, 25)[:, None]
+    low = ((1 << 26) - ((j * (726817 - ((j * 123) >> 7))) >> 12)) | 1
     with torch.inference_mode(False):
-        return tuple((table * factor).to(torch.int32)
-                     for table, factor in zip(exponentials(device), (2.0**6, 2.0**26)))
+        return (high.flatten().double() * 2.0**-6).to(device), (low.double() * 2.0**-26).to(device)
 
 
 def integers(x, bits, dim):
@@ -77,7 +76,7 @@ def in_range(unit):
 def score_factors(q, k, scale):
     """q and k as factors whose products are, exactly, minus the scores in steps of 2^-18; and for
     each row of q 0, or NaN where it or any of k is not finite."""
-    (q, unit_q), (k, unit_k) = (integers(x, bits_for(q.shape[-1]), -1) for x in (q * scale, k))
+    (q, unit_q), (k, unit_k) = (integers(x, bits_for(q.shape[-1]), -1) for x in (q * (scale * LOG2_E), k))
     (unit_q, bad_q), (unit_k, bad_k) = in_range(unit_q), in_range(unit_k)
     return q.mul_(unit_q * -STEPS), k.mul_(unit_k), bad_q + bad_k.sum(1, keepdim=True)
 
@@ -97,7 +96,7 @@ def attention_weights(minus_q, k, mask, causal, rows, top=None):
     x = minus_q[:, rows] @ k.mT
     if mask is not None:
         part = mask[:, rows]
-        x = x.masked_fill_(~part, math.inf) if part.dtype == torch.bool else x.sub_(part * STEPS)
+        x = x.masked_fill_(~part, math.inf) if part.dtype == torch.bool else x.sub_(part * (STEPS * LOG2_E))
     if causal:
         columns = torch.arange(x.shape[2], device=x.device)
         own = torch.arange(rows.start, rows.stop, device=x.device)
@@ -106,7 +105,7 @@ def attention_weights(minus_q, k, mask, causal, rows, top=None):
         top = x.amin(2, keepdim=True).clamp_(max=1e300)  # a row may be masked completely
     high, low = exponentials(x.device)
     # half a step less: the conversion cuts off what the nearest step leaves
-    place = x.sub_(top - 0.5).clamp_(max=16 * STEPS - 1).to(torch.int32).view(-1)
+    place = x.sub_(top - 0.5).clamp_(max=22 * STEPS - 1).to(torch.int32).view(-1)
     factor, x = high.index_select(0, place >> 11), x.view(-1)
     torch.index_select(low, 0, place.bitwise_and_(2047), out=x)
     return x.mul_(factor).round_().view(-1, rows.stop - rows.start, k.shape[1]), top
@@ -134,19 +133,19 @@ def kernels_for(q, k, v, mask, causal):
 def forward_by_kernels(module, q, k, v, p, scale, seed):
     """attention_forward on a GPU."""
     bits, limits = bits_for(q.shape[2]), (SMALLEST, LARGEST)
-    rows_q, unit_q, bad_q, _ = module.by_rows(q, bits, limits, scale)
+    rows_q, unit_q, bad_q, _ = module.by_rows(q, bits, limits, scale * LOG2_E)
     rows_k, unit_k, bad_k, _ = module.by_rows(k, bits, limits)
     columns_v, unit_v = module.by_columns(v, column_bits(20, v.shape[1]))
     return module.forward(rows_q, unit_q * -STEPS, rows_k, unit_k, columns_v,
                           unit_v * kept_factor(p), bad_q + bad_k.sum(1, keepdim=True),
-                          integer_tables(q.device), seed, p)
+                          seed, p)
 
 
 def backward_by_kernels(module, dout, q, k, v, out, top, sums, p, scale, seed):
     """attention_backward on a GPU."""
     bits, limits, size = bits_for(q.shape[2]), (SMALLEST, LARGEST), bits_for(v.shape[2])
     g, inner = inner_products(dout, out, sums, p)
-    rows_q, unit_q, bad_q, _ = module.by_rows(q, bits, limits, scale)
+    rows_q, unit_q, bad_q, _ = module.by_rows(q, bits, limits, scale * LOG2_E)
     rows_k, unit_k, bad_k, _ = module.by_rows(k, bits, limits)
     rows_g, unit_g, bad_g, squares_g = module.by_rows(g, size, limits)
     rows_v, unit_v, bad_v, squares_v = module.by_rows(v, size, limits, one_grid=True)
@@ -157,7 +156,7 @@ def backward_by_kernels(module, dout, q, k, v, out, top, sums, p, scale, seed):
     def gradient(of, a, b, ag, bg, x, x_bits):
         columns, unit_columns = module.by_columns(x, column_bits(x_bits, x.shape[1]))
         return module.gradient(of, a, b, ag, bg, columns, unit_columns, factors, unit_k,
-                               unit * scale, bad, integer_tables(q.device), seed, p)
+                               unit * scale, bad, seed, p)
 
     return (gradient("q", rows_q, rows_k, rows_g, rows_v, k, 23),
             gradient("k", rows_k, rows_q, rows_v, rows_g, q * scale * unit, 23),

@@ -14,31 +14,48 @@ import torch
 import triton
 import triton.language as tl
 
-from exact.kernels import (LONGEST, OPTIONS, bits_of, grid, joined, joined_long, nearest, nine,
+from exact.kernels import (LONGEST, OPTIONS, bits_of, grid, joined_long, nine,
                            store_digits, three_digits, to_digits, tops)
 
 # in Triton's interpreter the bounds of a loop must be Python's numbers
 LENGTH = tl.constexpr if triton.knobs.runtime.interpret else tl.int32
-ROWS, COLUMNS, WARPS = 128, 32, 8  # of a block of scores
+ROWS, COLUMNS, WARPS = 64, 32, 4  # of a block of scores
 
 # ------------------------------------------------------------------------------------------- parts
 
 
 @triton.jit
 def integer_product(a0, a1, a2, b, plane):
-    """The integers of A·B as float64, of digits of A and pointers to those of B."""
+    """The integers of A·B as float64, of digits of A and pointers to those of B, for up to 128
+    terms: pairs of accumulators fit into 32 bits."""
     zero = tl.zeros((a0.shape[0], b.shape[1]), tl.int32)
     c0, c1, c2, c3, c4 = nine(a0, a1, a2, tl.load(b), tl.load(b + plane), tl.load(b + 2 * plane),
                               zero, zero, zero, zero, zero)
-    return joined(c0, c1, c2, c3, c4)
+    high, low = (c4 << 8) + c3, (c1 << 8) + c0
+    c = (high.to(tl.int64) << 24) + (c2.to(tl.int64) << 16) + low.to(tl.int64)
+    # the last place of 1.5 · 2^52 is 1: quicker than a conversion of 64 bits
+    return (c + 0x4338000000000000).to(tl.float64, bitcast=True) - 6755399441055744.0
 
 
 @triton.jit
-def weights_of(x, top, HIGH, LOW):
-    """e^-(x - top) in integers of 20 bits; x and top in steps of 2^-18, top half a step less."""
-    place = tl.minimum(x - top, 4194303.0).to(tl.int32)  # the last is 0
-    high, low = tl.load(HIGH + (place >> 11)), tl.load(LOW + (place & 2047))
-    return ((high.to(tl.int64) * low.to(tl.int64) + (1 << 31)) >> 32).to(tl.int32)
+def integer_of(x):
+    """round(x), ties to even, as int32."""
+    return (x + 6755399441055744.0).to(tl.int64, bitcast=True).to(tl.int32)
+
+
+@triton.jit
+def weights_of(x, top):
+    """attention.exponentials of x - top, in steps of 2^-18: the weight in integers of 20 bits. top:
+    half a step less, since the conversion cuts off."""
+    place = tl.minimum(x - top, 5767167.0).to(tl.int32)  # the last is 0
+    u, j = ((place >> 11) & 127) << 24, place & 2047
+    high = 79363323 - tl.umulhi(u, tl.full(u.shape, 16457946, tl.int32))
+    high = 237625254 - tl.umulhi(high, u)
+    high = 515804055 - tl.umulhi(high, u)
+    high = 744258478 - tl.umulhi(high, u)
+    high = ((1 << 29) - tl.umulhi(high, u)) >> ((place >> 18) + 3)
+    low = ((1 << 26) - ((j * (726817 - ((j * 123) >> 7))) >> 12)) | 1
+    return ((high.to(tl.int64) * low + (1 << 31)) >> 32).to(tl.int32)
 
 
 @triton.jit
@@ -84,7 +101,7 @@ def rows_kernel(X, TOP, DIGITS, UNIT, BAD, SQUARES, rows, FACTOR: tl.constexpr,
     else:
         top = tl.load(TOP + h + 0 * row)
     up, near, rest = grid(top, BITS)
-    q = nearest(x * up[:, None]).to(tl.int32)
+    q = integer_of(x * up[:, None])
     plane = tl.num_programs(1).to(tl.int64) * rows * PADDED
     store_digits(DIGITS, plane, row[:, None] * PADDED + k[None, :], q, (r < rows)[:, None])
     unit, q = near * rest, q.to(tl.int64)
@@ -95,7 +112,7 @@ def rows_kernel(X, TOP, DIGITS, UNIT, BAD, SQUARES, rows, FACTOR: tl.constexpr,
 
 
 @triton.jit
-def forward_kernel(Q, UNIT_Q, K, UNIT_K, V, UNIT_V, BAD, HIGH, LOW, OUT, TOP, SUMS, SEED: tl.int64,
+def forward_kernel(Q, UNIT_Q, K, UNIT_K, V, UNIT_V, BAD, OUT, TOP, SUMS, SEED: tl.int64,
                    THRESHOLD, T: LENGTH, S: LENGTH, padded, D: tl.constexpr, E: tl.constexpr,
                    WIDTH: tl.constexpr, DROP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     """Twice over the columns: the row's largest score; then weights, their sum, and the product of
@@ -122,7 +139,7 @@ def forward_kernel(Q, UNIT_Q, K, UNIT_K, V, UNIT_V, BAD, HIGH, LOW, OUT, TOP, SU
         key = h * S + tl.minimum(start + first, S - 1)
         y = integer_product(q0, q1, q2, K + key[None, :] * D + d[:, None], plane_k)
         x = y * tl.load(UNIT_K + key)[None, :] * unit[:, None]
-        w = weights_of(x, half_less[:, None], HIGH, LOW)
+        w = weights_of(x, half_less[:, None])
         w = tl.where((start + first < S)[None, :], w, 0)
         total += tl.sum(w, 1).to(tl.int64)
         if DROP:
@@ -140,7 +157,7 @@ def forward_kernel(Q, UNIT_Q, K, UNIT_K, V, UNIT_V, BAD, HIGH, LOW, OUT, TOP, SU
 
 
 @triton.jit
-def gradient_kernel(A, B, AG, BG, C, UNIT_Q, TOP, UNIT_K, UP, INNER, UNIT_C, UNIT, BAD, HIGH, LOW,
+def gradient_kernel(A, B, AG, BG, C, UNIT_Q, TOP, UNIT_K, UP, INNER, UNIT_C, UNIT, BAD,
                     OUT, SEED: tl.int64, THRESHOLD, M: LENGTH, L: LENGTH, padded, D: tl.constexpr,
                     E: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, OF: tl.constexpr,
                     DROP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
@@ -169,7 +186,7 @@ def gradient_kernel(A, B, AG, BG, C, UNIT_Q, TOP, UNIT_K, UP, INNER, UNIT_C, UNI
             query, key = own[:, None], other[None, :]
         y = integer_product(a0, a1, a2, B + other[None, :] * D + d[:, None], heads * L * D)
         x = y * tl.load(UNIT_K + key) * tl.load(UNIT_Q + query)
-        w = weights_of(x, tl.load(TOP + query) - 0.5, HIGH, LOW)
+        w = weights_of(x, tl.load(TOP + query) - 0.5)
         if DROP:
             if FLIP:
                 lost = dropped(SEED, THRESHOLD, other, M, tl.program_id(0) * BM, BM, True)
@@ -181,7 +198,7 @@ def gradient_kernel(A, B, AG, BG, C, UNIT_Q, TOP, UNIT_K, UP, INNER, UNIT_C, UNI
             g = integer_product(g0, g1, g2, BG + other[None, :] * E + e[:, None], heads * L * E)
             g = g * tl.load(UP + query)
             g = tl.where(lost, 0.0, g) if DROP else g
-            n = nearest((g - tl.load(INNER + query)) * w.to(tl.float64)).to(tl.int32)
+            n = integer_of((g - tl.load(INNER + query)) * w.to(tl.float64))
         n0, n1, n2 = three_digits(n)
         o0, o1, o2, o3, o4 = nine(
             n0, n1, n2, tl.load(c + start), tl.load(c + start + plane_c),
@@ -233,26 +250,26 @@ def by_columns(x, bits):
     return digits, near.mul_(rest)
 
 
-def forward(q, unit_q, k, unit_k, columns_v, unit_v, bad, tables, seed, p):
+def forward(q, unit_q, k, unit_k, columns_v, unit_v, bad, seed, p):
     """The output[N, T, E], and rows' largest scores and sums of weights, [N, T, 1]."""
     (_, heads, t, d), s, (e, padded) = q.shape, k.shape[2], columns_v.shape[2:]
     out = torch.empty(heads, t, e, dtype=torch.float64, device=q.device)
     top, sums = torch.empty(2, heads, t, 1, dtype=torch.float64, device=q.device)
     forward_kernel[triton.cdiv(t, ROWS), heads](
-        q, unit_q, k, unit_k, columns_v, unit_v, bad, *tables, out, top, sums, seed or 0,
+        q, unit_q, k, unit_k, columns_v, unit_v, bad, out, top, sums, seed or 0,
         threshold(p), t, s, padded, d, e, padded_width(e), seed is not None, ROWS, COLUMNS,
         num_warps=WARPS, **OPTIONS)
     return out, top, sums
 
 
-def gradient(of, a, b, ag, bg, columns, unit_columns, query_factors, unit_k, unit, bad, tables,
-             seed, p):
+def gradient(of, a, b, ag, bg, columns, unit_columns, query_factors, unit_k, unit, bad, seed,
+             p):
     """The gradient of q, k or v. query_factors: unit of q, largest score, up and inner."""
     unit_q, top, up, inner = query_factors
     (_, heads, m, d), length, (size, padded) = a.shape, b.shape[2], columns.shape[2:]
     out = torch.empty(heads, m, size, dtype=torch.float64, device=a.device)
     gradient_kernel[triton.cdiv(m, ROWS), heads](
-        a, b, ag, bg, columns, unit_q, top, unit_k, up, inner, unit_columns, unit, bad, *tables,
-        out, seed or 0, threshold(p), m, length, padded, d, ag.shape[3], size, padded_width(size),
+        a, b, ag, bg, columns, unit_q, top, unit_k, up, inner, unit_columns, unit, bad, out,
+        seed or 0, threshold(p), m, length, padded, d, ag.shape[3], size, padded_width(size),
         of, seed is not None, ROWS, COLUMNS, num_warps=WARPS, **OPTIONS)
     return out
