@@ -19,7 +19,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from exact import grids
 
 OPTIONS = {"enable_fp_fusion": False}  # of every launch here
-STEP = tl.constexpr(64)  # digits along K at a time: rows of digits are padded with zeros to that
 LONGEST = 1 << 15  # K that five int32 accumulators hold, with room: 3 · 2^14 · K < 2^31
 
 # ------------------------------------------------------------------------------------------- parts
@@ -38,10 +37,10 @@ def bits_of(x):
 
 
 @triton.jit
-def grid(top, BITS: tl.constexpr):
+def grid(top, bits):
     """grids.grid: (up, down, rest) for the bits_of the largest number."""
     exponent = top >> 52
-    down = tl.minimum(tl.maximum(exponent, BITS), 2046) + (1 - BITS)
+    down = tl.minimum(tl.maximum(exponent, bits), 2046) + (1 - bits)
     near = tl.minimum(tl.maximum(down, 823), 1223)
     rest = tl.where(exponent == 2047, float("nan"), power_of_two(down - near + 1023))
     return power_of_two(2046 - down), power_of_two(near), rest
@@ -103,9 +102,9 @@ def store_digits(D, plane, place, q, mask):
     tl.store(D + 2 * plane + place, d2, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "bits"])
 def row_digits_kernel(X, D, NEAR, REST, rows, K, padded, batch_stride, row_stride, plane,
-                      BITS: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr):
+                      bits, BR: tl.constexpr, BK: tl.constexpr):
     """Rows of x, each contiguous: their largest numbers, then their digits."""
     g, r = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     k, real = tl.arange(0, BK)[None, :], (r < rows)[:, None]
@@ -115,7 +114,7 @@ def row_digits_kernel(X, D, NEAR, REST, rows, K, padded, batch_stride, row_strid
     for start in range(0, K, BK):
         x = tl.load(X + start + k, mask=real & (start + k < K), other=0.0)
         top = tl.maximum(top, bits_of(x))
-    up, near, rest = grid(tl.max(top, 1), BITS)
+    up, near, rest = grid(tl.max(top, 1), bits)
     for start in range(0, padded, BK):
         x = tl.load(X + start + k, mask=real & (start + k < K), other=0.0)
         store_digits(D, plane, row[:, None] * padded + start + k, nearest(x * up[:, None]),
@@ -124,7 +123,7 @@ def row_digits_kernel(X, D, NEAR, REST, rows, K, padded, batch_stride, row_strid
     tl.store(REST + row, rest, mask=r < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K", "bits"])
 def tops_kernel(X, TOP, rows, K, batch_stride, row_stride, stride, per_program,
                 BR: tl.constexpr, BK: tl.constexpr):
     """TOP[row]: bits_of the largest number of a row, of which a program sees `per_program`."""
@@ -139,9 +138,9 @@ def tops_kernel(X, TOP, rows, K, batch_stride, row_stride, stride, per_program,
     tl.atomic_max(TOP + g * rows + r, tl.max(top, 1), mask=r < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K", "bits"])
 def column_digits_kernel(X, TOP, D, NEAR, REST, rows, K, padded, batch_stride, row_stride, stride,
-                         plane, BITS: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr):
+                         plane, bits, BR: tl.constexpr, BK: tl.constexpr):
     """The digits of rows that do not lie in memory as such, of known largest numbers."""
     g, r = tl.program_id(2).to(tl.int64), tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     k = tl.program_id(1).to(tl.int64) * BK + tl.arange(0, BK)
@@ -149,15 +148,15 @@ def column_digits_kernel(X, TOP, D, NEAR, REST, rows, K, padded, batch_stride, r
     place = g * batch_stride + r[:, None] * row_stride + k[None, :] * stride
     x = tl.load(X + place, mask=inside, other=0.0)
     row = g * rows + r
-    up, near, rest = grid(tl.load(TOP + row, mask=r < rows, other=0), BITS)
+    up, near, rest = grid(tl.load(TOP + row, mask=r < rows, other=0), bits)
     store_digits(D, plane, row[:, None] * padded + k[None, :], nearest(x * up[:, None]),
                  (r < rows)[:, None] & (k < padded)[None, :])
     tl.store(NEAR + row, near, mask=r < rows)
     tl.store(REST + row, rest, mask=r < rows)
 
 
-def padded_to_step(k):
-    return triton.cdiv(k, STEP.value) * STEP.value
+def padded(k):
+    return triton.cdiv(k, 64) * 64
 
 
 def to_digits(x, bits):
@@ -166,20 +165,20 @@ def to_digits(x, bits):
     groups, rows, k = x.shape
     if x.stride(2) != 1 and not (k > 1 and x.stride(1) == 1):
         x = x.contiguous()
-    padded = padded_to_step(k)
-    digits = torch.empty(3, groups, rows, padded, dtype=torch.int8, device=x.device)
+    length = padded(k)
+    digits = torch.empty(3, groups, rows, length, dtype=torch.int8, device=x.device)
     near, rest = torch.empty(2, groups, rows, dtype=torch.float64, device=x.device)
-    plane = groups * rows * padded
+    plane = groups * rows * length
     if x.stride(2) == 1 or k == 1:
-        bk = min(1024, triton.next_power_of_2(padded))
+        bk = min(1024, triton.next_power_of_2(length))
         br = min(2048 // bk, triton.next_power_of_2(rows))
         row_digits_kernel[triton.cdiv(rows, br), groups](
-            x, digits, near, rest, rows, k, padded, x.stride(0), x.stride(1), plane, bits, br, bk,
+            x, digits, near, rest, rows, k, length, x.stride(0), x.stride(1), plane, bits, br, bk,
             **OPTIONS)
         return digits, near, rest
     top = tops(x)
-    column_digits_kernel[triton.cdiv(rows, 64), triton.cdiv(padded, 64), groups](
-        x, top, digits, near, rest, rows, k, padded, *x.stride(), plane, bits, 64, 64, **OPTIONS)
+    column_digits_kernel[triton.cdiv(rows, 64), triton.cdiv(length, 64), groups](
+        x, top, digits, near, rest, rows, k, length, *x.stride(), plane, bits, 64, 64, **OPTIONS)
     return digits, near, rest
 
 
@@ -195,43 +194,43 @@ def tops(x):
     return top
 
 
-@triton.jit
-def window_digits_kernel(X, D, NEAR, REST, channels, length, span, hop, padding, batch_stride,
-                         channel_stride, stride, plane, BITS: tl.constexpr, BF: tl.constexpr,
-                         BC: tl.constexpr):
-    """The digits[span, channels] of what a block of a convolution's frames sees, on one grid."""
+@triton.jit(do_not_specialize=["length", "frames", "width", "step", "hop", "padding", "batch_stride",
+                               "channel_stride", "bits"])
+def window_digits_kernel(X, D, NEAR, REST, channels, length, frames, width, pitch, step, hop,
+                         padding, batch_stride, channel_stride, stride, plane, bits,
+                         BF: tl.constexpr, BC: tl.constexpr):
+    """The digits[frames, pitch] of what a block of a convolution's frames sees, on one grid. Number
+    i of row f is channel i % channels of the input's frame f · step + i // channels."""
     block, group, clip = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     X += clip * batch_stride + group.to(tl.int64) * channels * channel_stride
     row = (clip * tl.num_programs(1) + group) * tl.num_programs(0) + block
-    first, f, c = block * hop - padding, tl.arange(0, BF), tl.arange(0, BC)
+    first, f, i = block * hop - padding, tl.arange(0, BF)[:, None], tl.arange(0, BC)[None, :]
     top = tl.zeros((BF, BC), tl.int64)
-    for start in range(0, span, BF):
-        t = first + start + f
-        seen = (t >= 0) & (t < length) & (start + f < span)
-        for channel in range(0, channels, BC):
-            inside = seen[:, None] & (channel + c < channels)[None, :]
-            place = t[:, None].to(tl.int64) * stride + (channel + c)[None, :] * channel_stride
-            top = tl.maximum(top, bits_of(tl.load(X + place, mask=inside, other=0.0)))
-    up, near, rest = grid(tl.max(tl.max(top, 1), 0), BITS)
-    for start in range(0, span, BF):
-        t = first + start + f
-        seen = (t >= 0) & (t < length)
-        for channel in range(0, channels, BC):
-            inside = (start + f < span)[:, None] & (channel + c < channels)[None, :]
-            place = t[:, None].to(tl.int64) * stride + (channel + c)[None, :] * channel_stride
-            x = tl.load(X + place, mask=inside & seen[:, None], other=0.0)
-            place = (row * span + start + f)[:, None] * channels + (channel + c)[None, :]
-            store_digits(D, plane, place, nearest(x * up), inside)
+    for start in range(0, frames, BF):
+        for left in range(0, width, BC):
+            t = first + (start + f) * step + (left + i) // channels
+            seen = (t >= 0) & (t < length) & (start + f < frames) & (left + i < width)
+            place = t.to(tl.int64) * stride + (left + i) % channels * channel_stride
+            top = tl.maximum(top, bits_of(tl.load(X + place, mask=seen, other=0.0)))
+    up, near, rest = grid(tl.max(tl.max(top, 1), 0), bits)
+    for start in range(0, frames, BF):
+        for left in range(0, pitch, BC):
+            t = first + (start + f) * step + (left + i) // channels
+            seen = (t >= 0) & (t < length) & (start + f < frames) & (left + i < width)
+            place = t.to(tl.int64) * stride + (left + i) % channels * channel_stride
+            x = tl.load(X + place, mask=seen, other=0.0)
+            place = (row * frames + start + f) * pitch + left + i
+            store_digits(D, plane, place, nearest(x * up),
+                         (start + f < frames) & (left + i < pitch))
     tl.store(NEAR + row, near)
     tl.store(REST + row, rest)
 
 
 # ---------------------------------------------------------------------------------------- products
 
-SHAPES = ((64, 64, 4), (128, 64, 8))  # rows and columns of a block of the result, warps
 
-
-@triton.jit
+@triton.jit(do_not_specialize=["M", "N", "blocks", "b_groups", "splits"],
+            do_not_specialize_on_alignment=["row_stride", "column_stride"])
 def product_kernel(A, NEAR_A, REST_A, B, NEAR_B, REST_B, BIAS, OUT, M, N, K, a_plane, b_plane,
                    blocks, block_stride, frame_stride, b_groups, chunk, splits, row_stride,
                    column_stride, FRAMES: tl.constexpr, BIASED: tl.constexpr, WHOLE: tl.constexpr,
@@ -239,6 +238,7 @@ def product_kernel(A, NEAR_A, REST_A, B, NEAR_B, REST_B, BIAS, OUT, M, N, K, a_p
     """OUT[G, M, N] = A · Bᵀ of digits, B[3, b_groups, N, K]. Row m of A begins at block_stride · (m
     // FRAMES) + frame_stride · (m % FRAMES): so the windows of a convolution, whose FRAMES share a
     grid, are rows that overlap. WHOLE: scaled, biased; else the sums over a `chunk` of K each."""
+    # programs that follow each other share rows of A, the larger operand
     n, m = tl.program_id(0) * BN + tl.arange(0, BN), tl.program_id(1) * BM + tl.arange(0, BM)
     g, split, k = tl.program_id(2) // splits, tl.program_id(2) % splits, tl.arange(0, BK)
     row, column, first = tl.minimum(m, M - 1), tl.minimum(n, N - 1), split * chunk
@@ -265,62 +265,55 @@ def product_kernel(A, NEAR_A, REST_A, B, NEAR_B, REST_B, BIAS, OUT, M, N, K, a_p
     tl.store(OUT + place, y, mask=(m < M)[:, None] & (n < N)[None, :])
 
 
-def launch_shape(m, n, groups, padded, device):
-    """The block of a product: a rule and no search, since it decides nothing but speed."""
-    bm, bn, warps = SHAPES[m * n * groups >= 1 << 21]
-    bk = 128 if padded % 128 == 0 else 64
-    shared = 1 << 17  # bytes
-    if device.type == "cuda":
-        shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    stages = max(1, min(3, shared // (3 * (bm + bn) * bk)))
-    return {"BM": bm, "BN": bn, "BK": bk, "num_warps": warps, "num_stages": stages}
+BLOCK = 64  # rows, columns and digits along K that a program takes at a time: fast on all of sizes
 
 
 def multiply(a, b, bias, out, splits, m, n, row, strides):
     """Launch a product of digits: out[G · splits, …] of m rows, n columns and `strides`. row: what
     the kernel is to know of the rows of a, (blocks, block_stride, frame_stride, FRAMES)."""
     (a, near_a, rest_a), (b, near_b, rest_b), whole = a, b, splits == 1
-    *row, frames = row
-    shape = launch_shape(m, n, len(out), b.shape[3], out.device)
-    chunk = triton.cdiv(triton.cdiv(b.shape[3], splits), shape["BK"]) * shape["BK"]
-    programs = triton.cdiv(n, shape["BN"]), triton.cdiv(m, shape["BM"]), len(out)
+    _, b_groups, _, k = b.shape
+    programs = triton.cdiv(n, BLOCK), triton.cdiv(m, BLOCK), len(out)
     product_kernel[programs](
-        a, near_a, rest_a, b, near_b, rest_b, near_b if bias is None else bias, out, m, n,
-        b.shape[3], a.stride(0), b.stride(0), *row, b.shape[1], chunk, splits, *strides, frames,
-        whole and bias is not None, whole, **shape, **OPTIONS)
+        a, near_a, rest_a, b, near_b, rest_b, near_b if bias is None else bias, out, m, n, k,
+        a.stride(0), b.stride(0), *row[:3], b_groups, padded(triton.cdiv(k, splits)), splits,
+        *strides, row[3], whole and bias is not None, whole, BLOCK, BLOCK, BLOCK, **OPTIONS)
     return out
 
 
-_kept = {}  # digits of parameters that do not train, by where these lie
+_parameters, _last = {}, {}  # digits, by what was rounded
 
 
-def kept(w, bits, make):
-    """make(), the digits of an operand; of a parameter that does not train once, while its memory
-    lives and nothing is written there (through .data, which does not count, nothing may be)."""
-    parameter = w if w._base is None else w._base
-    if not isinstance(parameter, torch.nn.Parameter) or parameter.requires_grad:
+def kept(x, bits, dim, make):
+    """make(), the digits of an operand along `dim`; what was made for a parameter that does not
+    train, or for the last other operand, if its memory lives and nothing was written there since.
+    (torch does not count what is written through .data: nothing may be, in frozen parameters.)"""
+    parameter = x if x._base is None else x._base
+    lasting = isinstance(parameter, torch.nn.Parameter)
+    if x.is_inference() or lasting and parameter.requires_grad:
         return make()
-    storage = w.untyped_storage()
-    place = storage._cdata, w.storage_offset(), w.shape, w.stride(), bits
-    alive, version, digits = _kept.get(place, (None, None, None))
-    if alive is None or alive.expired() or version != w._version:
-        for each in [each for each, (alive, *_) in _kept.items() if alive.expired()]:
-            del _kept[each]
+    kept, storage = _parameters if lasting else _last, x.untyped_storage()
+    what = storage._cdata, x.storage_offset(), x.shape, x.stride(), bits, dim
+    alive, version, digits = kept.get(what, (None, None, None))
+    if alive is None or alive.expired() or version != x._version:
+        for each in [each for each, (alive, *_) in kept.items() if alive.expired() or not lasting]:
+            del kept[each]
         digits = make()
-        _kept[place] = StorageWeakRef(storage), w._version, digits
+        kept[what] = StorageWeakRef(storage), x._version, digits
     return digits
 
 
 def product(a, b, bits, bias=None):
     """a[…, M, K] @ b[…, K, N] + bias[N], as products.product and then an addition."""
     lead, (m, k), n = a.shape[:-2], a.shape[-2:], b.shape[-1]
-    b = kept(b, bits, lambda: to_digits(b.mT.view(-1, n, k), bits))
-    a = to_digits(a.view(-1, m, k), bits)
-    groups, padded, bias = a[0].shape[1], a[0].shape[3], bias if bias is None else bias.contiguous()
-    busy = groups * triton.cdiv(m, 64) * triton.cdiv(n, 64)  # programs without splitting K
-    splits = max(1, triton.cdiv(padded, LONGEST), min(256 // busy, padded // 2048))
+    b = kept(b, bits, -2, lambda: to_digits(b.mT.view(-1, n, k), bits))
+    a = kept(a, bits, -1, lambda: to_digits(a.view(-1, m, k), bits))
+    _, groups, _, length = a[0].shape
+    programs = groups * triton.cdiv(m, BLOCK) * triton.cdiv(n, BLOCK)
+    splits = max(1, triton.cdiv(length, LONGEST), min(256 // programs, length // 2048))
     out = a[1].new_empty(groups * splits, m, n)
-    multiply(a, b, bias, out, splits, m, n, (m, padded, 0, 1), (n, 1))
+    bias = bias if bias is None else bias.contiguous()
+    multiply(a, b, bias, out, splits, m, n, (m, length, 0, 1), (n, 1))
     if splits > 1:  # of integers on one grid: in any order
         out = out.view(groups, splits, m, n).sum(1)
         out = out.mul_(a[2][..., None]).mul_(b[2][:, None]).add_(0.0)
@@ -329,24 +322,29 @@ def product(a, b, bits, bias=None):
 
 
 def convolution(x, w, bias, bits, stride, padding, frames, groups, block):
-    """products.convolution of x[B, C, L] without dilation."""
-    (outputs, channels, kernel), bias = w.shape, bias if bias is None else bias.contiguous()
-    span, blocks = (block - 1) * stride + kernel, triton.cdiv(frames, block)
-    weights, near_w, rest_w = kept(w, bits, lambda: to_digits(
+    """products.convolution of x[B, C, L] without dilation, with windows of at most LONGEST."""
+    (outputs, channels, kernel), blocks = w.shape, triton.cdiv(frames, block)
+    weights, near_w, rest_w = kept(w, bits, -1, lambda: to_digits(
         w.transpose(1, 2).reshape(1, outputs, -1), bits))
-    plane = triton.cdiv(len(x) * groups * blocks * span * channels, 16) * 16
+    rows, step, width, pitch = (block - 1) * stride + kernel, 1, channels, channels
+    row_stride = stride * channels  # windows overlap in memory
+    if row_stride % 16:  # but where that would be slow to read: each in a row of its own
+        rows, step, width = block, stride, kernel * channels
+        pitch = row_stride = weights.shape[-1]
+    plane = triton.cdiv(len(x) * groups * blocks * rows * pitch, 16) * 16
     # and room for what the last windows read past their end, which is multiplied by zeros
-    digits = torch.empty(3 * plane + 128, dtype=torch.int8, device=x.device)
+    digits = torch.empty(3 * plane + BLOCK, dtype=torch.int8, device=x.device)
     near, rest = x.new_empty(2, len(x) * groups * blocks)
-    bc = min(64, triton.next_power_of_2(channels))
-    bf = min(4096 // bc, triton.next_power_of_2(span))
+    bc = min(64, triton.next_power_of_2(pitch))
+    bf = min(4096 // bc, triton.next_power_of_2(rows))
     window_digits_kernel[blocks, groups, len(x)](
-        x, digits, near, rest, channels, x.shape[2], span, block * stride, padding, *x.stride(),
-        plane, bits, bf, bc, **OPTIONS)
+        x, digits, near, rest, channels, x.shape[2], rows, width, pitch, step, block * stride,
+        padding, *x.stride(), plane, bits, bf, bc, **OPTIONS)
     out = x.new_empty(len(x) * groups, outputs // groups, frames)
     multiply((digits.as_strided((3, plane), (plane, 1)), near, rest),
-             (weights.view(3, groups, outputs // groups, -1), near_w, rest_w), bias, out, 1, frames,
-             outputs // groups, (blocks, span * channels, stride * channels, block), (1, frames))
+             (weights.view(3, groups, outputs // groups, -1), near_w, rest_w),
+             bias if bias is None else bias.contiguous(), out, 1, frames, outputs // groups,
+             (blocks, rows * pitch, row_stride, block), (1, frames))
     return out.view(len(x), outputs, frames)
 
 
@@ -409,9 +407,9 @@ def sum_of(steps, near, rest):
     return steps.to(tl.float64) * near * rest + 0.0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups", "per_group", "bits"])
 def norm_kernel(X, W, B, Y, MEAN, RECIPROCAL, N, groups, per_group, length, EPS: tl.constexpr,
-                BITS: tl.constexpr, WEIGHTED: tl.constexpr, BIASED: tl.constexpr,
+                bits, WEIGHTED: tl.constexpr, BIASED: tl.constexpr,
                 BLOCK: tl.constexpr):
     """norms.norm_forward of a row: once over it for its largest number, for the mean, for that of
     squares and for the result. The largest square is that of the number farthest from the mean."""
@@ -425,7 +423,7 @@ def norm_kernel(X, W, B, Y, MEAN, RECIPROCAL, N, groups, per_group, length, EPS:
         x = tl.load(X + start + k, mask=inside, other=0.0)
         top = tl.maximum(top, bits_of(x))
         low, high = tl.where(inside & (x < low), x, low), tl.where(inside & (x > high), x, high)
-    up, near, rest = grid(tl.max(top, 0), BITS)
+    up, near, rest = grid(tl.max(top, 0), bits)
     sums = tl.zeros((BLOCK,), tl.int64)
     for start in range(0, N, BLOCK):
         inside = start + k < N
@@ -433,7 +431,7 @@ def norm_kernel(X, W, B, Y, MEAN, RECIPROCAL, N, groups, per_group, length, EPS:
     mean = sum_of(tl.sum(sums, 0), near, rest) * (1.0 / count)
     far = tl.maximum(bits_of(tl.max(high, 0) - mean), bits_of(tl.min(low, 0) - mean))
     far = far.to(tl.float64, bitcast=True)
-    up, near, rest = grid(bits_of(far * far), BITS)
+    up, near, rest = grid(bits_of(far * far), bits)
     sums = tl.zeros((BLOCK,), tl.int64)
     for start in range(0, N, BLOCK):
         inside = start + k < N
@@ -467,37 +465,40 @@ def norm(x, w, b, eps, bits, groups=1, per_group=1, length=1):
     return y, mean, reciprocal
 
 
-@triton.jit
-def norm_backward_kernel(DY, X, W, MEAN, RECIPROCAL, DX, N, BITS: tl.constexpr,
-                         WEIGHTED: tl.constexpr, BLOCK: tl.constexpr):
-    """norms.layer_norm_backward's dx of a row."""
+@triton.jit(do_not_specialize=["bits"])
+def norm_backward_kernel(DY, X, W, MEAN, RECIPROCAL, DX, TERMS, N, bits, WEIGHTED: tl.constexpr,
+                         BLOCK: tl.constexpr):
+    """norms.layer_norm_backward's dx of a row, and the terms of which dw is the sum."""
     r, k = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     inside = k < N
-    g = tl.load(DY + r * N + k, mask=inside, other=0.0)
+    dy = tl.load(DY + r * N + k, mask=inside, other=0.0)
+    g = dy
     if WEIGHTED:
-        g *= tl.load(W + k, mask=inside, other=0.0)
+        g = dy * tl.load(W + k, mask=inside, other=0.0)
     reciprocal, count = tl.load(RECIPROCAL + r), N.to(tl.float64)
     h = (tl.load(X + r * N + k, mask=inside, other=0.0) - tl.load(MEAN + r)) * reciprocal
     h = tl.where(inside, h, 0.0)
-    up, near, rest = grid(tl.max(bits_of(g), 0), BITS)
+    tl.store(TERMS + r * N + k, dy * h, mask=inside)
+    up, near, rest = grid(tl.max(bits_of(g), 0), bits)
     mean_g = sum_of(tl.sum(steps_of(g, up, inside), 0), near, rest) * (1.0 / count)
     gh = g * h
-    up, near, rest = grid(tl.max(bits_of(gh), 0), BITS)
+    up, near, rest = grid(tl.max(bits_of(gh), 0), bits)
     mean_gh = sum_of(tl.sum(steps_of(gh, up, inside), 0), near, rest) * (1.0 / count)
     dx = ((g - mean_g) - h * mean_gh) * reciprocal
     tl.store(DX + r * N + k, dx, mask=inside)
 
 
-def norm_backward(dy, x, w, mean, reciprocal, bits):
-    """dx of a layer norm of x[rows, N], N at most 8192."""
-    dx, (rows, n) = torch.empty_like(x), x.shape
-    norm_backward_kernel[(rows,)](dy, x, x if w is None else w, mean, reciprocal, dx, n, bits,
-                                  w is not None, triton.next_power_of_2(n), **OPTIONS)
-    return dx
+def norm_backward(dy, x, w, mean, reciprocal, n, bits):
+    """(dx, terms of dw) of a layer norm over the last n numbers of x, at most 8192."""
+    dx, terms = torch.empty_like(x), torch.empty_like(x)
+    norm_backward_kernel[(x.numel() // n,)](
+        dy, x, x if w is None else w, mean, reciprocal, dx, terms, n, bits, w is not None,
+        triton.next_power_of_2(n), **OPTIONS)
+    return dx, terms
 
 
-@triton.jit
-def sum_kernel(X, TOP, SUM, OUT, rows, K, row_stride, stride, per_program, BITS: tl.constexpr,
+@triton.jit(do_not_specialize=["K", "bits"])
+def sum_kernel(X, TOP, SUM, OUT, rows, K, row_stride, stride, per_program, bits,
                WHOLE: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr):
     """WHOLE: OUT[row], the sum of a row. Else what a program's part adds to SUM[row], integers."""
     r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
@@ -512,7 +513,7 @@ def sum_kernel(X, TOP, SUM, OUT, rows, K, row_stride, stride, per_program, BITS:
         top = tl.max(tops, 1)
     else:
         top = tl.load(TOP + r, mask=r < rows, other=0)
-    up, near, rest = grid(top, BITS)
+    up, near, rest = grid(top, bits)
     sums = tl.zeros((BR, BK), tl.int64)
     for start in range(0, per_program, BK):
         inside = (r < rows)[:, None] & (start + k < K)[None, :]

@@ -60,18 +60,17 @@ def group_norm(x, w, b, batch, channels, length, groups, eps):
 
 
 def layer_norm_backward(dy, x, shape, m, r, w, b, mask):
-    dims, dx, count = list(range(x.ndim - len(shape), x.ndim)), None, math.prod(shape)
-    fast = kernels(x.device) if 1 < count <= 8192 else None
-    h = (x - m).mul_(r) if mask[1] or not fast else None
-    if mask[0] and fast:
-        dx = fast.norm_backward(dy.reshape(-1, count), x.reshape(-1, count),
-                                w if w is None else w.contiguous(), m, r, sum_bits(count))
-        dx = dx.view(x.shape)
-    elif mask[0]:
-        g = dy if w is None else dy * w
+    dims, count = list(range(x.ndim - len(shape), x.ndim)), math.prod(shape)
+    if (fast := kernels(x.device)) and 1 < count <= 8192:
+        dx, terms = fast.norm_backward(
+            *(None if t is None else t.contiguous() for t in (dy, x, w, m, r)), count,
+            sum_bits(count))
+    else:
+        h = (x - m).mul_(r)
+        g, terms = dy if w is None else dy * w, dy * h if mask[1] else None
         dx = (g - mean(g, dims, True)).sub_(h * mean(g * h, dims, True)).mul_(r)
 
     def over_rows(terms):
-        return total(terms.reshape(-1, math.prod(shape)), 0).view(shape)
+        return total(terms.reshape(-1, count), 0).view(shape)
 
-    return dx, over_rows(dy * h) if mask[1] else None, over_rows(dy) if mask[2] else None
+    return dx, over_rows(terms) if mask[1] else None, over_rows(dy) if mask[2] else None
