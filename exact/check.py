@@ -6,6 +6,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+from exact.gpu import emulation
 from exact.mode import Exact
 
 
@@ -87,6 +88,9 @@ def check(device="cpu"):
     if it runs them, and by float64. Raises ArithmeticError, which names the first operation whose
     bits are others."""
     device = torch.device(device)
+    if device.type == "cuda" and emulation():
+        raise ArithmeticError(f"{' and '.join(emulation())}: cuBLAS may approximate float64 "
+                              "products, and CUDA began before exact could turn that off: unset it")
     for name, found in answers(device, device.type == "cuda").items():
         expected = CASES[name][0] if name in CASES else LARGE[name]
         if found != expected:

@@ -455,13 +455,13 @@ def norm_kernel(X, W, B, Y, MEAN, RECIPROCAL, N, groups, per_group, length, EPS:
 def norm(x, w, b, eps, bits, groups=1, per_group=1, length=1):
     """x[rows, N], normed row by row; then times w and plus b[groups · per_group], of which a row
     has `per_group`, each for `length` numbers. Returns it, the means and 1 / sqrt()."""
-    rows, n = x.shape
+    x, (rows, n) = x.contiguous(), x.shape
     y, (mean, reciprocal) = torch.empty_like(x), x.new_empty(2, rows, 1)
-    block = min(4096, triton.next_power_of_2(n))
+    block = min(8192, triton.next_power_of_2(n))
     norm_kernel[(rows,)](
         x, x if w is None else w, x if b is None else b, y, mean, reciprocal, n, groups, per_group,
         length, eps, bits, w is not None, b is not None, block,
-        num_warps=8 if block == 4096 else 4, **OPTIONS)
+        num_warps=16 if block == 8192 else 4, **OPTIONS)
     return y, mean, reciprocal
 
 
