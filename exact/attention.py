@@ -1,30 +1,85 @@
-"""Scaled dot product attention, forward and backward, without a matrix of all scores."""
+"""Scaled dot product attention, forward and backward, without a matrix of all scores.
 
+Per head, with whole numbers in capitals, each times a unit, a power of two (`integers`):
+
+  scores     Q[i] · K[j]; from row i's largest to them it is so many steps of 2^-18
+  weights    W = e^-distance in integers of 20 bits, out of two small tables (`exponentials`)
+  output     rows of W' V / sums of W, where W' is W without what dropout takes
+  gradients  G = dout / sums; N = W ∘ (G Vᵀ - inner), rounded to 23 bits on a unit for each row;
+             dV = W'ᵀ G, dQ = N K, dK = Nᵀ Q with the units of N's rows multiplied into Q
+
+Every sum is one of integers below 2^53: float64 holds it exactly, in whatever order it is taken.
+"""
+
+import functools
+import importlib
 import math
 
+import numpy as np
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from exact.dropout import dropped, new_seed
-from exact.functions import look_up, table
-from exact.grids import bits_for, div, grid, in_slices, magnitude, scaled, to_grid
-from exact.sums import total
+from exact.functions import np_exp
+from exact.gpu import kernels
+from exact.grids import bits_for, div, grid, in_slices, magnitude, power_of_two, reciprocal, sqrt
+from exact.sums import sum_bits
 
+STEPS = 2.0**18  # of e^-x, from x to x + 1: the table ends at 16
+SMALLEST, LARGEST = 2.0**-400, 2.0**400  # units of operands: below counts as 0, beyond as NaN
 LARGE = 1 << 18  # values of a chain at a time, as CACHED: this one has matrix products in it
 aten = torch.ops.aten
 
 
-def finite(x):
-    """x with 0 for NaN and infinity; and for each row 0, or NaN if it had any of them."""
-    return x.nan_to_num(0.0, 0.0, 0.0), (x * 0.0).sum(-1, keepdim=True).add_(0.0)
+def column_bits(bits, count):
+    """Bits of columns of `count` numbers, to be multiplied with integers of `bits` bits."""
+    return min(22, 53 - bits - (count - 1).bit_length())
+
+
+@functools.cache
+def exponentials(device):
+    """Two tables float64[2048] whose product, rounded, is e^-x in integers of 20 bits, where x is
+    2048·i + j steps of 2^-18: e^(-i/128) · 2^20 and e^(-j/2^18), computed with + - * / alone. Both
+    are integers of 26 bits times a power of two, so that the product is exact; and odd, lest it lie
+    halfway between two integers, where roundings differ."""
+    n = np.arange(2048.0)
+    with torch.inference_mode(False):
+        return tuple(torch.from_numpy((np.floor(np_exp(-n / steps) * 2.0**25) * 2 + 1) * unit)
+                     .to(device) for steps, unit in ((128, 2.0**-6), (2**18, 2.0**-26)))
+
+
+@functools.cache
+def integer_tables(device):
+    """The same as int32: e^-x is their product divided by 2^32 and rounded."""
+    with torch.inference_mode(False):
+        return tuple((table * factor).to(torch.int32)
+                     for table, factor in zip(exponentials(device), (2.0**6, 2.0**26)))
+
+
+def integers(x, bits, dim):
+    """x[N, M, K] as integers of at most 2^bits, and their unit: a power of two for each slice along
+    dim, which stays with length 1. Where a slice has NaN or infinity its unit is NaN."""
+    up, near, rest = grid(magnitude(x, dim), bits)
+    x, unit = x.mul(up).round_(), near.mul_(rest)
+    if x.device.type != "cpu" or not unit.isfinite().all():  # on a GPU asking costs more
+        x.nan_to_num_(0.0)
+    return x, unit
+
+
+def in_range(unit):
+    """Units of which a product of two is exact: 0 for smaller ones, and for larger ones and NaN.
+    And 0, or NaN for those."""
+    fits = unit < LARGEST
+    return (torch.where(fits & (unit > SMALLEST), unit, 0.0),
+            torch.where(fits, 0.0, math.nan))
 
 
 def score_factors(q, k, scale):
-    """q and k as factors whose products are, exactly, minus the scores in steps of 2^-16: integers
-    times a power of two for each row of q and each row of k."""
-    bits = bits_for(q.shape[-1])
-    (q, rest_q), (k, rest_k) = to_grid(q * scale, bits, -1), to_grid(k, bits, -1)
-    return scaled(q, rest_q), scaled(k, rest_k).mul_(-65536.0)
+    """q and k as factors whose products are, exactly, minus the scores in steps of 2^-18; and for
+    each row of q 0, or NaN where it or any of k is not finite."""
+    (q, unit_q), (k, unit_k) = (integers(x, bits_for(q.shape[-1]), -1) for x in (q * scale, k))
+    (unit_q, bad_q), (unit_k, bad_k) = in_range(unit_q), in_range(unit_k)
+    return q.mul_(unit_q * -STEPS), k.mul_(unit_k), bad_q + bad_k.sum(1, keepdim=True)
 
 
 def parts_of(length, columns, device):
@@ -36,20 +91,25 @@ def parts_of(length, columns, device):
     return 1 if device.type == "cpu" else max(1, values // (length * columns)), rows
 
 
-def attention_weights(q, k, mask, causal, heads, rows, top=None):
-    """Integers of at most 2^20 for some heads and rows, and the rows' largest scores: `top`."""
-    x = q[heads, rows] @ k[heads].mT
+def attention_weights(minus_q, k, mask, causal, rows, top=None):
+    """Integers of at most 2^20 for some rows of some heads, and the rows' largest scores, as the
+    factors count them: `top`."""
+    x = minus_q[:, rows] @ k.mT
     if mask is not None:
-        part = mask[heads, rows]
-        x = x.masked_fill_(~part, math.inf) if part.dtype == torch.bool else x.sub_(part * 65536.0)
+        part = mask[:, rows]
+        x = x.masked_fill_(~part, math.inf) if part.dtype == torch.bool else x.sub_(part * STEPS)
     if causal:
         columns = torch.arange(x.shape[2], device=x.device)
         own = torch.arange(rows.start, rows.stop, device=x.device)
         x.masked_fill_(columns > own[:, None], math.inf)
     if top is None:
         top = x.amin(2, keepdim=True).clamp_(max=1e300)  # a row may be masked completely
-    place = x.sub_(top).clamp_(max=2.0**20 - 1).to(torch.int32)
-    return look_up("attention", place), top
+    high, low = exponentials(x.device)
+    # half a step less: the conversion cuts off what the nearest step leaves
+    place = x.sub_(top - 0.5).clamp_(max=16 * STEPS - 1).to(torch.int32).view(-1)
+    factor, x = high.index_select(0, place >> 11), x.view(-1)
+    torch.index_select(low, 0, place.bitwise_and_(2047), out=x)
+    return x.mul_(factor).round_().view(-1, rows.stop - rows.start, k.shape[1]), top
 
 
 def drop(seed, heads, rows, length, columns, p, device):
@@ -59,88 +119,153 @@ def drop(seed, heads, rows, length, columns, p, device):
                         for head in range(heads.start, heads.stop)])
 
 
+def kept_factor(p):
+    return 1.0 / (1.0 - p) if p < 1 else 0.0
+
+
+def kernels_for(q, k, v, mask, causal):
+    """exact.attention_kernels, where they run and hold such an attention, else None."""
+    if mask is not None or causal or kernels(q.device) is None:
+        return None
+    module = importlib.import_module("exact.attention_kernels")
+    return module if module.fit(q, k, v) else None
+
+
+def forward_by_kernels(module, q, k, v, p, scale, seed):
+    """attention_forward on a GPU."""
+    bits, limits = bits_for(q.shape[2]), (SMALLEST, LARGEST)
+    rows_q, unit_q, bad_q, _ = module.by_rows(q, bits, limits, scale)
+    rows_k, unit_k, bad_k, _ = module.by_rows(k, bits, limits)
+    columns_v, unit_v = module.by_columns(v, column_bits(20, v.shape[1]))
+    return module.forward(rows_q, unit_q * -STEPS, rows_k, unit_k, columns_v,
+                          unit_v * kept_factor(p), bad_q + bad_k.sum(1, keepdim=True),
+                          integer_tables(q.device), seed, p)
+
+
+def backward_by_kernels(module, dout, q, k, v, out, top, sums, p, scale, seed):
+    """attention_backward on a GPU."""
+    bits, limits, size = bits_for(q.shape[2]), (SMALLEST, LARGEST), bits_for(v.shape[2])
+    g, inner = inner_products(dout, out, sums, p)
+    rows_q, unit_q, bad_q, _ = module.by_rows(q, bits, limits, scale)
+    rows_k, unit_k, bad_k, _ = module.by_rows(k, bits, limits)
+    rows_g, unit_g, bad_g, squares_g = module.by_rows(g, size, limits)
+    rows_v, unit_v, bad_v, squares_v = module.by_rows(v, size, limits, one_grid=True)
+    bad = sum((each.sum(1) for each in (bad_q, bad_k, bad_g, inner * 0.0)), bad_v[:, 0])
+    up, inner, unit = row_scales(squares_g, squares_v, unit_g, unit_v[:, :1], inner)
+    factors = unit_q * -STEPS, top, up, inner
+
+    def gradient(of, a, b, ag, bg, x, x_bits):
+        columns, unit_columns = module.by_columns(x, column_bits(x_bits, x.shape[1]))
+        return module.gradient(of, a, b, ag, bg, columns, unit_columns, factors, unit_k,
+                               unit * scale, bad, integer_tables(q.device), seed, p)
+
+    return (gradient("q", rows_q, rows_k, rows_g, rows_v, k, 23),
+            gradient("k", rows_k, rows_q, rows_v, rows_g, q * scale * unit, 23),
+            gradient("v", rows_k, rows_q, rows_v, rows_g, g, 20))
+
+
 def attention_forward(q, k, v, mask, causal, p, scale, seed):
     """The output[N, T, E], and each row's largest score and sum of weights, [N, T, 1]."""
-    (q, bad_q), (k, bad_k) = finite(q), finite(k)
+    if module := kernels_for(q, k, v, mask, causal):
+        return forward_by_kernels(module, q, k, v, p, scale, seed)
     (n, length, _), columns = q.shape, k.shape[1]
-    q, k = score_factors(q, k, scale)
-    v, rest_v = to_grid(v, 53 - 20 - (columns - 1).bit_length(), -2)
     out, top, sums = (q.new_empty(n, length, size) for size in (v.shape[2], 1, 1))
-
     heads_at_once, row_parts = parts_of(length, columns, q.device)
-    table("attention", q.device)  # made once, not by each thread
+    exponentials(q.device)  # made once, not by each thread
 
     def work(heads):
+        minus_q, keys, bad = score_factors(q[heads], k[heads], scale)
+        values, unit = integers(v[heads], column_bits(20, columns), -2)
         for rows in row_parts:
-            weights, top[heads, rows] = attention_weights(q, k, mask, causal, heads, rows)
+            weights, top[heads, rows] = attention_weights(
+                minus_q, keys, None if mask is None else mask[heads], causal, rows)
             torch.sum(weights, 2, keepdim=True, out=sums[heads, rows])
             if seed is not None:
                 lost = drop(seed, heads, rows, length, columns, p, q.device)
                 weights.masked_fill_(lost, 0.0)
-            out[heads, rows] = weights @ v[heads]
+            out[heads, rows] = weights @ values
+        sums[heads].clamp_(min=1.0)
+        out[heads].div_(sums[heads]).mul_(unit * kept_factor(p)).add_(bad)
 
     in_slices(work, n, heads_at_once, q.device)
-    sums.clamp_(min=1.0)
-    out = scaled(out, rest_v).div_(sums).mul_(1.0 / (1.0 - p) if p < 1 else 0.0)
-    return out.add_(bad_q).add_(bad_k.sum(1, keepdim=True)), top, sums
+    return out, top, sums
+
+
+def inner_products(dout, out, sums, p):
+    """G, the gradient of the unnormalised output, and `inner`[N, T, 1], that of the sums."""
+    inner, unit = integers(dout * out, sum_bits(out.shape[2]), -1)
+    inner = div(inner.sum(2, keepdim=True).mul_(unit), sums)
+    return div(dout, sums).mul_(kept_factor(p)), inner
+
+
+def row_scales(squares_g, squares_v, unit_g, unit_v, inner):
+    """For each row: `up`, a power of two, times which |G Vᵀ - inner| is less than 8 by a hundredth,
+    so that times a weight of at most 2^20 three digits hold it; `inner` in that unit; the unit.
+    |G Vᵀ| is at most the product of the norms, whose squares are given."""
+    unit = unit_g * unit_v
+    inner = inner.nan_to_num(0.0, 0.0, 0.0) * torch.where(unit > 0, reciprocal(unit), 0.0)
+    bound = sqrt(squares_g) * sqrt(squares_v.amax(1, keepdim=True)) + inner.abs()
+    bound = bound.mul_(1 + 2.0**-7).clamp_(1.0, LARGEST)
+    up = power_of_two(2048 - (bound.view(torch.int64) >> 52))
+    return up, inner.mul_(up), unit / up
+
+
+def gradient_factors(dout, q, k, v, out, sums, p, scale):
+    """What the gradients of some heads are made of: G, V and `inner`, of which N consists; the unit
+    of N's rows; columns of K, Q and G, each with its unit; and for each head 0, or NaN where
+    anything is not finite."""
+    g, inner = inner_products(dout, out, sums, p)
+    rows_g, unit_g = integers(g, bits_for(v.shape[2]), -1)
+    values, unit_v = integers(v, bits_for(v.shape[2]), (-2, -1))
+    (unit_g, bad_g), (unit_v, bad_v) = in_range(unit_g), in_range(unit_v)
+    bad = (inner * 0.0 + bad_g).sum(1, keepdim=True) + bad_v
+    squares = (x.square().sum(2, keepdim=True) for x in (rows_g, values))
+    up, inner, unit = row_scales(*squares, unit_g, unit_v, inner)
+    by_columns = [integers(x, column_bits(bits, x.shape[1]), -2)
+                  for x, bits in ((k, 23), (q * scale * unit, 23), (g, 20))]
+    return rows_g.mul_(up), values, inner, unit, by_columns, bad
 
 
 def attention_backward(dout, q, k, v, mask, out, top, sums, causal, p, scale, seed):
-    """Gradients of q, k and v. With weights W (integers), their row sums s and probabilities P = W
-    / s: dV = Pᵀ dO, dS = P ∘ (dO Vᵀ - rowsum(dO ∘ O)), dQ = scale · dS K, dK = scale · dSᵀ Q."""
-    (q, bad_q), (k, bad_k) = finite(q), finite(k)
+    """Gradients of q, k and v."""
+    if module := kernels_for(q, k, v, mask, causal):
+        return backward_by_kernels(module, dout, q, k, v, out, top, sums, p, scale, seed)
     (n, length, _), columns, device = q.shape, k.shape[1], q.device
-    inner = div(total(dout * out, [2], True), sums)
-    dout = div(dout, sums)
-    dout = dout * (1.0 / (1.0 - p)) if 0 < p < 1 else dout
-    minus_q, minus_k = score_factors(q, k, scale)
-    bits = bits_for(v.shape[2])
-    (g, rest_g), (vt, rest_v) = to_grid(dout, bits, -1), to_grid(v, bits, -1)
-    columns_g, rest_dv = to_grid(dout, 53 - 20 - (length - 1).bit_length(), -2)
-    bits = bits_for(max(length, columns))
-    (q_, rest_q), (k_, rest_k) = to_grid(q * scale, bits, -2), to_grid(k, bits, -2)
-    dq, dk, dv = torch.zeros_like(q_), torch.zeros_like(k_), torch.zeros_like(vt)
+    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     heads_at_once, row_parts = parts_of(length, columns, device)
-    table("attention", device)
+    exponentials(device)
 
     def work(heads):
-        ds = q_.new_empty(heads.stop - heads.start, length, columns)
-        largest = []
+        minus_q, keys, bad_scores = score_factors(q[heads], k[heads], scale)
+        g, values, inner, unit, by_columns, bad = gradient_factors(
+            *(x[heads] for x in (dout, q, k, v, out, sums)), p, scale)
+        (columns_k, unit_k), (columns_q, unit_q), (columns_g, unit_g) = by_columns
         for rows in row_parts:
-            weights, _ = attention_weights(minus_q, minus_k, mask, causal, heads, rows,
-                                           top[heads, rows])
-            d = scaled(g[heads, rows] @ vt[heads].mT, rest_g[heads, rows], rest_v[heads].mT)
-            d = torch.sub(d, inner[heads, rows], out=d) if seed is None else d
-            if seed is None:
-                dv[heads] += weights.mT @ columns_g[heads, rows]
-            else:
+            weights, _ = attention_weights(minus_q, keys, None if mask is None else mask[heads],
+                                           causal, rows, top[heads, rows])
+            scores = g[:, rows] @ values.mT
+            lost = None
+            if seed is not None:
                 lost = drop(seed, heads, rows, length, columns, p, device)
-                d.masked_fill_(lost, 0.0).sub_(inner[heads, rows])
-                dv[heads] += weights.masked_fill(lost, 0.0).mT @ columns_g[heads, rows]
-            torch.mul(d, weights, out=ds[:, rows])
-            largest.append(magnitude(ds[:, rows], (1, 2)))
-        up, down, rest = grid(torch.cat(largest, 1).amax(1, keepdim=True), bits)
-        for rows in row_parts:
-            part = ds[:, rows].mul_(up).round_()
-            dq[heads, rows] = part @ k_[heads]
-            dk[heads] += part.mT @ q_[heads, rows]
-        for d, rest_factor in ((dq, rest_k), (dk, rest_q)):
-            scaled(d[heads].mul_(down), rest, rest_factor[heads])
+                scores.masked_fill_(lost, 0.0)
+            scores.sub_(inner[:, rows]).mul_(weights).round_()
+            dq[heads, rows] = scores @ columns_k
+            dk[heads].baddbmm_(scores.mT, columns_q[:, rows])
+            weights = weights if lost is None else weights.masked_fill_(lost, 0.0)
+            dv[heads].baddbmm_(weights.mT, columns_g[:, rows])
+        bad = bad_scores.sum(1, keepdim=True) + bad
+        dq[heads].mul_(unit_k).mul_(unit * scale).add_(bad)
+        dk[heads].mul_(unit_q).add_(bad)
+        dv[heads].mul_(unit_g).add_(bad)
 
     in_slices(work, n, heads_at_once, device)
-    bad = bad_q.sum(1, keepdim=True) + bad_k.sum(1, keepdim=True)
-    return dq.mul_(scale).add_(bad), dk.add_(bad), scaled(dv, rest_dv).add_(bad)
+    return dq, dk, dv
 
 
 class Attention(torch.autograd.Function):
     """softmax(scale · q kᵀ + mask) v for q[N, T, D], k[N, S, D], v[N, S, E]: N heads, each on its
     own grids. No T × S matrix is kept but for a mask: the backward pass computes the weights again,
-    part by part.
-
-    A score is an integer times a power of two of its row and column. Its distance from the row's
-    largest, in steps of 2^-16, is a place in a table of e^-x, in integers of 20 bits. So the
-    weights, their sums and their products with v are exact, and what is divided by the sums is the
-    output."""
+    part by part."""
 
     @staticmethod
     def forward(ctx, q, k, v, mask, causal, p, scale):

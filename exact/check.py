@@ -18,12 +18,11 @@ def sample(device, *shape):
     return (x.to(torch.float64) * 2.0**-52).view(shape).to(device)
 
 
-def gradients(x, y):
-    """Of the rules that have a backward pass of their own."""
+def gradients(function, *tensors):
     with torch.enable_grad():
-        x, w = x.clone().requires_grad_(), y.clone().requires_grad_()
-        F.gelu(F.layer_norm(x, x.shape[1:], w[:, 0], w[:, 1]) @ w).square().sum().backward()
-    return torch.cat([x.grad.flatten(), w.grad.flatten()])
+        tensors = [tensor.clone().requires_grad_() for tensor in tensors]
+        function(*tensors).square().sum().backward()
+    return torch.cat([tensor.grad.flatten() for tensor in tensors])
 
 
 CASES = {  # of x[60, 500] and y[500, 40]: the digest of the answer, and what to compute
@@ -48,18 +47,21 @@ CASES = {  # of x[60, 500] and y[500, 40]: the digest of the answer, and what to
         x[None], y.view(100, 40, 5)[:20, :30], groups=2)),
     "convolution of a wide input": ("ae08a78c", lambda x, y: F.conv1d(
         x[None, :32], y.view(-1, 32, 5)[:70], y.view(-1)[:70], stride=2, padding=3)),
-    "group norm": ("b82424e6", lambda x, y: F.group_norm(x.view(2, 30, 500), 5, y[:30, 0], y[:30, 1])),
-    "gradients": ("54a4e950", gradients),
+    "group norm": ("b82424e6", lambda x, y: F.group_norm(
+        x.view(2, 30, 500), 5, y[:30, 0], y[:30, 1])),
+    "gradients": ("54a4e950", lambda x, y: gradients(lambda x, w: F.gelu(
+        F.layer_norm(x, x.shape[1:], w[:, 0], w[:, 1]) @ w), x, y)),
     "dropout": ("f599be47", lambda x, y: F.dropout(x, 0.3)
                 + torch.native_dropout(x, 0.3, True)[0]),
-    "attention": ("78184f40", lambda x, y: F.scaled_dot_product_attention(
+    "attention": ("cdc8d985", lambda x, y: F.scaled_dot_product_attention(
+        *x.view(3, 4, 50, 50))),
+    "gradients of attention": ("5f08eb6f", lambda x, y: gradients(
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, dropout_p=0.1),
         *x.view(3, 4, 50, 50))),
     "Python's power": ("3808ebb3", lambda x, y: torch.tensor([
         (1 - beta**n)**0.5 for beta in (0.9, 0.99, 0.999) for n in range(1, 300)],
         dtype=torch.float64)),
 }
-
-
 # of x[2048, 1024], on a GPU: libraries have other algorithms for large products
 LARGE = {"large product": "03b485f6", "large product in float64": "5f403570"}
 
