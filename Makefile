@@ -2,7 +2,7 @@
 # make test     the tests
 # make deam     the published configuration on DEAM itself: network, and a GPU to be done today
 # make folds    ten-fold cross-validation of the heads alone, on the features of `make deam`
-# make record   a run as others can verify it: make record RUN=runs/last1
+# make record   check a run and pack it for others to check: make record RUN=runs/last1
 # make lock     requirements.in → requirements.txt, for every platform and Python: network
 # make check-lock   that it would install on each of them: network, several GB, four minutes
 
@@ -41,7 +41,7 @@ folds: .venv/ready
 	$(PY) eval.py runs/frozen-fold*
 
 record: .venv/ready
-	$(PY) tests/record.py "$(RUN)"
+	$(PY) verify.py "$(RUN)" --features DEAM_feats --pack "$(notdir $(RUN)).tar"
 
 # The marker is written last: an install cut short is done again. From nothing (--clear), so that
 # the lock is all that is in there, and no other Python's packages.

@@ -42,7 +42,7 @@ def parser():
 
 
 if __name__ == "__main__":
-    ARGS = start(parser(), "nothing was written; rerun the same command")  # before torch is imported
+    ARGS = start(parser(), "nothing was written")  # before torch is imported
 
 import random
 

@@ -11,8 +11,8 @@ import torch
 
 from kit.cli import Progress, UserError
 from kit.deam import COLUMNS
-from kit.files import (differences, json_digest, json_text, load_tensors, lock, prefetch, read_json, table_text,
-                       tensor_digest, write_file, write_json, write_tensors)
+from kit.files import (differences, json_digest, json_text, load_tensors, lock, prefetch, read_json,
+                       table_text, tensor_digest, write_file, write_json, write_tensors)
 from kit.schema import DIGEST, is_plain
 
 SETTINGS = {"weights": DIGEST, "layer": int, "precision": ("exact", "float32"),

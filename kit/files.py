@@ -77,7 +77,8 @@ def state_digest(state, known=()):
     """sha256 over the sorted names and the digests of a state dict's tensors, buffers included.
     known: {name: digest} of tensors that need not be read again."""
     names = [name for name in state if name not in known]
-    digests = dict(zip(names, prefetch(tensor_digest, [state[name] for name in names])), **dict(known))
+    digests = dict(zip(names, prefetch(tensor_digest, [state[name] for name in names])))
+    digests |= dict(known)
     return sha256("".join(f"{name} {digests[name]}\n" for name in sorted(state)).encode())
 
 

@@ -276,7 +276,7 @@ def predictions_table(predictions, annotations):
          for song, pred in predictions.items()])
 
 
-# ------------------------------------------------------------------------------------------- records
+# ----------------------------------------------------------------------------------------- records
 
 PACKED = ("manifest.json splits.json config.json history.csv digests.csv model.pt "
           "history.png history.pdf").split()
