@@ -2,7 +2,7 @@
 
   python predict.py runs/last1 song.mp3
   python predict.py runs/last1 song.mp3 --figure song.png
-  python predict.py runs/last1 song.mp3 folder --csv songs.csv --windows-csv windows.csv
+  python predict.py runs/last1 song.mp3 folder --csv songs.csv
 
 Any file that libsndfile reads. Unreadable files are reported and skipped (exit code 1).
 """
@@ -17,8 +17,6 @@ def parser():
                    help="audio files, or folders of them")
     p.add_argument("--csv", type=path, metavar="FILE",
                    help="write a .csv table with one row a song")
-    p.add_argument("--windows-csv", type=path, metavar="FILE",
-                   help="write a .csv table with one row a window")
     p.add_argument("--figure", type=path, metavar="FILE",
                    help="draw one song over time and through the plane (PNG, and PDF beside it)")
     p.add_argument("--window", type=number(float, 1, 600), default=45.0, metavar="SECONDS",
@@ -34,8 +32,6 @@ def parser():
 if __name__ == "__main__":
     ARGS = start(parser(), "rows written so far are complete")  # before torch is imported
 
-import contextlib
-import csv
 import os
 import statistics
 from pathlib import Path
@@ -49,6 +45,7 @@ from kit import figures
 from kit.audio import BadClip, read_windows
 from kit.cli import Progress, UserError
 from kit.deam import MOODS, QUADRANTS, files_below, quadrant
+from kit.files import write_csv
 from kit.machine import Arithmetic
 from kit.records import read_model
 from kit.weights import weights_name
@@ -56,9 +53,8 @@ from kit.weights import weights_name
 READABLE = {".aif", ".oga", ".opus", *(f".{name.lower()}" for name in
                                        soundfile.available_formats())}
 OTHERS = {".m4a", ".aac", ".mp4", ".wma", ".webm", ".mka", ".ape", ".wv", ".mpc", ".ac3", ".dsf"}
-SONGS = ["song", "valence", "arousal", "valence_spread", "arousal_spread", "windows", "quadrant",
+SONGS = ["song", "valence", "arousal", "valence_std", "arousal_std", "windows", "quadrant",
          "mood"]
-WINDOWS = ["song", "start", "valence", "arousal"]
 
 
 def printable(name):
@@ -78,48 +74,21 @@ def find_songs(paths):
 
 
 def check_outputs(args, files):
-    """Raise UserError for tables and figures that would replace something else, before any work."""
-    given = {"--csv": args.csv, "--windows-csv": args.windows_csv, "--figure": args.figure}
-    real = {name: os.path.realpath(file) for name, file in given.items() if file}
-    if len(set(real.values())) < len(real):
-        raise UserError(f"{' and '.join(real)} name one file twice: name others")
-    for name, file in real.items():
-        endings = (".png", ".pdf") if name == "--figure" else (".csv",)
-        pipe = name != "--figure" and os.path.exists(file) and not os.path.isfile(file)
-        if not file.lower().endswith(endings) and not pipe:
+    """Raise UserError for a table or a figure that would replace something else, before any
+    work."""
+    if args.figure and len(files) > 1:
+        raise UserError(f"--figure draws one song, and these are {len(files)}")
+    for name, file, endings in (("--csv", args.csv, (".csv",)),
+                                ("--figure", args.figure, (".png", ".pdf"))):
+        if not file:
+            continue
+        real = Path(os.path.realpath(file))
+        if real.suffix.lower() not in endings:
             raise UserError(f"{name} {file}: its name must end in {' or '.join(endings)}")
-        if file in map(os.path.realpath, files):
+        if str(real) in map(os.path.realpath, files):
             raise UserError(f"{name} {file} is a file to read: name another")
-        if Path(file).is_relative_to(os.path.realpath(args.run)):
+        if real.is_relative_to(os.path.realpath(args.run)):
             raise UserError(f"{name} {file} is in the run's folder: choose another place")
-
-
-class Table:
-    """A CSV file whose rows are on disk as soon as they are known; None writes nothing. Raises
-    UserError, before any work, where it cannot be written; an older table is kept until `begin`."""
-
-    def __init__(self, file):
-        self.file = None
-        if file:
-            try:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                self.file = open(file, "a", newline="", encoding="utf-8", errors="replace")
-            except OSError as error:
-                raise UserError(f"cannot write {file}: {error.strerror}") from None
-
-    def begin(self, header):
-        if self.file:
-            with contextlib.suppress(OSError):  # a pipe has no length
-                self.file.truncate(0)
-            self.write(*header)
-
-    def write(self, *row):
-        if self.file:
-            try:
-                csv.writer(self.file, lineterminator="\n").writerow(row)
-                self.file.flush()
-            except OSError as error:
-                raise UserError(f"cannot write {self.file.name}: {error.strerror}") from None
 
 
 class Predictor:
@@ -169,16 +138,21 @@ def predict_song(file, predictor, args):
     return np.array(starts), np.array(values), seconds
 
 
+def summary(file, values):
+    """A song's row of the table: mean and standard deviation over its windows, quadrant, mood."""
+    # of the correctly rounded sum: the same on any machine
+    centre = [statistics.fmean(column) for column in values.T]
+    deviation = [statistics.pstdev(column.tolist()) for column in values.T]
+    n = int(quadrant(np.array(centre), 5))
+    return [str(file).encode(errors="replace").decode(), *centre, *deviation, len(values),
+            QUADRANTS[n], MOODS[n]]
+
+
 def run(args):
     files = find_songs(args.songs)
-    if args.figure and len(files) > 1:
-        raise UserError(f"--figure draws one song, and these are {len(files)}")
     check_outputs(args, files)
-    songs, windows = Table(args.csv), Table(args.windows_csv)
-    predictor, failed = Predictor(args), 0
-    songs.begin(SONGS)
-    windows.begin(WINDOWS)
-    print(f"{'valence':>8}{'arousal':>9}   {'quadrant':24}{'spread over windows':>20}   song")
+    predictor, rows, failed = Predictor(args), [], 0
+    print(f"{'valence':>8}{'arousal':>9}   {'quadrant':24}{'std over windows':>20}   song")
     bar = Progress(files, desc="predict", unit="song", disable=len(files) < 2)
     for file in bar:
         try:
@@ -187,20 +161,16 @@ def run(args):
             bar.say(f"failed: {printable(file)}: {printable(error)}")
             failed += 1
             continue
-        # of the correctly rounded sum: the same on any machine
-        valence, arousal = centre = [statistics.fmean(column) for column in values.T]
-        spread = [statistics.pstdev(column.tolist()) for column in values.T]
-        n = int(quadrant(np.array(centre), 5))
-        over = (f"±{spread[0]:.2f} ±{spread[1]:.2f} of {len(values)}" if len(values) > 1
-                else "one window")
-        bar.say(f"{valence:8.3f}{arousal:9.3f}   {QUADRANTS[n] + ' ' + MOODS[n]:24}{over:>20}   "
+        row = summary(file, values)
+        _, valence, arousal, *deviation, windows, name, mood = row
+        over = "±{:.2f} ±{:.2f} of {}".format(*deviation, windows) if windows > 1 else "one window"
+        bar.say(f"{valence:8.3f}{arousal:9.3f}   {f'{name} {mood}':24}{over:>20}   "
                 f"{printable(file)}")
-        songs.write(file, *(f"{value:.6f}" for value in (*centre, *spread)), len(values),
-                    QUADRANTS[n], MOODS[n])
-        for begin, window in zip(starts, values):
-            windows.write(file, f"{begin:.3f}", *(f"{value:.6f}" for value in window))
+        rows.append([f"{cell:.6f}" if isinstance(cell, float) else cell for cell in row])
+        if args.csv:  # after each song: a long list of songs may be interrupted
+            write_csv(args.csv, SONGS, rows)
         if args.figure:
-            figures.draw_song(starts + seconds / 2, values, spread, args.figure.parent,
+            figures.draw_song(starts + seconds / 2, values, deviation, args.figure.parent,
                               args.figure.stem, f"{printable(file.name)} · model "
                               f"{args.run.name} · windows of {seconds:.0f} s")
             bar.say(f"written: {args.figure.with_suffix('.png')} and .pdf")
