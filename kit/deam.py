@@ -5,6 +5,7 @@ import math
 import os
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -22,9 +23,17 @@ STATIC = "static_annotations_averaged_songs_1_2000.csv"
 COLUMNS = ["song_id", "valence_mean", "valence_std", "arousal_mean", "arousal_std"]
 SPLITS = {"train": [int], "val": [int], "test": [int]}
 
+class Labels(NamedTuple):
+    """A song's labels on DEAM's 1–9 scale: means over annotators, and their standard deviations
+    (ddof 0)."""
+    valence: float
+    valence_std: float
+    arousal: float
+    arousal_std: float
+
+
 def read_annotations(path):
-    """Static annotations: {song id: (valence, its standard deviation, arousal, its standard
-    deviation)}, floats on DEAM's 1–9 scale. Other columns, stray spaces and CRLF are fine; missing
+    """Static annotations, {song id: Labels}. Other columns, stray spaces and CRLF are fine; missing
     columns, gaps, NaN, labels outside 1–9 and double ids raise UserError."""
     rows = [[cell.strip() for cell in row] for row in read_table(path, "a table of labels")]
     header, songs = rows[0] if rows else [], {}
@@ -47,7 +56,7 @@ def read_annotations(path):
                             f"standard deviations; {fresh}")
         if int(song) in songs:
             raise UserError(f"{path}, line {line}: song {song} appears twice; {fresh}")
-        songs[int(song)] = values
+        songs[int(song)] = Labels(*values)
     if not songs:
         raise UserError(f"{path}: no songs in it")
     return songs
@@ -134,13 +143,16 @@ def files_below(root, most=100_000):
 
 def corrected(annotations, swapped):
     """Annotations with valence and arousal exchanged for the [[lowest id, highest id], …]."""
-    return {song: values[2:] + values[:2] if any(low <= song <= high for low, high in swapped)
-            else values for song, values in annotations.items()}
+    def exchanged(labels):
+        return Labels(labels.arousal, labels.arousal_std, labels.valence, labels.valence_std)
+
+    return {song: exchanged(labels) if any(low <= song <= high for low, high in swapped)
+            else labels for song, labels in annotations.items()}
 
 
 def labels_of(annotations, songs):
     """float64[N, 2]: valence and arousal of the songs, on the 1–9 scale."""
-    labels = [annotations[song][::2] for song in songs]
+    labels = [[annotations[song].valence, annotations[song].arousal] for song in songs]
     return torch.tensor(labels, dtype=torch.float64).reshape(-1, 2)
 
 
@@ -157,5 +169,6 @@ def label_statistics(annotations, songs):
 def quadrant(values, threshold=0.0):
     """Quadrant of values[..., 2] (numpy or torch): 0 HV/HA, 1 LV/HA, 2 LV/LA, 3 HV/LA, high from
     `threshold` on. z-scored labels are split at 0, those on the 1–9 scale at 5."""
-    valence, arousal = values[..., 0] >= threshold, values[..., 1] >= threshold
-    return 2 * (1 - 1 * arousal) + (valence ^ arousal)
+    high_valence, high_arousal = values[..., 0] >= threshold, values[..., 1] >= threshold
+    return 1 * (~high_valence & high_arousal) + 2 * (~high_valence & ~high_arousal) + 3 * (
+        high_valence & ~high_arousal)

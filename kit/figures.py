@@ -15,7 +15,7 @@ import numpy as np
 
 from kit.deam import DIMENSIONS, MOODS, QUADRANTS
 from kit.files import write_file
-from kit.metrics import stated
+from kit.metrics import with_interval
 
 COLOURS = {"valence": "#0072b2", "arousal": "#d55e00", "train": "#009e73", "val": "#cc79a7",
            "grey": "#666666"}
@@ -80,9 +80,9 @@ def draw_true_vs_predicted(true, pred, numbers, folder, caption):
         axis.scatter(true[:, n], pred[:, n], s=point_size(len(true)), alpha=0.6, linewidth=0,
                      color=COLOURS[dimension], marker="os"[n])
         axis.set(xlabel=f"true {dimension} (1–9)", ylabel=f"predicted {dimension} (1–9)", **SCALE)
-        axis.set_title(signed(f"R² {stated(numbers, dimension, 'r2')}   "
-                              f"r {stated(numbers, dimension, 'pearson')}   "
-                              f"CCC {stated(numbers, dimension, 'ccc')}"), fontsize=5.5)
+        axis.set_title(signed(f"R² {with_interval(numbers, dimension, 'r2')}   "
+                              f"r {with_interval(numbers, dimension, 'pearson')}   "
+                              f"CCC {with_interval(numbers, dimension, 'ccc')}"), fontsize=5.5)
     save(figure, folder, "true_vs_predicted", caption)
 
 
@@ -102,7 +102,7 @@ def prepare_plane(axis):
 
 @plt.rc_context(STYLE)
 def draw_plane(true, pred, numbers, folder, caption):
-    r = {each: signed(stated(numbers, "valence_arousal_correlation", each))
+    r = {each: signed(with_interval(numbers, "correlation", each))
          for each in ("true", "predicted")}
     figure, axis = plt.subplots(figsize=(COLUMN, 3.9))
     prepare_plane(axis)
@@ -128,7 +128,7 @@ def draw_confusion(numbers, folder, caption):
                       va="center", color="white" if shares[row, column] > 0.5 else "black")
     axis.set(xlabel="predicted quadrant", xticks=range(4), xticklabels=QUADRANTS,
              ylabel="true quadrant", yticks=range(4), yticklabels=QUADRANTS)
-    axis.set_title(f"quadrants right: {stated(numbers, 'quadrant', 'accuracy', '.0%')}")
+    axis.set_title(f"quadrants right: {with_interval(numbers, 'quadrant', 'accuracy', '.0%')}")
     figure.colorbar(image, label="share of the row", shrink=0.8)
     save(figure, folder, "confusion", caption)
 

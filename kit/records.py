@@ -272,8 +272,8 @@ def predictions_table(predictions, annotations):
     """The text of predictions.csv."""
     return table_text(
         ["song_id", "valence_true", "arousal_true", "valence_pred", "arousal_pred"],
-        [[song, *annotations[int(song)][::2], *(f"{value:.6f}" for value in pred)]
-         for song, pred in predictions.items()])
+        [[song, annotations[int(song)].valence, annotations[int(song)].arousal,
+          *(f"{value:.6f}" for value in pred)] for song, pred in predictions.items()])
 
 
 # ----------------------------------------------------------------------------------------- records

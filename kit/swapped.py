@@ -8,7 +8,6 @@ import numpy as np
 
 from kit.cli import UserError
 from kit.files import read_table
-from kit.metrics import correlation
 
 RANGES = ((1, 1000), (1001, 2000))  # the songs of 2013 and 2014
 
@@ -46,7 +45,7 @@ def audit_labels(deam):
     valence, arousal = (dynamic_means(deam.dynamic[name]) for name in ("valence", "arousal"))
     rows, generator = [], np.random.default_rng(0)
     for low, high in RANGES:
-        values = np.array([[*labels[::2], valence[song], arousal[song]]
+        values = np.array([[labels.valence, labels.arousal, valence[song], arousal[song]]
                            for song, labels in deam.annotations.items()
                            if low <= song <= high and song in valence and song in arousal])
         if len(values) < 10:
@@ -65,8 +64,9 @@ def audit_labels(deam):
 
 def correlations(values):
     """values[..., N, 4] (static valence, arousal, dynamic valence, arousal) → r[..., 2, 2]."""
-    columns = np.swapaxes(values, -1, -2)
-    return correlation(columns[..., :2, None, :], columns[..., None, 2:, :])
+    z = values - values.mean(-2, keepdims=True)
+    z = z / np.maximum(np.sqrt((z * z).mean(-2, keepdims=True)), 1e-12)  # 0 of a constant
+    return np.swapaxes(z[..., :2], -1, -2) @ z[..., 2:] / values.shape[-2]
 
 
 def evidence(r):
