@@ -4,13 +4,15 @@ import functools
 import math
 import os
 import re
+import statistics
 from pathlib import Path
 
 import torch
 
 from exact import Exact
 from kit.cli import UserError
-from kit.files import json_digest, read_json, read_table
+from kit.files import json_digest, read_json
+from kit.tables import plain_number, read_spreadsheet
 
 HERE = Path(__file__).resolve().parent.parent
 DIMENSIONS = ("valence", "arousal")
@@ -22,27 +24,24 @@ STATIC = "static_annotations_averaged_songs_1_2000.csv"
 COLUMNS = ["song_id", "valence_mean", "valence_std", "arousal_mean", "arousal_std"]
 SPLITS = {"train": [int], "val": [int], "test": [int]}
 
+
 def read_annotations(path):
     """Static annotations: {song id: (valence, its standard deviation, arousal, its standard
-    deviation)}, floats on DEAM's 1–9 scale. Other columns, stray spaces and CRLF are fine; missing
-    columns, gaps, NaN, labels outside 1–9 and double ids raise UserError."""
-    rows = [[cell.strip() for cell in row] for row in read_table(path, "a table of labels")]
-    header, songs = rows[0] if rows else [], {}
-    if missing := [name for name in COLUMNS if name not in header]:
-        raise UserError(f"{path}: no column {', '.join(missing)}; it needs {', '.join(COLUMNS)}")
-    places = [header.index(name) for name in COLUMNS]
+    deviation)}, floats on DEAM's 1–9 scale. Other columns, stray spaces and what spreadsheets write
+    (see read_spreadsheet) are fine; missing columns, gaps, NaN, labels outside 1–9 and double ids
+    raise UserError."""
+    header, rows = read_spreadsheet(path, "a table of labels", COLUMNS)
+    places, songs = [header.index(name) for name in COLUMNS], {}
     fresh = "take the file from a fresh copy of DEAM"
-    for line, row in enumerate(rows[1:], 2):
-        if not any(row):
-            continue
+    for line, row in rows:
+        song, *cells = [row[place] for place in places]
         try:
-            song, *values = [row[place] for place in places]
-            values = tuple(map(float, values))
-            fine = (re.fullmatch("[0-9]{1,9}", song) and all(map(math.isfinite, values))
-                    and all(1 <= values[n] <= 9 for n in (0, 2)) and min(values) >= 0)
-        except (ValueError, IndexError):
-            fine = False
-        if not fine:
+            values = tuple(map(plain_number, cells))
+            valid = (re.fullmatch("[0-9]{1,9}", song) and all(1 <= values[n] <= 9 for n in (0, 2))
+                     and all(0 <= values[n] <= 8 for n in (1, 3)))
+        except ValueError:
+            valid = False
+        if not valid:
             raise UserError(f"{path}, line {line}: not a song id, two labels from 1 to 9 and their "
                             f"standard deviations; {fresh}")
         if int(song) in songs:
@@ -51,6 +50,64 @@ def read_annotations(path):
     if not songs:
         raise UserError(f"{path}: no songs in it")
     return songs
+
+
+def dynamic_means(path):
+    """{song id: mean over time} of a dynamic annotations file, its values from -1 to 1; empty cells
+    and NaN are skipped. Raises UserError for any other cell and for double ids."""
+    header, rows = read_spreadsheet(path, "a table of labels", ["song_id"])
+    place, means, songs = header.index("song_id"), {}, set()
+    fresh = "take the file from a fresh copy of DEAM"
+    for line, cells in rows:
+        song = cells.pop(place)
+        try:
+            values = [plain_number(cell) for cell in cells if cell and cell.lower() != "nan"]
+        except ValueError:
+            values = [math.inf]
+        if not re.fullmatch(r"[0-9]{1,9}(\.0)?", song) or any(abs(each) > 1 for each in values):
+            raise UserError(f"{path}, line {line}: not a song id and numbers from -1 to 1; {fresh}")
+        number = int(float(song))
+        if number in songs:
+            raise UserError(f"{path}, line {line}: song {number} appears twice; {fresh}")
+        songs.add(number)
+        if values:
+            means[number] = statistics.fmean(values)
+    return means
+
+
+def only_content(paths, read):
+    """What read(path) gives for each of the paths. Raises UserError, naming two of them, unless
+    it is the same for all."""
+    first, *others = sorted(paths)
+    content = read(first)
+    for path in others:
+        if read(path) != content:
+            raise UserError(f"two tables of labels that differ: {first} and {path}; keep one")
+    return content
+
+
+def static_annotations(files, root):
+    """read_annotations of DEAM's table among the files below `root`; copies of it with the same
+    labels may lie beside it. Raises UserError where there is none, or two that differ."""
+    tables = [path for path in files if path.name.replace(" ", "_") == STATIC]
+    if not tables:
+        raise UserError(f"no DEAM in {root}: {STATIC} is nowhere in it; unpack DEAM_Annotations "
+                        "there")
+    return only_content(tables, read_annotations)
+
+
+def dynamic_annotations(files):
+    """{"valence": path, "arousal": path} of the annotations over time, where they are among the
+    files. Raises UserError where two files of one name differ."""
+    found = {}
+    for name in DIMENSIONS:
+        tables = [path for path in files if path.name == f"{name}.csv"
+                  and "dynamic" in path.parent.name]
+        if len(tables) > 1:
+            only_content(tables, dynamic_means)
+        if tables:
+            found[name] = min(tables)
+    return found
 
 
 def read_splits(path):

@@ -236,23 +236,23 @@ def test_odd_rates_take_no_more_memory_than_others(tmp_path, compared):
 
 
 def test_the_demo_is_like_deam(demo, splits, compared):
-    deam, own = DEAMHandler(demo / "DEAM"), read_splits(demo / "splits.json")
+    handler, own = DEAMHandler(demo / "DEAM"), read_splits(demo / "splits.json")
     songs = [splits[name][:n] for name, n in (("train", 40), ("val", 10), ("test", 10))]
     assert [own[name] for name in ("train", "val", "test")] == songs
     assert "synthetic" in own["source"]
     songs = sum(songs, [])
-    assert sorted(deam.annotations) == sorted(deam.audio) == sorted(songs)
-    info = soundfile.info(deam.audio[songs[0]])
+    assert sorted(handler.annotations) == sorted(handler.audio) == sorted(songs)
+    info = soundfile.info(handler.audio[songs[0]])
     assert (info.samplerate, info.channels, info.subtype) == (44100, 2, "PCM_16")
     raw = next(demo.rglob(STATIC)).read_bytes()
     assert raw.startswith(", ".join(deam.COLUMNS).encode() + b"\r\n") and raw.count(b"\r\n") == 61
     for name, column in (("valence", 0), ("arousal", 2)):
-        header, *rows = csv.reader(deam.dynamic[name].open())
+        header, *rows = csv.reader(handler.dynamic[name].open())
         assert header[1].startswith("sample_") and len(rows) == 60
         moving = {int(song): np.mean([float(cell) for cell in cells if cell])
                   for song, *cells in rows}
-        still = [deam.annotations[song][column] for song in songs]
+        still = [handler.annotations[song][column] for song in songs]
         assert np.corrcoef([moving[song] for song in songs], still)[0, 1] > 0.95
-        spread = [deam.annotations[song][column + 1] for song in songs]
+        spread = [handler.annotations[song][column + 1] for song in songs]
         assert np.mean(spread) == pytest.approx(1.5, abs=0.1)
     compared(len(songs), "songs")
