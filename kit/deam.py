@@ -1,7 +1,6 @@
 """DEAM: annotations, splits, artists, labels, download."""
 
 import functools
-import math
 import os
 import re
 import statistics
@@ -43,7 +42,7 @@ def read_annotations(path):
             valid = False
         if not valid:
             raise UserError(f"{path}, line {line}: not a song id, two labels from 1 to 9 and their "
-                            f"standard deviations; {fresh}")
+                            f"standard deviations ({', '.join([song, *cells])}); {fresh}")
         if int(song) in songs:
             raise UserError(f"{path}, line {line}: song {song} appears twice; {fresh}")
         songs[int(song)] = values
@@ -62,9 +61,11 @@ def dynamic_means(path):
         song = cells.pop(place)
         try:
             values = [plain_number(cell) for cell in cells if cell and cell.lower() != "nan"]
+            valid = re.fullmatch(r"[0-9]{1,9}(\.0)?", song) and all(
+                abs(value) <= 1 for value in values)
         except ValueError:
-            values = [math.inf]
-        if not re.fullmatch(r"[0-9]{1,9}(\.0)?", song) or any(abs(each) > 1 for each in values):
+            valid = False
+        if not valid:
             raise UserError(f"{path}, line {line}: not a song id and numbers from -1 to 1; {fresh}")
         number = int(float(song))
         if number in songs:

@@ -51,8 +51,11 @@ def require_columns(path, header, names, line):
     """Raise UserError unless each of the names is a column of the header, once. `line` is the
     header as it stands in the file."""
     if missing := [name for name in names if name not in header]:
-        raise UserError(f"{path}: no column {', '.join(missing)} in its header, {line[:80]!r}; it "
-                        f"needs {', '.join(names)}, separated by commas, semicolons or tabs")
+        separator = re.search(rf"{names[0]}[\s\"']*([^\w\"',;\t])", line)
+        separated = f", which {separator[1]!r} separates" if separator else ""
+        raise UserError(f"{path}: no column {', '.join(missing)} in its header, {line[:80]!r}"
+                        f"{separated}; it needs {', '.join(names)}, separated by commas, "
+                        "semicolons or tabs")
     if double := [name for name in names if header.count(name) > 1]:
         raise UserError(f"{path}: two columns {double[0]}; keep one")
 
