@@ -8,6 +8,11 @@
 A verdict is REPRODUCED (exit code 0), CLOSE (3) or NOT REPRODUCED (1).
 """
 
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # python -P, -I leave it out
+
 from kit.cli import Parser, execute, path, start
 
 
@@ -144,7 +149,7 @@ def write_report(evaluation, device):
                                  f"{found['split']}, n = {found['songs']}", found["source"])
     songs = list(map(int, found["predictions"]))
     true, pred = true_values(data.annotations, songs), predicted_values(found["predictions"], songs)
-    figures.draw_report(true, pred, found["numbers"], out, caption)
+    figures.draw_or_say(figures.draw_report, true, pred, found["numbers"], out, caption)
 
 
 def print_row(label, cells, first=18, width=8):

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kit.cli import UserError
+from kit.cli import UserError, torchrun
 from kit.schema import check_schema
 
 # ------------------------------------------------------------------------------------------ threads
@@ -107,7 +107,7 @@ def write_file(path, data):
     meanwhile. Raises UserError where the disk is full or the folder may not be written."""
     path, data = Path(path), data.encode() if isinstance(data, str) else data
     # torchrun's processes may write one manifest at once: each beside it, in a file of its own
-    beside = path.with_name(f".{path.name}.{os.environ.get('RANK', 0)}.part")
+    beside = path.with_name(f".{path.name}.{torchrun().rank}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(beside, "wb") as file:
