@@ -4,16 +4,19 @@ Captions say what was run, on which songs; colours are Okabe and Ito's, distinct
 colour-blind and in grey.
 """
 
+import contextlib
 import io
 import os
 import sys
 import textwrap
 
-BACKEND = os.environ.pop("MPLBACKEND", None)  # a notebook's may not be installed, and none is used
+BACKEND = os.environ.pop("MPLBACKEND", None)  # a notebook's, perhaps not installed; none is used
 import matplotlib
 
-if BACKEND is not None:
+if BACKEND is not None:  # for the notebook's own pictures
     os.environ["MPLBACKEND"] = BACKEND
+    with contextlib.suppress(ValueError):
+        matplotlib.rcParams["backend"] = BACKEND
 import numpy as np
 from matplotlib.figure import Figure
 
