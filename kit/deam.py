@@ -1,5 +1,8 @@
 """DEAM: annotations, splits, artists, labels, download."""
 
+import contextlib
+import errno
+import fcntl
 import functools
 import os
 import re
@@ -163,15 +166,56 @@ def splits_digest(splits):
 
 
 def download_deam():
-    import kagglehub  # here, because only this needs it and it is slow to load
-
+    """The folder with DEAM's version 1, downloaded from Kaggle unless kagglehub has it already. An
+    interrupted download is resumed. Raises UserError."""
     try:
-        return kagglehub.dataset_download(KAGGLE)
+        import kagglehub  # here, because only this needs it and it is slow to load
+
+        archive = Path(kagglehub.cache.get_cached_archive_path(
+            kagglehub.handle.parse_dataset_handle(KAGGLE)))
+    except Exception as error:  # not installed, or no home folder
+        raise UserError(f"cannot use kagglehub ({error}): install it, or pass a folder with DEAM "
+                        "in it with --deam") from None
+    try:
+        with one_at_a_time(archive.parent):
+            return kagglehub.dataset_download(KAGGLE)
     except Exception as error:  # requests', kagglehub's own and the system's, in many versions
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"cannot download DEAM from Kaggle ({reason[:150]}): check the network, or "
-                        f"fetch kaggle.com/datasets/{KAGGLE.split('/versions')[0]} elsewhere, "
-                        "unpack it and pass the folder with --deam") from None
+        raise UserError(explain_download(error, archive)) from None
+
+
+@contextlib.contextmanager
+def one_at_a_time(folder):
+    """Let no other process in meanwhile: two downloads to one file would destroy each other. A
+    folder that may only be read is no reason to wait: nothing is downloaded there."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(folder / ".lock", "ab"))
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def explain_download(error, archive):
+    """One line on why a download failed and what to do. What is complete but not DEAM's archive is
+    removed: kagglehub would go on with it."""
+    from requests import RequestException  # kagglehub's, which has been loaded
+
+    reason = " ".join(str(error).split())[:150] or type(error).__name__
+    code = getattr(error, "errno", None)
+    if code in (errno.ENOSPC, errno.EDQUOT):
+        return (f"no space left for DEAM in {archive.parent}: free some and rerun, which resumes, "
+                "or set KAGGLEHUB_CACHE to a folder on another disk")
+    if code in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return (f"cannot write DEAM to {archive.parent} ({error.strerror}): set KAGGLEHUB_CACHE to "
+                "a folder that you may write to")
+    if type(error).__name__ == "DataCorruptionError" or (
+            not isinstance(error, RequestException) and archive.exists()):
+        archive.unlink(missing_ok=True)
+        return (f"what came from Kaggle is not DEAM's archive, or damaged ({reason}); it has been "
+                "removed: rerun to download it again")
+    return (f"cannot download DEAM from Kaggle ({reason}): check the network and rerun, which "
+            f"resumes, or fetch kaggle.com/datasets/{KAGGLE.split('/versions')[0]} elsewhere, "
+            "unpack it and pass the folder with --deam")
 
 
 def files_below(root, most=100_000):

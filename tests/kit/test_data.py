@@ -234,6 +234,7 @@ def test_no_deam(tmp_path, fails, monkeypatch):
         assert handle.endswith("/versions/1")  # a bare handle asks for the latest
         raise ConnectionError("Max retries exceeded\nand more")
 
+    monkeypatch.setenv("KAGGLEHUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(kagglehub, "dataset_download", offline)
     message = fails(extract, "--features", tmp_path / "f")
     assert "cannot download DEAM" in message and "--deam" in message
