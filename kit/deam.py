@@ -178,9 +178,13 @@ def download_deam():
                         "in it with --deam") from None
     try:
         with one_at_a_time(archive.parent):
-            return kagglehub.dataset_download(KAGGLE)
+            folder = Path(kagglehub.dataset_download(KAGGLE))
     except Exception as error:  # requests', kagglehub's own and the system's, in many versions
         raise UserError(explain_download(error, archive)) from None
+    if not any(folder.iterdir()):
+        raise UserError(f"DEAM is no longer in kagglehub's folder {folder}: delete {folder.name} "
+                        "there and rerun to download it again")
+    return folder
 
 
 @contextlib.contextmanager

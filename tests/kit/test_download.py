@@ -6,15 +6,18 @@ server of these tests, on a port of its own. Nothing else is asked.
 
 import base64
 import contextlib
+import errno
 import hashlib
 import io
 import json
 import os
 import re
+import shutil
 import threading
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import kagglehub
 import numpy as np
 import pytest
 from conftest import call
@@ -218,9 +221,20 @@ def test_no_room(kaggle, compared, full):
     compared(1, "recoveries")
 
 
-def test_a_cache_that_is_a_file(kaggle):
+def test_a_cache_that_cannot_be_used(kaggle, monkeypatch):
     kaggle.cache.write_text("")
     refused("cannot download DEAM")
+    kaggle.cache.unlink()
+    assert DEAMHandler("kaggle").annotations
+    shutil.rmtree(folder := DEAMHandler("kaggle").root)
+    folder.mkdir()
+    refused(f"no longer in kagglehub's folder {folder}: delete 1 there")
+
+    def read_only(_):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(kagglehub, "dataset_download", read_only)
+    refused(f"cannot write DEAM to {kaggle.cache}.*KAGGLEHUB_CACHE")
 
 
 def test_an_unversioned_or_later_copy_is_not_taken(kaggle, compared):
