@@ -255,7 +255,7 @@ def test_two_at_once(kaggle, compared):
         each.start()
     for each in both:
         each.join(20)
-    assert folders == 2 * [f"{kaggle.cache}/datasets/{OWNER}/{DATASET}/versions/1"]
+    assert folders == 2 * [kaggle.cache / f"datasets/{OWNER}/{DATASET}/versions/1"]
     assert starts(kaggle) == [0]
     compared(2, "threads")
 
