@@ -20,8 +20,9 @@ from torch.utils.data import DataLoader, Dataset
 from exact import Exact
 from kit.audio import RATES, read_waveform
 from kit.cli import UserError
-from kit.deam import (SPLITS, STATIC, corrected, download_deam, files_below,
-                      label_statistics, labels_of, own_splits, quadrant, read_annotations, songs_of)
+from kit.deam import (SPLITS, corrected, download_deam, dynamic_annotations, files_below,
+                      label_statistics, labels_of, own_splits, quadrant, read_annotations,
+                      songs_of, static_annotations)
 from kit.features import NOTEBOOK_MANIFEST, FeatureReader, read_manifest
 from kit.files import prefetch, read_tensors, sha256, shortened, state_digest
 from kit.schema import check_schema
@@ -182,13 +183,8 @@ class DEAMHandler:
             raise UserError(f"no folder {root}: give DEAM's with --deam PATH, or kaggle to "
                             "download it")
         files = files_below(root)
-        tables = [path for path in files if path.name.replace(" ", "_") == STATIC]
-        if not tables:
-            raise UserError(f"no DEAM in {root}: {STATIC} is nowhere in it; unpack "
-                            "DEAM_Annotations there")
-        self.root, self.annotations, self.audio = root, read_annotations(min(tables)), {}
-        self.dynamic = {path.stem: path for path in files if "dynamic" in path.parent.name
-                        and path.name in ("valence.csv", "arousal.csv")}
+        self.root, self.annotations, self.audio = root, static_annotations(files, root), {}
+        self.dynamic = dynamic_annotations(files)
         for path in sorted(files):
             if path.suffix.lower() in (".mp3", ".wav", ".flac", ".ogg") and re.fullmatch(
                     "[0-9]{1,9}", path.stem):

@@ -9,6 +9,11 @@
 A verdict is REPRODUCED (exit code 0), CLOSE (3) or NOT REPRODUCED (1).
 """
 
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # python -P, -I leave it out
+
 from kit.cli import Parser, execute, path, start
 
 
@@ -216,7 +221,7 @@ def write_report(evaluation, device, draw=True):
                                      f"{content['split']}, n = {content['songs']}",
                                      content["source"])
         songs = list(map(int, content["predictions"]))
-        figures.draw_report(true_values(data.annotations, songs),
+        figures.draw_or_say(figures.draw_report, true_values(data.annotations, songs),
                             predicted_values(content["predictions"], songs), content["numbers"],
                             folder, caption)
 

@@ -8,6 +8,11 @@
 Rerun the same command to resume after an interruption: songs that are there are skipped.
 """
 
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # python -P, -I leave it out
+
 from kit.cli import Parser, execute, number, path, start
 
 
@@ -46,11 +51,11 @@ import torch
 
 from common import Backbone, DEAMHandler
 from kit.audio import BadClip
-from kit.cli import Progress, UserError
+from kit.cli import Progress, UserError, torchrun
 from kit.deam import own_splits, read_splits, songs_of
 from kit.features import FeatureFolder, labels_table
 from kit.files import prefetch, sha256, shortened, state_digest
-from kit.machine import Arithmetic, cores, environment, torchrun
+from kit.machine import Arithmetic, cores, environment
 from kit.swapped import swapped_ranges
 
 
@@ -107,7 +112,7 @@ def hidden_states(clips, backbone, size):
 
 
 def run(args):
-    rank, processes = torchrun()
+    rank, processes, *_ = torchrun()
     arithmetic = Arithmetic(args.precision, args.device)
     on_gpu = arithmetic.device.type == "cuda"
     if on_gpu:  # torch's other threads would only spin, on the cores that decode

@@ -7,6 +7,11 @@
 Any file that libsndfile reads. Unreadable files are reported and skipped (exit code 1).
 """
 
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # python -P, -I leave it out
+
 from kit.cli import Parser, execute, number, path, start
 
 
@@ -32,7 +37,6 @@ def parser():
 if __name__ == "__main__":
     ARGS = start(parser(), "rows written so far are complete")  # before torch is imported
 
-import os
 import statistics
 from pathlib import Path
 

@@ -9,7 +9,11 @@ To try another pooling, head or loss, change `Pooling`, `Head` or `emotion_loss`
 parameter new to the loss is also an option here.
 """
 
+import os
+import sys
 from pathlib import Path
+
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # python -P, -I leave it out
 
 from kit.cli import Parser, execute, number, path, start
 
@@ -88,11 +92,10 @@ from common import (DEAMFeatHandler, EmotionModel, emotion_loss, quadrant_weight
                     start_from)
 from kit import figures
 from kit.audio import sin_pi
-from kit.cli import Progress, UserError
+from kit.cli import Progress, UserError, torchrun
 from kit.deam import SPLITS, fold_splits, own_splits, splits_digest
 from kit.files import lock, state_digest, tensor_digest
-from kit.machine import (Arithmetic, FrozenOutputs, room_for_activations, torchrun,
-                         where_to_keep)
+from kit.machine import Arithmetic, FrozenOutputs, room_for_activations, where_to_keep
 from kit.records import (HISTORY, describe_run, digest_steps, read_checkpoint, restore, shapes,
                          write_progress, write_result, write_start)
 
@@ -296,7 +299,7 @@ class Training:
 
 
 def run(args):
-    if torchrun()[1] > 1:
+    if torchrun().count > 1:
         raise UserError("training is for one process: run train.py without torchrun")
     fold = "" if args.fold is None else f"-fold{args.fold}"
     args.run = args.run or Path("runs") / f"{args.finetune}{fold}"
@@ -347,9 +350,9 @@ def report(args, training, digests):
     songs = f"{len(data.ids['train'])} train, {len(data.ids['val'])} val songs"
     true = data.z_scored(data.datasets["val"].labels)  # and 0 is the mean of the labels
     level = {"mse": true.square().mean().item(), "mae": true.abs().mean().item()}
-    figures.draw_history([dict(zip(HISTORY, row)) for row in history], selected[0], lowest[0],
-                         level, args.run, figures.caption_of(args.finetune, args.labels, songs,
-                                                             data.splits["source"]))
+    caption = figures.caption_of(args.finetune, args.labels, songs, data.splits["source"])
+    figures.draw_or_say(figures.draw_history, [dict(zip(HISTORY, row)) for row in history],
+                        selected[0], lowest[0], level, args.run, caption)
     if args.select == "last" and lowest[0] <= 0.7 * len(history):
         print(f"the lowest val loss, {lowest[5]:.4f}, was that of epoch {lowest[0]}; the result is "
               f"epoch {len(history)}'s, {history[-1][5]:.4f} (--select best takes the lowest)")

@@ -12,6 +12,11 @@ are named, with the option that would. The verdict over the others is REPRODUCED
 CLOSE (3) or NOT REPRODUCED (1).
 """
 
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # python -P, -I leave it out
+
 from kit.cli import Parser, execute, number, path, start
 
 

@@ -1,36 +1,11 @@
 """Are DEAM's labels swapped? The static ones against the means of those over time."""
 
-import math
-import re
-import statistics
-
 import numpy as np
 
 from kit.cli import UserError
-from kit.files import read_table
+from kit.deam import dynamic_means
 
 RANGES = ((1, 1000), (1001, 2000))  # the songs of 2013 and 2014
-
-
-def dynamic_means(path):
-    """{song id: mean over time} of a dynamic annotations file; empty cells and NaN are skipped.
-    Raises UserError for any other cell that is not a finite number."""
-    means = {}
-    for line, row in enumerate(read_table(path, "a table of labels"), 1):
-        song, *cells = [cell.strip() for cell in row] or [""]
-        if line == 1 or not any([song, *cells]):
-            continue
-        try:
-            values = [value for value in map(float, filter(None, cells)) if not math.isnan(value)]
-            if not re.fullmatch(r"[0-9]{1,9}(\.0*)?", song) or not all(
-                    abs(value) <= 1000 for value in values):
-                raise ValueError
-        except ValueError:
-            raise UserError(f"{path}, line {line}: not a song id and finite numbers; take the file "
-                            "from a fresh copy of DEAM") from None
-        if values:
-            means[int(float(song))] = statistics.fmean(values)
-    return means
 
 
 def audit_labels(deam):

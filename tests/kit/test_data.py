@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -72,6 +73,114 @@ def test_annotations_that_are_none(tmp_path, fails, rows, says):
     assert not (tmp_path / "out").exists()
 
 
+TABLE = HEADER + "2,3.1,0.94,3,0.63\n3,3.5,1.75,3.3,1.62\n"
+SEMICOLONS = TABLE.replace(",", ";")
+COMMAS = SEMICOLONS.replace(".", ",")  # decimal ones
+QUOTED = re.sub(r"[^,\n]+", r'"\g<0>"', TABLE)
+
+
+@pytest.mark.parametrize("content", [
+    SEMICOLONS, COMMAS, TABLE.replace(",", "\t"), COMMAS.replace(";", "\t"),
+    "sep=;\r\n" + COMMAS.replace("\n", "\r\n"), "sep=,\n" + TABLE, '"SEP=;",,\n' + SEMICOLONS,
+    "sep=|\n" + TABLE.replace(",", "|"), "sep=\t\n" + COMMAS.replace(";", "\t"),
+    TABLE.encode("utf-16"), b"\xfe\xff" + COMMAS.encode("utf-16-be"), TABLE.encode("utf-32"),
+    COMMAS.replace(";", "\t").encode("utf-16"), TABLE.encode("utf-8-sig"),
+    QUOTED, QUOTED.replace(",", ", "), QUOTED.replace(",", ";").replace(".", ","),
+    TABLE.replace("\n", ",,,\n"), COMMAS.replace("\n", ";;\n") + ";;;;\n\n",
+    ",,,,\n\n" + TABLE, TABLE.replace("\n", "\r"), TABLE.strip(), COMMAS.replace("3,1", "3,1E+00"),
+    SEMICOLONS.replace("\n", ";a note, of 2.5 words\n")])
+def test_tables_that_a_spreadsheet_saved(tmp_path, compared, content):
+    (tmp_path / STATIC).write_bytes(content.encode() if isinstance(content, str) else content)
+    assert read_annotations(tmp_path / STATIC) == {2: (3.1, 0.94, 3, 0.63),
+                                                   3: (3.5, 1.75, 3.3, 1.62)}
+    compared(8, "label values")
+
+
+@pytest.mark.parametrize("content, says", [
+    *((TABLE.replace(",", mark), f"which '{re.escape(mark)}' separates") for mark in "|: "),
+    *((TABLE.replace("3.1", cell), r"line 2: .*labels from 1 to 9.*\(2, ") for cell in (
+        "1.Mai", "05-Jan", "2024-05-01", "04.05", "3_1", "٣.1", "−3.1", "31%", "#N/A", "",
+        '"3,100"', "3'100", "3\u00a0100")),
+    *((TABLE.replace("1.75", cell), "line 3: .*standard deviations") for cell in ("1750", "1e400")),
+    (COMMAS.replace("3,1", "3.100,0"), "line 2: "), (COMMAS.replace("3,1", "1.Mai"), "line 2: "),
+    (COMMAS.replace("3,5", "3.5"), "line 3: decimal commas and decimal points"),
+    (COMMAS.replace("3;3", "1.003;3"), "line 3: decimal commas and decimal points"),
+    (SEMICOLONS.replace("2;3", "1,002;3"), "line 2: decimal commas and decimal points"),
+    (COMMAS.replace("2;3", "2,0;3"), "line 2: not a song id"),
+    (TABLE.replace(".", ","), "line 2: 8 cells under 5 columns"),
+    (TABLE.replace("3.5", "3,5"), "line 3: 6 cells under 5 columns"),
+    (TABLE.replace("3,3.5", '3,"3.5'), "line 3: unexpected end"),
+    (TABLE.replace("2,3.1", '2,"3.1').replace("3,3.5", '3",3.5'), "line 2: a quote"),
+    (TABLE.replace("song_id,", "song_id,valence_mean,"), "two columns valence_mean"),
+    (TABLE.encode("utf-16-le"), "UTF-16 without a byte order mark"),
+    (TABLE.replace("3.1", "3\0.1"), "zero bytes"), (b"PK\3\4" + bytes(100), "save it as CSV"),
+    (("Grüße," + TABLE).encode("latin-1"), "save it as UTF-8"),
+    ("<!DOCTYPE html>\n<html>", "in its header, '<!DOCTYPE html>'"), ("x" * 200_000, "not a table")])
+def test_tables_that_would_be_read_wrongly(tmp_path, content, says):
+    """Dates, separators of thousands, marks in two meanings: each is named, with its line."""
+    (tmp_path / STATIC).write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(UserError, match=says):
+        read_annotations(tmp_path / STATIC)
+
+
+DYNAMIC = "song_id,sample_15000ms,sample_15500ms\n2,0.1,0.2\n3,-0.5,0.034\n"
+
+
+@pytest.mark.parametrize("content", [
+    DYNAMIC.replace(",", ";"), DYNAMIC.replace(",", ";").replace(".", ","), "sep=,\n" + DYNAMIC,
+    DYNAMIC.replace(",", "\t").replace(".", ",").encode("utf-16"), DYNAMIC.replace("\n", ",,\n")])
+def test_dynamic_tables_that_a_spreadsheet_saved(tmp_path, compared, content):
+    path = tmp_path / "valence.csv"
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    assert deam.dynamic_means(path) == {2: pytest.approx(0.15), 3: pytest.approx(-0.233)}
+    compared(2, "means")
+
+
+@pytest.mark.parametrize("content, says", [
+    (DYNAMIC.replace("0.034", "34"), "line 3: not a song id and numbers from -1 to 1"),
+    (DYNAMIC.replace("\n2,", "\n1.000,"), "line 2: not a song id"),
+    (DYNAMIC.replace("0.1", "1.Mai"), "line 2: not"), (DYNAMIC + "2,0.3,0.4\n", "line 4: song 2 "),
+    (DYNAMIC.replace(".", ","), "line 2: 5 cells"), (DYNAMIC[8:], "no column song_id"),
+    (DYNAMIC.replace(",", "|"), "which '|' separates".replace("|", r"\|"))])
+def test_dynamic_tables_that_would_be_read_wrongly(tmp_path, content, says):
+    (tmp_path / "valence.csv").write_text(content)
+    with pytest.raises(UserError, match=says):
+        deam.dynamic_means(tmp_path / "valence.csv")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_splits_with_a_byte_order_mark(tmp_path, compared, encoding):
+    (tmp_path / "s.json").write_text('{"train": [1], "val": [2], "test": [3]}', encoding=encoding)
+    assert songs_of(read_splits(tmp_path / "s.json")) == [1, 2, 3]
+    compared(3, "songs")
+
+
+def test_of_two_tables_that_differ_none_is_taken(tmp_path, compared):
+    """Both are named; copies with the same labels are fine, whatever their separator."""
+    for folder in ("AAA_old", "annotations/song_level", "__MACOSX/annotations"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "annotations/song_level" / STATIC).write_text(TABLE)
+    (tmp_path / "__MACOSX/annotations" / f"._{STATIC}").write_bytes(b"a resource fork")
+    copy = tmp_path / "AAA_old" / STATIC
+    copy.write_text(COMMAS)
+    assert DEAMHandler(tmp_path).annotations[2] == (3.1, 0.94, 3, 0.63)
+    copy.write_text(TABLE.replace("3.1", "3.2"))
+    with pytest.raises(UserError) as error:
+        DEAMHandler(tmp_path)
+    assert all(f"{folder}/{STATIC}" in str(error.value) for folder in ("old", "song_level"))
+    copy.unlink()
+    for folder in ("b/dynamic", "a/dynamic (per second annotations)"):
+        (tmp_path / folder).mkdir(parents=True)
+        for name in ("valence", "arousal", "._valence"):
+            (tmp_path / folder / f"{name}.csv").write_text(DYNAMIC)
+    found = DEAMHandler(tmp_path).dynamic
+    assert {path.parent.parent.name for path in found.values()} == {"a"} and len(found) == 2
+    (tmp_path / "b/dynamic/arousal.csv").write_text(DYNAMIC.replace("0.1", "0.15"))
+    with pytest.raises(UserError, match=r"differ: .*/a/dynamic .*arousal.csv and .*/b/dynamic/"):
+        DEAMHandler(tmp_path)
+    compared(2, "refusals")
+
+
 @pytest.mark.parametrize("audio, labels", [
     ("DEAM_audio/MEMD_audio", "DEAM_Annotations/annotations/annotations averaged per song"),
     ("DEAM_audio/MEMD_audio", "DEAM_Annotations/annotations/annotations_averaged_per_song"),
@@ -125,6 +234,7 @@ def test_no_deam(tmp_path, fails, monkeypatch):
         assert handle.endswith("/versions/1")  # a bare handle asks for the latest
         raise ConnectionError("Max retries exceeded\nand more")
 
+    monkeypatch.setenv("KAGGLEHUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(kagglehub, "dataset_download", offline)
     message = fails(extract, "--features", tmp_path / "f")
     assert "cannot download DEAM" in message and "--deam" in message
@@ -236,23 +346,23 @@ def test_odd_rates_take_no_more_memory_than_others(tmp_path, compared):
 
 
 def test_the_demo_is_like_deam(demo, splits, compared):
-    deam, own = DEAMHandler(demo / "DEAM"), read_splits(demo / "splits.json")
+    handler, own = DEAMHandler(demo / "DEAM"), read_splits(demo / "splits.json")
     songs = [splits[name][:n] for name, n in (("train", 40), ("val", 10), ("test", 10))]
     assert [own[name] for name in ("train", "val", "test")] == songs
     assert "synthetic" in own["source"]
     songs = sum(songs, [])
-    assert sorted(deam.annotations) == sorted(deam.audio) == sorted(songs)
-    info = soundfile.info(deam.audio[songs[0]])
+    assert sorted(handler.annotations) == sorted(handler.audio) == sorted(songs)
+    info = soundfile.info(handler.audio[songs[0]])
     assert (info.samplerate, info.channels, info.subtype) == (44100, 2, "PCM_16")
     raw = next(demo.rglob(STATIC)).read_bytes()
     assert raw.startswith(", ".join(deam.COLUMNS).encode() + b"\r\n") and raw.count(b"\r\n") == 61
     for name, column in (("valence", 0), ("arousal", 2)):
-        header, *rows = csv.reader(deam.dynamic[name].open())
+        header, *rows = csv.reader(handler.dynamic[name].open())
         assert header[1].startswith("sample_") and len(rows) == 60
         moving = {int(song): np.mean([float(cell) for cell in cells if cell])
                   for song, *cells in rows}
-        still = [deam.annotations[song][column] for song in songs]
+        still = [handler.annotations[song][column] for song in songs]
         assert np.corrcoef([moving[song] for song in songs], still)[0, 1] > 0.95
-        spread = [deam.annotations[song][column + 1] for song in songs]
+        spread = [handler.annotations[song][column + 1] for song in songs]
         assert np.mean(spread) == pytest.approx(1.5, abs=0.1)
     compared(len(songs), "songs")

@@ -381,6 +381,8 @@ def test_each_process_has_its_gpu(monkeypatch, compared):
     for name, value in (("is_available", True), ("device_count", 2)):
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for name, value in (("RANK", 0), ("WORLD_SIZE", 3), ("LOCAL_WORLD_SIZE", 3)):
+        monkeypatch.setenv(name, str(value))
     for place in (0, 1):
         monkeypatch.setenv("LOCAL_RANK", str(place))
         assert machine.pick_device("auto") == torch.device("cuda", place)

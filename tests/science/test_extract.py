@@ -201,7 +201,8 @@ def test_several_processes_share_the_songs(demo, features, ids, corpus, tmp_path
     # repaired: the first process, with nothing to do, does not take the old failure for a new one
     shutil.copy(DEAMHandler(demo / "DEAM").audio[ids[1]], DEAMHandler(corpus).audio[ids[1]])
     with subprocess.Popen([sys.executable, ROOT / "extract.py", *map(str, two)], text=True,
-                          stdout=subprocess.PIPE, env={**os.environ, "WORLD_SIZE": "2"}) as first:
+                          stdout=subprocess.PIPE,
+                          env={**os.environ, "RANK": "0", "WORLD_SIZE": "2"}) as first:
         assert "8 songs, 0 to do" in first.stdout.readline()
         monkeypatch.setattr(extract, "RANK", 1)
         monkeypatch.setattr(extract, "PROCESSES", 2)

@@ -428,6 +428,7 @@ def test_verifying_asks_for_the_songs_of_its_steps(features, trained, tmp_path, 
 
 
 def test_torchrun_is_refused(features, fails, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "one process" in fails(train, "--features", features)
 
