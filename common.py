@@ -95,7 +95,8 @@ class Backbone:
     """A frozen wav2vec2 or HuBERT encoder: waveforms in, hidden states out.
 
     weights: the name of a torchaudio bundle; a Hugging Face repository `owner/name[@revision]`; a
-    Hugging Face folder; or a file, a state dict of the base architecture in either spelling.
+    Hugging Face folder; or a file of weights in either spelling, whose architecture is that of the
+    config.json beside it or, without one, the base one.
     params: torchaudio's parameters of the architecture. digest: sha256 of the float32 weights,
     whatever file they came from. source: their name, revision and the file's sha256.
     Raises UserError for unreadable or unfitting weights, or without network.

@@ -65,7 +65,7 @@ def find_weights(name):
     if os.path.isdir(name):
         return local_weights(Path(name), Path(name).resolve().name)
     if os.path.isfile(name):
-        if re.search(r"-\d{5}-of-\d{5}\.", name):
+        if re.search(r"-of-(?!00001)\d{5}\.", Path(name).name):
             raise UserError(f"{name} is one of several shards: name their folder or index")
         return local_weights(Path(name).parent, Path(name).name, Path(name))
     if REPOSITORY.fullmatch(name) and not os.path.isdir(os.path.dirname(name)):

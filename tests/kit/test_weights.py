@@ -553,6 +553,10 @@ def test_repositories(demo, hub, tmp_path, compared):
     assert no_network[:4] == [model, pinned, pickled, sharded]
     for line in offline[5:] + no_network[4:]:
         assert "check the name and the network" in line and "pass the folder with --weights" in line
+
+    # a cache that others filled may not know that there is no processor_config.json
+    (tmp_path / f"hub/models--demo--model/.no_exist/{MAIN}/processor_config.json").unlink()
+    assert found("demo/model", HF_HUB_OFFLINE="1") == [model]
     compared(4 + len(errors) + len(offline) + len(no_network), "answers")
 
 
