@@ -295,7 +295,7 @@ def check_folder(root):
     verdict.begin(f"features of {len(manifest['songs'])} songs")
     damage = find_damage(root, manifest["songs"], manifest["settings"]["store"])
     for song, reason in damage.items():
-        verdict.compare(f"song {song}", "as its digest says", reason or "as its digest says")
+        verdict.compare(reason or f"song {song}", "whole", "damaged" if reason else "whole")
     verdict.end()
     verdict.begin("annotations, top layers and splits")
     table = read_text(root / "annotations.csv", "a table of labels")
