@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from kit import cli, deam, files, records
+from kit import cli, deam, features as features_kit, files
 
 os.environ.update(cli.PINS)  # before torch is imported: for the tests of float32
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the demo runs beside; small work waits for threads
@@ -27,8 +27,9 @@ import eval as eval_script
 import extract
 import predict
 import train
+import verify
 
-SCRIPTS = (extract, train, eval_script, predict, audit)
+SCRIPTS = (extract, train, eval_script, verify, predict, audit)
 FLOAT32 = ["--precision", "float32", "--device", "cpu"]
 QUICK = ["--batch-size", "20", "--epochs", "2", "--threads", "2", *FLOAT32]
 tally = []
@@ -109,7 +110,7 @@ def made_features(folder, splits, noise=1.0):
                 "annotations": files.sha256(table.encode()), "source": {"name": "made"},
                 "top_layers": files.state_digest(state), "swapped_labels": [[1, 1000]],
                 "songs": songs}
-    manifest["digest"] = records.manifest_digest(manifest)
+    manifest["digest"] = features_kit.manifest_digest(manifest)
     files.write_file(folder / "annotations.csv", table)
     files.write_json(folder / "splits.json", splits)
     files.write_json(folder / "manifest.json", manifest)
@@ -138,6 +139,18 @@ def features(demo, tmp_path_factory):
     folder = tmp_path_factory.mktemp("features") / "DEAM_feats"
     assert call(extract, *extraction(demo, folder, "--precision", "float32")) == 0
     return folder
+
+
+@pytest.fixture(scope="session")
+def ids(demo):
+    """The ids of the demo's songs, ascending."""
+    return sorted(deam.songs_of(deam.read_splits(demo / "splits.json")))
+
+
+@pytest.fixture
+def own(features, tmp_path):
+    """A copy of the demo's features."""
+    return shutil.copytree(features, tmp_path / "DEAM_feats")
 
 
 @pytest.fixture(scope="session")
