@@ -55,9 +55,10 @@ import train
 from common import TOP_LAYERS, Backbone, DEAMFeatHandler, DEAMHandler
 from kit.audio import BadClip
 from kit.cli import Progress, UserError
-from kit.deam import corrected, read_annotations, read_splits, songs_of
+from kit.deam import SPLITS, corrected, fold_splits, read_annotations, read_splits, songs_of
 from kit.features import ENTRY, SETTINGS, find_damage, labels_table, read_manifest
-from kit.files import read_tensors, read_text, sha256, shortened, state_digest, tensor_digest
+from kit.files import (differences, read_tensors, read_text, sha256, shortened, state_digest,
+                       tensor_digest)
 from kit.machine import Arithmetic
 from kit.records import (DIGESTS, HISTORY, describe_run, digest_steps, flat_config, open_record,
                          pack, predictions_table, read_config, read_digests, read_history,
@@ -78,9 +79,17 @@ class Record:
         self.metrics = {file.parent: read_metrics(file)
                         for file in sorted(folder.glob("eval-*/metrics.json"))}
         self.config = flat_config(self.content["config"])
-        self.options = train.parser().read(self.content["config"]["options"],
-                                           folder / "config.json")
+        self.options = self.read_options(folder / "config.json")
         self.exact = self.options.precision == "exact"
+
+    def read_options(self, file):
+        """The options of the run as train.py's parser gives them. Raises UserError where they are
+        not what train.py writes."""
+        options = self.content["config"]["options"]
+        read = train.parser().read(options, file)
+        if differing := differences(options, train.chosen_options(read, read.device)):
+            raise UserError(f"{file} holds options that train.py does not write ({differing})")
+        return read
 
 
 # -------------------------------------------------------- 1: the record's files are of one run
@@ -112,6 +121,8 @@ def check_files(verdict, record):
     chosen = losses.index(min(losses)) if options.select == "best" else options.epochs - 1
     verdict.compare("model in digests.csv", [record.model["digest"]],
                     [row[3] for row in ends[chosen:chosen + 1]])
+    if options.fold is not None:
+        verdict.compare_all(SPLITS, fold_splits(options.fold, record.splits), record.splits)
     for folder, metrics in record.metrics.items():
         check_evaluation(verdict, record, folder, metrics)
     verdict.end()
