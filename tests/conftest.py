@@ -91,7 +91,7 @@ def made_features(folder, splits, noise=1.0):
     """Write a features folder without audio: of each song of the splits 4 frames of 64 channels
     from which its labels follow but for noise; of the demo's architecture, nothing above layer 12.
     As in DEAM, valence and arousal are exchanged for ids up to 1000."""
-    generator, songs, table = np.random.default_rng(0), {}, [",".join(deam.COLUMNS)]
+    generator, songs, labels = np.random.default_rng(0), {}, {}
     (folder / "songs").mkdir(parents=True)
     for song in deam.songs_of(splits):
         both = generator.normal(0, 0.7)
@@ -102,8 +102,8 @@ def made_features(folder, splits, noise=1.0):
         digest = files.tensor_digest(clip)
         songs[str(song)] = {"pcm": digest, "features": digest, "frames": len(clip)}
         valence, arousal = truth[::-1] if song <= 1000 else truth
-        table.append(f"{song},{valence},{1.2 + generator.random():.2f},{arousal},1.5")
-    table = "\n".join(table) + "\n"
+        labels[song] = valence, round(1.2 + generator.random(), 2), arousal, 1.5
+    table = features_kit.labels_table(labels)
     state = {"norm.weight": torch.ones(64), "norm.bias": torch.zeros(64)}
     manifest = {"settings": {"weights": "0" * 64, "layer": 12, "precision": "float32",
                              "store": "float32", "sample_rate": 16000, "normalize_epsilon": None},
