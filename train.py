@@ -100,9 +100,9 @@ from kit.records import (HISTORY, describe_run, digest_steps, read_checkpoint, r
                          write_progress, write_result, write_start)
 
 
-def configuration(args, data, arithmetic):
-    """What decides a run's result: {"options": those of the command line, None where one has no
-    effect, and what they are applied to}. Raises UserError for options that contradict each
+def chosen_options(args, device):
+    """{name: value} of the options that decide a run's result, None where one has no effect.
+    device: in float32 its type decides bits. Raises UserError for options that contradict each
     other."""
     if args.schedule == "constant" and args.max_lr is not None:
         raise UserError("--schedule constant has one rate, --lr: leave out --max-lr")
@@ -118,10 +118,16 @@ def configuration(args, data, arithmetic):
     if args.precision == "exact":  # any number of threads gives the same bits on any device
         options["threads"] = None
     else:
-        options["device"] = arithmetic.device.type
+        options["device"] = device
     if args.schedule != "constant" and options["max_lr"] < args.lr:
         raise UserError(f"--max-lr {options['max_lr']} is below --lr {args.lr}")
-    return {"options": options, "features": data.digest, "splits": splits_digest(data.ids),
+    return options
+
+
+def configuration(args, data, arithmetic):
+    """What decides a run's result: the options, and what they are applied to."""
+    return {"options": chosen_options(args, arithmetic.device.type), "features": data.digest,
+            "splits": splits_digest(data.ids),
             "songs": {split: len(data.ids[split]) for split in SPLITS}}
 
 

@@ -60,9 +60,10 @@ import train
 from common import TOP_LAYERS, Backbone, DEAMFeatHandler, DEAMHandler
 from kit.audio import BadClip
 from kit.cli import Progress, UserError
-from kit.deam import corrected, read_annotations, read_splits, songs_of
+from kit.deam import SPLITS, corrected, fold_splits, read_annotations, read_splits, songs_of
 from kit.features import ENTRY, SETTINGS, find_damage, labels_table, read_manifest
-from kit.files import read_tensors, read_text, sha256, shortened, state_digest, tensor_digest
+from kit.files import (differences, read_tensors, read_text, sha256, shortened, state_digest,
+                       tensor_digest)
 from kit.machine import Arithmetic
 from kit.records import (DIGESTS, HISTORY, describe_run, digest_steps, flat_config, open_record,
                          pack, predictions_table, read_config, read_digests, read_history,
@@ -83,9 +84,17 @@ class Record:
         self.metrics = {file.parent: read_metrics(file)
                         for file in sorted(folder.glob("eval-*/metrics.json"))}
         self.config = flat_config(self.content["config"])
-        self.options = train.parser().read(self.content["config"]["options"],
-                                           folder / "config.json")
+        self.options = self.read_options(folder / "config.json")
         self.exact = self.options.precision == "exact"
+
+    def read_options(self, file):
+        """The options of the run as train.py's parser gives them. Raises UserError where they are
+        not what train.py writes."""
+        options = self.content["config"]["options"]
+        read = train.parser().read(options, file)
+        if differing := differences(options, train.chosen_options(read, read.device)):
+            raise UserError(f"{file} holds options that train.py does not write ({differing})")
+        return read
 
 
 # -------------------------------------------------------- 1: the record's files are of one run
@@ -117,6 +126,8 @@ def check_files(verdict, record):
     chosen = losses.index(min(losses)) if options.select == "best" else options.epochs - 1
     verdict.compare("model in digests.csv", [record.model["digest"]],
                     [row[3] for row in ends[chosen:chosen + 1]])
+    if options.fold is not None:
+        verdict.compare_all(SPLITS, fold_splits(options.fold, record.splits), record.splits)
     for folder, metrics in record.metrics.items():
         check_evaluation(verdict, record, folder, metrics)
     verdict.end()
@@ -300,7 +311,7 @@ def check_folder(root):
     verdict.begin(f"features of {len(manifest['songs'])} songs")
     damage = find_damage(root, manifest["songs"], manifest["settings"]["store"])
     for song, reason in damage.items():
-        verdict.compare(f"song {song}", "as its digest says", reason or "as its digest says")
+        verdict.compare(reason or f"song {song}", "whole", "damaged" if reason else "whole")
     verdict.end()
     verdict.begin("annotations, top layers and splits")
     table = read_text(root / "annotations.csv", "a table of labels")

@@ -183,10 +183,8 @@ class FeatureFolder:
     def missing(self, ids):
         """Those of the ids whose features are not there, or not as their records say. Songs that
         failed before are tried again."""
-        for song in ids:
-            if "failed" in self.record(song):
-                (self.root / "songs" / f"{song}.json").unlink(missing_ok=True)
         records = {song: self.record(song) for song in ids}
+        self.clear_failures(records)  # of a run that was killed
         entries = {song: record for song, record in records.items() if "features" in record}
         damages = find_damage(self.root, entries, self.manifest["settings"]["store"])
         return [song for song in ids if song not in entries or damages[song]]
@@ -220,8 +218,18 @@ class FeatureFolder:
 
     def finish(self):
         """Complete the manifest → the records of the songs wanted. The first process waits until
-        the others have dealt with their songs."""
+        the others have dealt with their songs, and clears the failures, so that the next run does
+        not report them again."""
         while not self.rank and not all(map(self.record, self.ids)):
             time.sleep(0.5)
         self.write_manifest()
-        return list(map(self.record, self.ids))
+        records = {song: self.record(song) for song in self.ids}
+        if not self.rank:
+            self.clear_failures(records)
+        return list(records.values())
+
+    def clear_failures(self, records):
+        """Remove the records {song: record} of songs that failed."""
+        for song, record in records.items():
+            if "failed" in record:
+                (self.root / "songs" / f"{song}.json").unlink(missing_ok=True)

@@ -32,7 +32,7 @@ CONFIG = {"options": {"finetune": str, "labels": LABELS, "precision": ("exact", 
                       "epochs": int, "select": ("last", "best")},
           "features": (None, DIGEST), "splits": DIGEST,
           "songs": {"train": int, "val": int, "test": int}}
-RUN = {"config": CONFIG, "digests": {"initial_model": DIGEST}, "source": str,
+RUN = {"config": CONFIG, "digests": {str: DIGEST}, "source": str,
        "features_settings": RUN_SETTINGS, "label_mean": [float, float], "label_std": [float, float]}
 MODEL = {"config": CONFIG, "settings": RUN_SETTINGS, "params": {str: object},
          "mean": torch.Tensor, "std": torch.Tensor, "state": {str: torch.Tensor},

@@ -12,10 +12,10 @@ import audit
 import eval as eval_script
 import extract
 import train
-from common import DEAMFeatHandler
-from kit.swapped import audit_labels, dynamic_means
+from common import DEAMFeatHandler, DEAMHandler
 from kit.deam import STATIC, read_annotations, read_splits
 from kit.files import read_json
+from kit.swapped import audit_labels, dynamic_means, swapped_ranges
 
 
 def deam(folder, seed, swapped, noise):
@@ -73,7 +73,7 @@ def test_damaged_dynamic_annotations(demo, tmp_path, fails, capsys, compared, ro
     lines = file.read_text().splitlines()
     file.write_text("\n".join([lines[0], row, *lines[2:]]))
     assert "valence.csv, line 2: not a song id and numbers from -1 to 1" in fails(audit, root)
-    assert extract.swapped_ranges(extract.DEAMHandler(root)) is None
+    assert swapped_ranges(DEAMHandler(root)) is None
     assert "--labels corrected will not be possible" in capsys.readouterr().out
     compared(1, "damaged rows")
 
