@@ -66,20 +66,26 @@ def format_of(stream):
 
 
 def ogg_streams(file, begin, end):
-    """One Stream for each link of a chain; libsndfile reads the first alone."""
-    links, position, first = [], begin, False
+    """One Stream for each link of a chain; libsndfile reads the first alone. Raises BadClip for a
+    link without its last page."""
+    links, flags, complete, position = [], 0, True, begin  # flags of a page: 2 first, 4 last
     while position < end:
         head = read_at(file, position, 27 + 255)
         if head[:5] != b"OggS\0" or len(head) < 27:
             position = next(find_all(file, re.compile(b"OggS\0"), position + 1, end, 5), end)
             continue
-        if head[5] & 2 and not first:  # a beginning, and not beside another one
+        if head[5] & 2 and not flags & 2:
+            complete = complete and (not links or bool(flags & 4))
             links.append([])
-        first = bool(head[5] & 2)
-        stop = min(position + 27 + head[26] + sum(head[27:27 + head[26]]), end)
-        if links:
+        flags = head[5]
+        stop = position + 27 + head[26] + sum(head[27:27 + head[26]])
+        if stop > end:
+            flags = 0
+        elif links:
             add_part(links[-1], position, stop)
         position = stop
+    if not complete or not flags & 4:
+        raise BadClip(f"truncated: a last page is missing, {end - begin} bytes are there")
     return [Stream(file, parts) for parts in links] or [Stream(file, [(begin, end)])]
 
 

@@ -36,8 +36,9 @@ class Stream(io.RawIOBase):
         return self.position
 
     def seek(self, offset, whence=0):
-        self.position = max(0, offset + (0, self.position, self.size)[whence])
-        self.current = 0
+        position = offset + (0, self.position, self.size)[whence]
+        if position >= 0:  # damaged headers ask for others: libsndfile expects no exception
+            self.position, self.current = position, 0
         return self.position
 
     def readinto(self, buffer):
