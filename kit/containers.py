@@ -7,30 +7,54 @@ import struct
 import soundfile
 
 from kit.mpeg import mpeg_streams, starts_frames
-from kit.streams import BadClip, Stream, add_part, find_all, no_stderr, read_at, untagged
+from kit.streams import BadClip, Stream, add_part, find_all, no_stderr, read_at, tag_size, untagged
 
 # Sizes written by programs that cannot seek back: until the end of the file. Some are rounded down
 # to whole frames, some leave room for a header.
 ENDLESS = [*(range(size - 64, size + 1) for size in (
-    0x7FFFF000, 0x7FFFFFFF, 0x80000000, 0x80000024, 0xFFFFF000, 0xFFFFFFFF)),
+    0x7F000008, 0x7FFFF000, 0x7FFFFFFF, 0x80000000, 0x80000024, 0xFFFFF000, 0xFFFFFFFF)),
     range(2**63 - 64, 2**64)]
-FOREIGN = [(0, rb"\s*<(!doctype html|html|head|body)", "an HTML page"), (0, rb"\s*<\?xml", "XML"),
-           (4, b"ftypqt", "a QuickTime film"), (4, b"ftyp|moov|mdat|wide", "MPEG-4 audio (m4a)"),
-           (0, rb"\xff[\xf0\xf1\xf8\xf9]", "AAC audio"), (0, b"ADIF", "AAC audio"),
-           (0, rb"\x30\x26\xb2\x75\x8e\x66\xcf\x11", "Windows Media audio (wma)"),
-           (0, rb"\x1a\x45\xdf\xa3", "Matroska or WebM"), (0, b"MAC ", "Monkey's Audio (ape)"),
-           (0, b"wvpk", "WavPack audio"), (0, rb"MPCK|MP\+", "Musepack audio"),
-           (0, b"TTA[12]", "TTA audio"), (0, rb"\x0b\x77", "AC-3 audio"), (0, b"DSD ", "DSD audio"),
-           (0, b"FRM8", "DSD audio"), (0, b"#!AMR", "AMR audio"), (0, b"MThd", "a MIDI file"),
-           (0, rb"\.RMF|\.ra\xfd", "RealAudio"), (0, b"FLV", "a Flash film"),
-           (0, rb"(?s)RIFF....AVI ", "an AVI film"), (0, rb"PK\x03\x04", "a zip archive"),
-           (0, rb"\x1f\x8b", "a gzip archive"), (0, b"Rar!", "a rar archive"),
-           (0, rb"7z\xbc\xaf", "a 7z archive"), (0, b"%PDF", "a PDF file"),
-           (0, rb"\x89PNG", "a PNG picture"), (0, rb"\xff\xd8\xff", "a JPEG picture"),
-           (0, rb"\x00\x05\x16[\x00\x07]", "a companion file of macOS (._)"),
-           (0, rb"version https://git-lfs", "a Git LFS pointer (git lfs pull fetches the file)"),
-           (0, rb"\s*\{\s*\"", "JSON")]
+ENDINGS = {*(f".{name.lower()}" for name in soundfile.available_formats() if name != "RAW"), *(
+    ".aif .aifc .snd .wave .bwf .mp1 .mp2 .mpa .mpga .oga .opus .m4a .m4b .m4p .m4r .mp4 .aac .wma"
+    " .webm .mka .ape .wv .mpc .mpp .ac3 .dts .dsf .dff .tta .tak .amr .ra .spx .shn").split()}
+FOREIGN_AUDIO = {  # not readable here, by the first bytes
+    b"....ftypM4": "MPEG-4 audio (m4a)", rb"\xff[\xf0\xf1\xf8\xf9]|ADIF": "AAC audio",
+    rb"\x30\x26\xb2\x75\x8e\x66\xcf\x11": "Windows Media (wma)", b"MAC ": "Monkey's Audio (ape)",
+    b"wvpk": "WavPack audio", rb"MPCK|MP\+": "Musepack audio", b"TTA[12]": "TTA audio",
+    rb"\x0b\x77": "AC-3 audio", rb"\x7f\xfe\x80\x01": "DTS audio", b"DSD |FRM8": "DSD audio",
+    b"#!AMR": "AMR audio", rb"\.RMF|\.ra\xfd": "RealAudio"}
+FOREIGN = {
+    **FOREIGN_AUDIO, b"....(ftyp|moov|mdat|wide)": "MPEG-4 or QuickTime",
+    rb"(\xef\xbb\xbf)?\s*<(!doctype html|html|head|body)": "an HTML page", rb"\s*<\?xml": "XML",
+    rb"\x1a\x45\xdf\xa3": "Matroska or WebM", b"MThd": "a MIDI file", b"FLV": "a Flash film",
+    b"RIFF....AVI ": "an AVI film", rb"PK\x03\x04": "a zip archive",
+    rb"\x1f\x8b": "a gzip archive", b"Rar!": "a rar archive", rb"7z\xbc\xaf": "a 7z archive",
+    b"%PDF": "a PDF file", rb"\x89PNG": "a PNG picture", rb"\xff\xd8\xff": "a JPEG picture",
+    rb"\x00\x05\x16[\x00\x07]": "a companion file of macOS (._)", rb"\s*\{\s*\"": "JSON",
+    b"version https://git-lfs": "a Git LFS pointer (git lfs pull fetches the file)"}
 CONTAINERS = re.compile(rb"(?s)(?:RIFF|RIFX|RF64|BW64)....WAVE|FORM....AIF[FC]|caff|\.snd")
+
+
+def looks_like_audio(path):
+    """Whether a file's name or first bytes are those of audio, readable here or not."""
+    if path.suffix.lower() in ENDINGS:
+        return True
+    try:
+        if not path.is_file():
+            return False
+        with open(path, "rb") as file:
+            begin, end = untagged(file)
+            head = read_at(file, begin, 512)
+            return bool(CONTAINERS.match(head) or head[:4] in (b"fLaC", b"OggS")
+                        or named(head, FOREIGN_AUDIO) or starts_frames(file, begin, end))
+    except OSError:
+        return False
+
+
+def named(head, kinds):
+    """What a file with these first bytes is, of FOREIGN; None for none of these."""
+    return next((name for pattern, name in kinds.items()
+                 if re.match(pattern, head, re.IGNORECASE | re.DOTALL)), None)
 
 
 def streams_of(file):
@@ -39,11 +63,9 @@ def streams_of(file):
     begin, end = untagged(file)
     head = read_at(file, begin, 512)
     if not head:
-        raise BadClip("empty file" if not end else "holds tags and nothing else")
-    for offset, pattern, name in FOREIGN:
-        if re.match(pattern, head[offset:], re.IGNORECASE):
-            raise BadClip(f"{name}, which is not readable here: find or convert it to WAV, FLAC or "
-                          "MP3")
+        raise BadClip("holds tags and nothing else" if end else "empty file")
+    if name := named(head, FOREIGN):
+        raise BadClip(f"{name}, which is not readable here: find or convert it to WAV, FLAC or MP3")
     if CONTAINERS.match(head):
         return container_streams(file, head, begin, end)
     if head.startswith(b"fLaC"):
@@ -77,13 +99,13 @@ def ogg_streams(file, begin, end):
         if head[5] & 2 and not flags & 2:
             complete = complete and (not links or bool(flags & 4))
             links.append([])
-        flags = head[5]
-        stop = position + 27 + head[26] + sum(head[27:27 + head[26]])
-        if stop > end:
-            flags = 0
+        size, flags = 27 + head[26] + sum(head[27:27 + head[26]]), head[5]
+        inner = read_at(file, position, size).find(b"OggS\0", 27)
+        if inner > 0 or position + size > end:  # the page is cut
+            complete = False
         elif links:
-            add_part(links[-1], position, stop)
-        position = stop
+            add_part(links[-1], position, position + size)
+        position += inner if inner > 0 else size
     if not complete or not flags & 4:
         raise BadClip(f"truncated: a last page is missing, {end - begin} bytes are there")
     return [Stream(file, parts) for parts in links] or [Stream(file, [(begin, end)])]
@@ -133,15 +155,14 @@ def sound_chunk(file, head, begin, end):
     large, order = None, "<" if head[:4] in (b"RIFF", b"RF64", b"BW64") else ">"
     form = order + ("Q" if head.startswith(b"caff") else "I")
     position, mpeg = begin + (8 if head.startswith(b"caff") else 12), False
-    while position + 12 <= end:
-        content = read_at(file, position, 32)
-        name, size = struct.unpack(order + "4s" + form[1], content[:4 + struct.calcsize(form)])
-        start = position + 4 + struct.calcsize(form)
+    while position + (length := 4 + struct.calcsize(form)) <= end:
+        content, start = read_at(file, position, 32), position + length
+        name, size = struct.unpack(order + "4s" + form[1], content[:length])
         if name in (b"data", b"SSND"):
             if large and size == 0xFFFFFFFF:
                 return *large, start, mpeg
             return position + 4, form, size, start, mpeg
-        if name == b"ds64":
+        if name == b"ds64" and len(content) >= 24:
             large = start + 8, "<Q", struct.unpack("<Q", content[16:24])[0]
         mpeg = mpeg or name == b"fmt " and content[8:10] in (b"\x50\0", b"\x55\0")
         position = start + size + (size & 1 if form[1] == "I" else 0)
@@ -149,11 +170,12 @@ def sound_chunk(file, head, begin, end):
 
 
 def only_chunks(file, form, position, end):
-    """Whether chunks and nothing else lie from a position to the end, which an odd one may miss by
-    a byte."""
+    """Whether chunks, a tag before them, and nothing else lie from a position to the end, which an
+    odd one may miss by a byte."""
     if not form or position > end:
         return False
     for start in (position, position + 1):
+        start += tag_size(read_at(file, start, 16))
         while start + struct.calcsize(form) <= end:
             name, size = struct.unpack(form, read_at(file, start, struct.calcsize(form)))
             if not re.fullmatch(rb"[ -~]{4}", name) or size < 0:

@@ -12,6 +12,7 @@ CHAIN = 6  # frames in a row that random bytes do not make
 # sync, a version, a layer; a bitrate, a sample rate: an MPEG audio frame that is not free-format
 HEADER = re.compile(rb"(?s)\xff[\xe2-\xe7\xf2-\xf7\xfa-\xff]["
                     + b"".join(b"\\x%x0-\\x%xb" % (rate, rate) for rate in range(1, 15)) + b"].")
+HEADER_OR_TAG = re.compile(HEADER.pattern + rb"|ID3[\x02-\x04]\x00|APETAGEX")
 BITRATES = {  # kbit/s by (MPEG-1, layer): ISO 11172-3, 2.4.2.3; ISO 13818-3, 2.4.2.3
     (True, 1): range(0, 480, 32),
     (True, 2): (0, 32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
@@ -81,10 +82,10 @@ def mpeg_streams(file, begin, end):
         if not frame:
             tag = tag_size(header)
             found = position + tag if tag else next(
-                (each for each in find_all(file, HEADER, position + 1, end, 4)
-                 if starts_frames(file, each, end)), end)
+                (each for each in find_all(file, HEADER_OR_TAG, position + 1, end, 8)
+                 if tag_size(read_at(file, each, 16)) or starts_frames(file, each, end)), end)
             if runs and not tag:
-                runs[-1].gap = max(runs[-1].gap, found - position)
+                runs[-1].gaps.append(found - position)
             position = found
             continue
         if position + frame.size > end:
@@ -94,7 +95,7 @@ def mpeg_streams(file, begin, end):
             runs.append(Run(frame, length))
         runs[-1].add(position, frame.size)
         position += frame.size
-    return [run.stream(file) for run in runs if run.count]
+    return [run.stream(file) for run in runs if run.count or run.length[1]]
 
 
 class Run:
@@ -103,7 +104,7 @@ class Run:
     def __init__(self, frame, length):
         self.kind, self.seconds = frame.kind, frame.samples / frame.kind[2]  # a frame's
         self.samples, self.length = frame.samples, length
-        self.count, self.gap, self.parts = -1 if length else 0, 0, []
+        self.count, self.gaps, self.parts = -1 if length else 0, [0], []
 
     def add(self, position, size):
         self.count += 1
@@ -113,10 +114,12 @@ class Run:
         place, said = self.length or (0, 0)
         if (said - self.count) * self.seconds > 0.1:
             raise truncated(said * self.seconds, self.count * self.seconds)
-        size = sum(stop - start for start, stop in self.parts) / self.count  # of a frame
-        if self.gap / size * self.seconds > 1 and said != self.count:
+        size = sum(stop - start for start, stop in self.parts)
+        lost, largest = (gap / size * self.count * self.seconds
+                         for gap in (sum(self.gaps), max(self.gaps)))
+        if said != self.count and (largest > 1 or lost > 1 and sum(self.gaps) > size / 20):
             raise BadClip(f"damaged: {self.count * self.seconds:.1f} s of it are readable, and "
-                          f"{self.gap} bytes among them are no MP3 frames")
+                          f"{sum(self.gaps)} bytes among them are no MP3 frames")
         parts = self.parts
         if place and said < self.count:
             start, stop = parts[0]

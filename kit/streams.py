@@ -126,11 +126,13 @@ def untagged(file):
 
 
 def tag_size(head):
-    """Bytes of the ID3v2 or APE tag that begins like this; 0 where none does."""
+    """Bytes of the ID3v2, ID3v1 or APE tag that begins like this; 0 where none does."""
     if head.startswith(b"ID3") and len(head) >= 10 and max(head[6:10]) < 128:
         size = functools.reduce(lambda total, byte: total << 7 | byte, head[6:10])
         return size + (20 if head[5] & 16 else 10)
-    return 32 + struct.unpack("<I", head[12:16])[0] if head[:8] == b"APETAGEX" else 0
+    if head.startswith(b"APETAGEX") and len(head) >= 16:
+        return 32 + struct.unpack("<I", head[12:16])[0]
+    return 128 if head.startswith(b"TAG") else 0
 
 
 class NoStderr:
