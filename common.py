@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from exact import Exact
 from kit.audio import RATES, read_waveform
 from kit.cli import UserError
+from kit.containers import ENDINGS
 from kit.deam import (SPLITS, corrected, download_deam, dynamic_annotations, files_below,
                       label_statistics, labels_of, own_splits, quadrant, read_annotations,
                       songs_of, static_annotations)
@@ -180,7 +181,7 @@ class DEAMHandler:
     `get_waveform`.
 
     root: the folder, in any layout (Kaggle's, the original zip files', spaces or underscores): it
-    is searched for the static annotations and for files named <song id>.mp3 (.wav, .flac, .ogg).
+    is searched for the static annotations and for audio files named <song id>.mp3 (.wav, …).
     "kaggle" downloads version 1. Raises UserError where there is no DEAM.
     """
 
@@ -193,8 +194,7 @@ class DEAMHandler:
         self.root, self.annotations, self.audio = root, static_annotations(files, root), {}
         self.dynamic = dynamic_annotations(files)
         for path in sorted(files):
-            if path.suffix.lower() in (".mp3", ".wav", ".flac", ".ogg") and re.fullmatch(
-                    "[0-9]{1,9}", path.stem):
+            if path.suffix.lower() in ENDINGS and re.fullmatch("[0-9]{1,9}", path.stem):
                 song = int(path.stem)
                 if song in self.audio:
                     raise UserError(f"two files for song {song}: {self.audio[song]} and {path}; "
