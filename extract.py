@@ -50,7 +50,7 @@ import functools
 import torch
 
 from common import Backbone, DEAMHandler
-from kit.audio import BadClip
+from kit.audio import BadClip, read_clip
 from kit.cli import Progress, UserError, torchrun
 from kit.deam import own_splits, read_splits, songs_of
 from kit.features import FeatureFolder, labels_table
@@ -82,16 +82,17 @@ def describe(deam, backbone, layer, precision, store):
 
 
 def decode(deam, backbone, folder, song):
-    """(song, waveform, digest of its PCM); None for a song that fails, which the folder notes."""
+    """(song, waveform, digest of its PCM, a remark or None); None for a song that fails, which the
+    folder notes."""
     try:
-        return song, *deam.get_waveform(song, backbone.sample_rate)
+        return song, *read_clip(deam.audio[song], backbone.sample_rate)
     except BadClip as error:
         return folder.fail(song, f"{deam.audio[song]}: {error}")
 
 
 def equal_lengths(clips, size):
-    """Group clips (song, waveform, digest of its PCM) by length, up to `size` together, in memory
-    at most four times that; None is left out."""
+    """Group clips (of `decode`) by length, up to `size` together, in memory at most four times
+    that; None is left out."""
     waiting = {}
     for clip in filter(None, clips):
         length = len(clip[1])
@@ -105,10 +106,10 @@ def equal_lengths(clips, size):
 
 
 def hidden_states(clips, backbone, size):
-    """Yield (song, digest of its PCM, features[T, D]) for clips (song, waveform, digest)."""
+    """Yield (song, digest of its PCM, features[T, D], remark) for clips (of `decode`)."""
     for batch in equal_lengths(clips, size):
-        songs, waveforms, pcms = zip(*batch)
-        yield from zip(songs, pcms, backbone.hidden_states(torch.stack(waveforms)))
+        songs, waveforms, pcms, remarks = zip(*batch)
+        yield from zip(songs, pcms, backbone.hidden_states(torch.stack(waveforms)), remarks)
 
 
 def run(args):
@@ -148,6 +149,9 @@ def report(folder, records, splits):
     songs = folder.manifest["songs"].values()
     print(f"{folder.root}: {len(songs)} songs, {sum(entry['frames'] for entry in songs)} frames; "
           f"root digest {folder.manifest['digest']}\n{splits['source']}")
+    for song, record in zip(folder.ids, records):
+        if "note" in record:
+            print(f"note: song {song}: {record['note']}")
     failed = [record["failed"] for record in records if "failed" in record]
     for reason in failed:
         print(f"failed: {reason}")

@@ -140,7 +140,9 @@ class FeatureFolder:
     def __init__(self, root, ids, manifest, rank=0):
         self.root, self.ids, self.manifest, self.rank = root, ids, manifest, rank
         path = root / "manifest.json"
-        while rank and not path.exists():  # the first process decides whether this folder will do
+        if rank and not path.exists():  # the first process decides whether this folder will do
+            print(f"process {rank + 1} waits for the first process to open {root}", flush=True)
+        while rank and not path.exists():
             time.sleep(0.2)
         if path.exists():
             self.join(read_manifest(path))
