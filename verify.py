@@ -196,7 +196,7 @@ def check_features(verdict, record, args, deam, backbone):
     actual = extract.describe(deam, backbone, *(settings[key] for key in (
         "layer", "precision", "store")))
     verdict.compare_all(SETTINGS, settings, actual["settings"])
-    verdict.compare_all(("annotations", "top_layers"), record.manifest, actual)
+    verdict.compare_all(("params", "annotations", "top_layers"), record.manifest, actual)
     if len(deam.dynamic) == 2:
         verdict.compare("swapped labels", record.manifest["swapped_labels"], swapped_ranges(deam))
     backbone.to(Arithmetic(settings["precision"], args.device), settings["layer"])
@@ -228,7 +228,7 @@ def prepare_training(verdict, record, args):
     options.features, options.device, options.allow_missing = args.features, args.device, None
     arithmetic = Arithmetic(options.precision, args.device, options.threads)
     data = train.open_data(options, record.splits)
-    verdict.compare_all(("settings", "annotations", "top_layers", "swapped_labels"),
+    verdict.compare_all(("settings", "params", "annotations", "top_layers", "swapped_labels"),
                         record.manifest, data.manifest)
     songs = data.manifest["songs"] or {}
     verdict.compare("PCM and features in both manifests",

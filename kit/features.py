@@ -21,21 +21,22 @@ SETTINGS = {"weights": DIGEST, "layer": int, "precision": ("exact", "float32"),
 ENTRY = {"pcm": DIGEST, "features": DIGEST, "frames": int}
 MANIFEST = {"settings": SETTINGS, "annotations": DIGEST, "top_layers": DIGEST,
             "swapped_labels": (None, [[int, int]]), "songs": {int: ENTRY}, "digest": DIGEST,
-            "source": {"name": str}}
+            "source": {"name": str}, "params": {str: object}}
 RECORD = (ENTRY, {"failed": str})  # of one song
 # A folder of the published notebook has no manifest: its features cannot be verified, and are taken
 # as those of the backbone that it used.
 NOTEBOOK_MANIFEST = {
     "settings": {"weights": None, "layer": 10, "precision": "float32", "store": "float32",
                  "sample_rate": 16000, "normalize_epsilon": 1e-7},
-    "swapped_labels": None, "songs": None, "digest": None,
+    "swapped_labels": None, "songs": None, "digest": None, "params": None,
     "source": {"name": "ALM/wav2vec2-base-audioset"}}
 
 
 def manifest_digest(manifest):
-    """One digest over how the features were made, the labels beside them, and every song's PCM and
-    features."""
-    inside = "settings", "annotations", "top_layers", "swapped_labels", "songs"
+    """One digest over how the features were made, of which backbone and architecture, the labels
+    beside them, and every song's PCM and features."""
+    inside = ("settings", "source", "params", "annotations", "top_layers", "swapped_labels",
+              "songs")
     return json_digest({key: manifest[key] for key in inside})
 
 
@@ -151,11 +152,11 @@ class FeatureFolder:
     def join(self, earlier):
         """Go on with the folder's manifest. Raises UserError where it was made otherwise."""
         then, now = ({**manifest["settings"], **{key: manifest[key] for key in (
-            "annotations", "swapped_labels")}} for manifest in (earlier, self.manifest))
+            "params", "annotations", "swapped_labels")}} for manifest in (earlier, self.manifest))
         if differing := differences(then, now):
             raise UserError(f"{self.root} holds features made otherwise ({differing}): choose "
                             "another --features")
-        self.manifest |= {key: earlier[key] for key in ("songs", "digest")}
+        self.manifest |= {key: earlier[key] for key in ("songs", "source", "digest")}
 
     def begin(self, annotations, splits, top_layers):
         """Write what stands beside the songs, where it is not there yet."""

@@ -1,6 +1,7 @@
 """Shared by all tests: the scripts called in-process, the demo and what is made of it, and a tally
 of comparisons."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -108,6 +109,7 @@ def made_features(folder, splits, noise=1.0):
     manifest = {"settings": {"weights": "0" * 64, "layer": 12, "precision": "float32",
                              "store": "float32", "sample_rate": 16000, "normalize_epsilon": None},
                 "annotations": files.sha256(table.encode()), "source": {"name": "made"},
+                "params": json.loads(json.dumps(demo_script.PARAMS)),
                 "top_layers": files.state_digest(state), "swapped_labels": [[1, 1000]],
                 "songs": songs}
     manifest["digest"] = features_kit.manifest_digest(manifest)
