@@ -33,6 +33,7 @@ import verify
 SCRIPTS = (extract, train, eval_script, verify, predict, audit)
 FLOAT32 = ["--precision", "float32", "--device", "cpu"]
 QUICK = ["--batch-size", "20", "--epochs", "2", "--threads", "2", *FLOAT32]
+DRAW_HISTORY = train.figures.draw_history
 tally = []
 
 
@@ -159,7 +160,9 @@ def own(features, tmp_path):
 def trained(features, tmp_path_factory):
     """A run of two epochs in float32. Not to be changed by a test."""
     folder = tmp_path_factory.mktemp("runs") / "last1"
-    assert call(train, "--features", features, "--run", folder, *QUICK) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.figures, "draw_history", DRAW_HISTORY)
+        assert call(train, "--features", features, "--run", folder, *QUICK) == 0
     return folder
 
 
