@@ -71,9 +71,10 @@ class Evaluation(NamedTuple):
 def predictions(model, data, split, scale, arithmetic):
     """{song id: [valence, arousal]} on the 1–9 scale, to six decimals, of a model in this
     arithmetic. scale: what has the `mean` and `std` of the labels that it was trained on."""
-    clips = DataLoader(FrozenOutputs(data.datasets[split], model, arithmetic), 1,
+    # each clip's values are the same in any batch; in a batch the next files are read meanwhile
+    clips = DataLoader(FrozenOutputs(data.datasets[split], model, arithmetic), 8,
                        collate_fn=collate)
-    bar = Progress(clips, desc=f"eval {split}", unit="song")
+    bar = Progress(clips, desc=f"eval {split}", unit="batch")
     values = (model.predict(bar, arithmetic) * scale.std + scale.mean).numpy()
     if not np.isfinite(values).all():
         raise UserError("a prediction is NaN or infinite")
@@ -203,7 +204,7 @@ def compare(evaluations, others):
         true_values(evaluations[0].data.annotations, ids),
         *([predicted_values(each["predictions"], ids) for each in side]
           for side in (first, second)), artist_groups(ids))
-    report.print_difference(first, second, values, intervals, "artists")
+    report.print_difference(first, second, values, intervals)
 
 
 # --------------------------------------------------------------------------------------------- run
@@ -262,7 +263,8 @@ def run(args):
     for each in evaluations:
         report.print_evaluation(each)
         print(f"written: {each.folder}/metrics.json, predictions.csv and four figures" if write else
-              "nothing written: what is verified is in this run's folder")
+              "nothing written: what is verified is in this run's folder",
+              end="\n\n" if each is not evaluations[-1] else "\n")
     if len(evaluations) > 1:
         report.print_runs(evaluations, not differing_settings(evaluations, "seed"))
     if args.against:

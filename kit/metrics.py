@@ -5,18 +5,18 @@ numbers can be computed again from its own predictions. All metrics are function
 songs of a few terms (`song_terms`), so that 10,000 resamples are one product of matrices.
 """
 
+import functools
 import math
 
 import numpy as np
 import torch
 
 from kit.deam import (DIMENSIONS, QUADRANTS, label_statistics, labels_of, quadrant, read_artists,
-                      songs_of, splits_digest)
+                      songs_of)
 from kit.files import json_digest
+from kit.published import TEST_SONGS, are_published, read_published
 
-# the published splits, of whose first 160 test songs published.json tells
-PUBLISHED_SPLITS = "c127846430ead7c2249ece577899cf276362b559daa45eaf37d0b810082fa957"
-# Predictions have six decimals: where a variance is below this, all values are equal.
+# A variance below this is rounding alone: labels have one decimal, predictions six.
 EQUAL = 1e-13
 YEARS = {"2013": (1, 1000), "2014": (1001, 2000)}  # ids of the songs annotated in each
 
@@ -44,8 +44,8 @@ def song_terms(true, pred):
 
 
 def ratio(a, b, none=0.0):
-    """a / b; `none` where b is 0."""
-    return np.divide(a, b, out=np.full(np.broadcast(a, b).shape, none), where=np.asarray(b) > 0)
+    """a / b; `none` where b is 0 but for rounding."""
+    return np.divide(a, b, out=np.full(np.broadcast(a, b).shape, none), where=np.asarray(b) > EQUAL)
 
 
 def variance(mean, mean_square):
@@ -90,9 +90,9 @@ def all_metrics(mean):
         var[kind] = [variance(mean[f"{name}_{kind}"], mean[f"{name}_{kind}_square"])
                      for name in DIMENSIONS]
         cov[kind] = mean[f"{kind}_product"] - first * second
-    spread = sum(var["true"]) - 2 * cov["true"]  # of the labels' difference
     square = mean["valence_square"] + mean["arousal_square"] - 2 * mean["error_product"]
-    metrics["difference"] = {"r2": r_squared(square, np.where(spread > EQUAL, spread, 0.0))}
+    metrics["difference"] = {"r2": r_squared(square, variance(0, sum(var["true"])
+                                                              - 2 * cov["true"]))}
     r = {kind: correlation(cov[kind], *var[kind]) for kind in var}
     metrics["correlation"] = {"true": r["true"], "predicted": r["pred"],
                               "excess": abs(r["pred"]) - abs(r["true"])}
@@ -117,26 +117,40 @@ def means(terms):
     return {name: values.mean() for name, values in terms.items()}
 
 
-def resampled_means(terms, groups, resamples=10_000):
-    """The means of the terms {name: float64[N]} over each of so many resamples, with a fixed seed:
-    {name: float64[resamples]}. Whole groups of songs, groups[N], are drawn with replacement; two
-    calls with the same groups draw the same songs."""
+@functools.lru_cache(4)  # a report resamples the same groups for several sets of terms
+def resampled_weights(groups, resamples=10_000):
+    """int16[resamples, groups]: how often each group is drawn, with a fixed seed."""
+    generator, parts = np.random.default_rng(0), []
+    for _ in range(0, resamples, 1000):
+        drawn = generator.integers(0, groups, (1000, groups))
+        drawn += np.arange(1000)[:, None] * groups  # count all 1000 in one go
+        counts = np.bincount(drawn.ravel(), minlength=1000 * groups)
+        parts.append(counts.reshape(1000, groups).astype(np.int16))
+    return np.concatenate(parts)
+
+
+def resampled_means(terms, groups):
+    """The means of the terms {name: float64[N]} over each of 10,000 resamples: {name:
+    float64[10,000]}. Whole groups of songs, groups[N], are drawn with replacement; two calls with
+    the same groups draw the same songs."""
     names, index = np.unique(groups, return_inverse=True)
     sums = np.zeros((len(names), len(terms) + 1))
     np.add.at(sums, index, np.column_stack([*terms.values(), np.ones(len(groups))]))
-    generator, parts = np.random.default_rng(0), []
-    for _ in range(0, resamples, 1000):
-        drawn = generator.integers(0, len(names), (1000, len(names)))
-        drawn += np.arange(1000)[:, None] * len(names)  # count all 1000 in one go
-        weights = np.bincount(drawn.ravel(), minlength=1000 * len(names)).reshape(1000, -1)
-        totals = weights.astype(float) @ sums
-        parts.append(totals[:, :-1] / totals[:, -1:])
-    return dict(zip(terms, np.concatenate(parts).T))
+    totals = resampled_weights(len(names)) @ sums
+    return dict(zip(terms, (totals[:, :-1] / totals[:, -1:]).T))
 
 
 def interval(values):
     """The 95% percentile interval (Efron & Tibshirani 1993), [low, high]."""
     return np.nanquantile(values, [0.025, 0.975]).tolist()
+
+
+def wilson(right, count):
+    """The 95% interval of a share, right of count (Wilson 1927), [low, high]."""
+    z, share = 1.959964, right / count
+    middle, half = share + z**2 / (2 * count), z * math.sqrt(
+        share * (1 - share) / count + z**2 / (4 * count**2))
+    return [(middle - half) / (1 + z**2 / count), (middle + half) / (1 + z**2 / count)]
 
 
 def mapped(function, *trees):
@@ -225,8 +239,7 @@ def noise_free_accuracy(true, deviation):
 def perfect_correlation(true, share):
     """How valence and arousal of the best predictor correlate where `share` of the pairs of labels
     were exchanged and nothing tells which. true[N, 2]: the labels as they should be."""
-    values = (true - true.mean(0)) / true.std(0)
-    return float(np.corrcoef(((1 - share) * values + share * values[:, ::-1]).T)[0, 1])
+    return float(np.corrcoef(((1 - share) * true + share * true[:, ::-1]).T)[0, 1])
 
 
 # --------------------------------------------------------------------------------------- baselines
@@ -312,7 +325,9 @@ def measure_split(annotations, splits, split, pred, ridge_pred):
         name: {"mse": numbers["metrics"][name]["mse"] / scale**2,
                "mae": numbers["metrics"][name]["mae"] / scale}
         for name, scale in zip(DIMENSIONS, std)}}
-    if split == "test" and splits_digest(splits) == PUBLISHED_SPLITS:
+    if split == "test" and are_published(splits):
+        numbers["published"] = beside_published(true_values(annotations, ids),
+                                                predicted_values(pred, ids), np.array(std))
         artists = read_artists()
         heard = {artists[song] for song in known}
         unseen = [song for song in ids if artists[song] not in heard]
@@ -321,6 +336,26 @@ def measure_split(annotations, splits, split, pred, ridge_pred):
         numbers["unseen_artists"] = {"songs": len(unseen), "metrics": metrics,
                                      "intervals": intervals}
     return numbers
+
+
+def beside_published(true, pred, std):
+    """What the notebooks print of their test songs, and the same of these predictions."""
+    true, pred, content = true[:TEST_SONGS], pred[:TEST_SONGS], read_published()
+    metrics = mapped(float, all_metrics(means(song_terms(true, pred))))
+    mse, counts = [metrics[name]["mse"] for name in DIMENSIONS], confusion(true, pred)
+    z_mse = [value / scale**2 for value, scale in zip(mse, std.tolist())]
+    this_run = {"test_mse": mse, "test_z_mse_each": z_mse, "test_z_mse": sum(z_mse) / 2,
+                "quadrants_right": int(counts.trace()), "confusion": counts.tolist(),
+                "predicted_correlation": metrics["correlation"]["predicted"],
+                "true_correlation": metrics["correlation"]["true"]}
+    runs = {name: {key: value for key, value in run.items() if key not in ("columns", "epochs")}
+            for name, run in content["runs"].items()}
+    for each in runs.values():
+        each["true_correlation"] = content["labels"]["true_correlation_first_160_test"]
+    runs["this_run"] = this_run
+    for each in runs.values():
+        each["quadrants_interval"] = wilson(each["quadrants_right"], TEST_SONGS)
+    return {key: content[key] for key in ("source", "protocol", "confusion_order")} | runs
 
 
 def measure_folds(annotations, folds):
@@ -345,7 +380,21 @@ def measure_folds(annotations, folds):
     return numbers
 
 
+# ------------------------------------------------------------------------------------------- words
+
+LABELS = {"shipped": "original", "corrected": "corrected"}  # what labels are called in reports
+
+
+def rounded(value, digits=".2f"):
+    """A number as reports show it: "−0.52"; two or more digits before the point need none after."""
+    if value <= -1000:
+        return "<−999"
+    digits = digits.replace(".2f", ".0f") if abs(value) >= 10 else digits
+    return f"{value:{digits.replace('.', 'z.')}}".replace("-", "−")  # z: no minus zero
+
+
 def with_interval(numbers, name, key, digits=".2f"):
     """"0.52 [0.41, 0.60]": a metric with its interval."""
-    value, (low, high) = numbers["metrics"][name][key], numbers["intervals"][name][key]
-    return f"{value:{digits}} [{low:{digits}}, {high:{digits}}]".replace("-", "−")
+    value, edges = numbers["metrics"][name][key], numbers["intervals"][name][key]
+    low, high = (rounded(each, digits) for each in edges)
+    return f"{rounded(value, digits)} [{low}, {high}]"
