@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import io
 import math
 import os
 import re
@@ -95,7 +96,7 @@ class Decoder:
         if not self.stream:
             return
         with no_stderr():
-            self.sound = sound = soundfile.SoundFile(self.stream)
+            self.sound = sound = soundfile.SoundFile(io.BufferedReader(self.stream, BLOCK))
         sound.seekable = lambda: False  # else soundfile seeks after each read, and fails at ends
         self.expected = min(sound.frames, self.stream.samples or sound.frames)
         if not RATES[0] <= sound.samplerate <= RATES[1]:
@@ -125,7 +126,7 @@ class Decoder:
         # FLAC fails at what is behind its end, a tag perhaps: all before that is read first
         known = self.stream.samples if self.sound.format == "FLAC" else None
         if known and self.count <= known:
-            count = min(count, max(known - self.count, 1))
+            count = min(count, max(known - self.count, 1), 4096)
         try:
             with no_stderr():
                 return self.sound.read(count, dtype="float32", always_2d=True)
@@ -151,11 +152,11 @@ class Decoder:
 def mix_level(pcm):
     """How loud the mean of PCM's channels is beside the channels themselves, in dB: 0 where they
     are equal, −3 where they are unrelated, −inf where they cancel."""
+    if pcm.shape[1] == 1:
+        return 0.0
     each = np.mean([np.square(channel, dtype=np.float64).mean() for channel in pcm.T])
     mix = np.square(mono(pcm)).mean()
-    if not each:
-        return 0.0
-    return 10 * math.log10(mix / each) if mix else -math.inf
+    return 10 * math.log10(mix / each) if mix else -math.inf if each else 0.0
 
 
 def remark_on(levels):

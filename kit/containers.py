@@ -135,14 +135,17 @@ def container_streams(file, head, begin, end):
     left = end - start
     chunks = "" if head.startswith(b".snd") else form[0] + "4s" + ("q" if head[:1] == b"c" else "I")
     more = left - said > 1024 or said == 0
-    endless = said and any(said in sizes for sizes in ENDLESS)
+    endless = any(said in sizes for sizes in ENDLESS)
     if endless or more and not only_chunks(file, chunks, start + said, end):
         said = left
     if said > left:
         raise BadClip(f"truncated: its header says {said} bytes of sound, and {left} are there")
+    if said >= (1 << 31 if head.startswith(b".snd") else 256**struct.calcsize(form)):
+        raise BadClip(f"holds {said / 1e9:.1f} GB of sound, more than its format can tell: convert "
+                      "it to FLAC")
     if mpeg:
         return mpeg_streams(file, start, start + said)
-    size = struct.pack(form, min(said, 256**struct.calcsize(form) - 1))
+    size = struct.pack(form, said)
     return [Stream(file, [(begin, place), size, (place + len(size), end)])]
 
 

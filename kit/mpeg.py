@@ -6,7 +6,7 @@ import re
 import struct
 from typing import NamedTuple
 
-from kit.streams import BadClip, Stream, add_part, find_all, read_at, tag_size, truncated
+from kit.streams import BLOCK, BadClip, Stream, add_part, find_all, read_at, tag_size, truncated
 
 CHAIN = 6  # frames in a row that random bytes do not make
 # sync, a version, a layer; a bitrate, a sample rate: an MPEG audio frame that is not free-format
@@ -25,6 +25,7 @@ class Frame(NamedTuple):
     kind: tuple  # (version, layer, sample rate, mono): what does not change within a stream
     size: int  # bytes
     samples: int
+    tag: int  # where Xing or Info stands in a frame that has one
 
 
 @functools.lru_cache(4096)
@@ -34,11 +35,14 @@ def parse_header(header):
         return None
     version, layer = header[1] >> 3 & 3, 4 - (header[1] >> 1 & 3)
     rate = (44100, 48000, 32000)[header[2] >> 2 & 3] >> {3: 0, 2: 1, 0: 2}[version]
-    bitrate = 1000 * BITRATES[version == 3, layer if version == 3 else min(layer, 2)][header[2] >> 4]
+    column = version == 3, layer if version == 3 else min(layer, 2)
+    bitrate = 1000 * BITRATES[column][header[2] >> 4]
     samples = 384 if layer == 1 else 576 if layer == 3 and version != 3 else 1152
     slot, padding = 4 if layer == 1 else 1, header[2] >> 1 & 1
     size = (samples // 8 * bitrate // (rate * slot) + padding) * slot
-    return Frame((version, layer, rate, header[3] >> 6 == 3), size, samples)
+    mono = header[3] >> 6 == 3
+    tag = 4 + (17, 9, 32, 17)[2 * (version == 3) + mono]
+    return Frame((version, layer, rate, mono), size, samples, tag)
 
 
 def starts_frames(file, position, end):
@@ -55,18 +59,16 @@ def starts_frames(file, position, end):
     return first
 
 
-def length_header(header, frame):
+def length_header(data, frame):
     """(where its count of frames lies, the count) of a frame that describes those behind it, as
     Xing, Info or VBRI; (0, 0) of one that does not count; None of any other."""
-    version, layer, _, mono = frame.kind
-    at = 4 + (9 if mono else 17) if version != 3 else 4 + (17 if mono else 32)
-    if layer == 3 and header[at:at + 4] in (b"Xing", b"Info"):
-        place = at + 8 if header[at + 7] & 1 else 0
-    elif layer == 3 and header[36:40] == b"VBRI":
+    if frame.kind[1] == 3 and data[frame.tag:frame.tag + 4] in (b"Xing", b"Info"):
+        place = frame.tag + 8 if data[frame.tag + 7] & 1 else 0
+    elif frame.kind[1] == 3 and data[36:40] == b"VBRI":
         place = 50
     else:
         return None
-    return place, int.from_bytes(header[place:place + 4], "big") if place else 0
+    return place, int.from_bytes(data[place:place + 4], "big") if place else 0
 
 
 def mpeg_streams(file, begin, end):
@@ -75,40 +77,50 @@ def mpeg_streams(file, begin, end):
     a header says more than follows, or where a second of the file or more is no frames."""
     runs, position = [], begin
     while position < end:
-        header = read_at(file, position, 64)
-        frame = parse_header(header[:4])
-        if not (frame and runs and frame.kind == runs[-1].kind):
-            frame = starts_frames(file, position, end)
-        if not frame:
-            tag = tag_size(header)
+        if runs:
+            position = runs[-1].extend(file, position, end)
+        frame = starts_frames(file, position, end)
+        if frame and position + frame.size > end:
+            break  # the last frame is cut: at most 0.1 s
+        if frame:
+            runs.append(Run(file, position, frame))
+            position += frame.size
+        elif position < end:
+            tag = tag_size(read_at(file, position, 16))
             found = position + tag if tag else next(
                 (each for each in find_all(file, HEADER_OR_TAG, position + 1, end, 8)
                  if tag_size(read_at(file, each, 16)) or starts_frames(file, each, end)), end)
             if runs and not tag:
                 runs[-1].gaps.append(found - position)
             position = found
-            continue
-        if position + frame.size > end:
-            break  # the last frame is cut: at most 0.1 s
-        length = length_header(header, frame)
-        if length or not runs or frame.kind != runs[-1].kind:
-            runs.append(Run(frame, length))
-        runs[-1].add(position, frame.size)
-        position += frame.size
     return [run.stream(file) for run in runs if run.count or run.length[1]]
 
 
 class Run:
     """Frames of one kind, counted; the first may be a header that counts them too."""
 
-    def __init__(self, frame, length):
-        self.kind, self.seconds = frame.kind, frame.samples / frame.kind[2]  # a frame's
-        self.samples, self.length = frame.samples, length
-        self.count, self.gaps, self.parts = -1 if length else 0, [0], []
+    def __init__(self, file, position, frame):
+        self.length = length_header(read_at(file, position, 64), frame)
+        self.kind, self.samples = frame.kind, frame.samples
+        self.seconds = frame.samples / frame.kind[2]  # a frame's
+        self.count, self.gaps = 0 if self.length else 1, [0]
+        self.parts = [(position, position + frame.size)]
 
-    def add(self, position, size):
-        self.count += 1
-        add_part(self.parts, position, position + size)
+    def extend(self, file, position, end):
+        """Add the frames of this kind that follow from a position on; where they end."""
+        start, kind, data, base = position, self.kind, b"", position
+        while position + 4 <= end:
+            offset = position - base
+            if offset + 64 > len(data):
+                data, base, offset = read_at(file, position, BLOCK), position, 0
+            frame = parse_header(data[offset:offset + 4])
+            if (not frame or frame.kind != kind or position + frame.size > end
+                    or length_header(data[offset:offset + 64], frame)):
+                break
+            position += frame.size
+            self.count += 1
+        add_part(self.parts, start, position)
+        return position
 
     def stream(self, file):
         place, said = self.length or (0, 0)

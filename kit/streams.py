@@ -32,12 +32,18 @@ class Stream(io.RawIOBase):
             size += len(part) if isinstance(part, bytes) else part[1] - part[0]
         self.size, self.endless, self.current = 1 << 50 if endless else size, endless, 0
 
+    def readable(self):
+        return True
+
+    def seekable(self):
+        return True
+
     def tell(self):
         return self.position
 
     def seek(self, offset, whence=0):
         position = offset + (0, self.position, self.size)[whence]
-        if position >= 0:  # damaged headers ask for others: libsndfile expects no exception
+        if 0 <= position < 1 << 60:  # damaged headers ask for others; no exception may be raised
             self.position, self.current = position, 0
         return self.position
 

@@ -3,22 +3,15 @@
 import csv
 import os
 import re
-import struct
-import subprocess
-import sys
 
 import kagglehub
 import numpy as np
 import pytest
 import soundfile
-import torch
-import torchaudio
-from conftest import ROOT
 
 import extract
 from common import DEAMHandler
 from kit import deam
-from kit.audio import BadClip, read_waveform, read_windows, resample, sin_pi
 from kit.cli import UserError
 from kit.deam import STATIC, read_annotations, read_splits, songs_of
 
@@ -239,110 +232,6 @@ def test_no_deam(tmp_path, fails, monkeypatch):
     message = fails(extract, "--features", tmp_path / "f")
     assert "cannot download DEAM" in message and "--deam" in message
     assert not (tmp_path / "f").exists()
-
-
-@pytest.mark.parametrize("suffix, tolerance", [
-    (".wav", 1e-3), (".flac", 1e-3), (".ogg", 0.02), (".mp3", 0.02)])
-def test_a_tone_keeps_length_and_level(tmp_path, compared, suffix, tolerance):
-    """Stereo at 44.1 kHz → 16 kHz mono of the same duration, frequency and level."""
-    tone = 0.5 * np.sin(2 * np.pi * 440 * np.arange(2 * 44100) / 44100)
-    soundfile.write(tmp_path / f"tone{suffix}", np.stack([tone, 0.5 * tone], 1), 44100)
-    waveform, digest = read_waveform(tmp_path / f"tone{suffix}", 16000)
-    assert abs(len(waveform) - 32000) <= (0.08 * 16000 if suffix == ".mp3" else 0)
-    middle = waveform[8000:24000]  # one second, so that a bin of its spectrum is one Hz
-    assert middle.square().mean().sqrt().item() == pytest.approx(0.375 / 2**0.5, rel=tolerance)
-    assert torch.fft.rfft(middle).abs().argmax().item() == 440
-    assert read_waveform(tmp_path / f"tone{suffix}", 16000)[1] == digest
-    compared(len(middle), "samples")
-
-
-def test_bad_clips_are_named(tmp_path, compared):
-    for name, values in (("whole.wav", np.zeros((44100, 2))), ("whole.mp3", NOISE),
-                         ("whole.flac", NOISE[:44100])):
-        soundfile.write(tmp_path / name, values, 44100)
-    soundfile.write(tmp_path / "short.wav", np.zeros(399), 16000)
-    soundfile.write(tmp_path / "nan.wav", np.full(16000, np.nan), 16000, subtype="FLOAT")
-    soundfile.write(tmp_path / "slow.wav", np.zeros(16000), 3999)
-    soundfile.write(tmp_path / "fast.wav", np.zeros(16000), 384_001)
-    whole = (tmp_path / "whole.wav").read_bytes()
-    content = {"empty.mp3": b"", "text.mp3": b"not audio " * 100}
-    for kind in ("AIFF", "AU", "W64", "RF64", "CAF", "OGG", "WAV"):
-        soundfile.write(tmp_path / "whole", np.zeros(44100), 44100, format=kind)
-        read_waveform(tmp_path / "whole", 16000)
-        half = (tmp_path / "whole").read_bytes()
-        content[f"cut.{kind.lower()}"] = half[:len(half) // 2]
-    content |= {"cut.flac": (tmp_path / "whole.flac").read_bytes()[:30000],
-                "cut.mp3": (tmp_path / "whole.mp3").read_bytes()[:20000]}
-    for name, data in content.items():
-        (tmp_path / name).write_bytes(data)
-    expected = {"short.wav": "too short", "nan.wav": "NaN", "empty.mp3": "empty file",
-                "text.mp3": "not readable", "cut.mp3": "truncated",
-                **{name: "truncated|malformed" for name in content if name.startswith("cut.")},
-                "cut.flac": "not readable|truncated", "slow.wav": "3999 Hz: convert it to 44100",
-                "fast.wav": "384001 Hz: convert it to 44100", "none.wav": "not readable"}
-    for name, says in expected.items():
-        with pytest.raises(BadClip, match=says):
-            read_waveform(tmp_path / name, 16000)
-    streamed = bytearray(whole)  # what a program writes that pipes a WAV and cannot know its length
-    struct.pack_into("<I", streamed, streamed.index(b"data") + 4, 0xFFFFFFFF)
-    (tmp_path / "streamed.wav").write_bytes(streamed)
-    assert len(read_waveform(tmp_path / "streamed.wav", 16000)[0]) == 16000
-    compared(len(expected) + 1, "files")
-
-
-@pytest.mark.parametrize("claimed", [0, 2**36 - 1])
-def test_a_flac_of_any_claimed_length(tmp_path, compared, claimed):
-    """A stream says 0 frames, for unknown; a damaged header says anything: neither takes memory."""
-    soundfile.write(tmp_path / "song.flac", NOISE, 44100)
-    expected = read_waveform(tmp_path / "song.flac", 16000)[0]
-    data = bytearray((tmp_path / "song.flac").read_bytes())
-    data[21] = data[21] & 0xF0 | claimed >> 32  # 36 bits in the middle of STREAMINFO
-    struct.pack_into(">I", data, 22, claimed & 0xFFFFFFFF)
-    (tmp_path / "song.flac").write_bytes(data)
-    if claimed:
-        with pytest.raises(BadClip, match="truncated"):
-            read_waveform(tmp_path / "song.flac", 16000)
-        with pytest.raises(BadClip, match="truncated"):
-            list(read_windows(tmp_path / "song.flac", 16000, 1, 0.1))
-    else:
-        assert torch.equal(read_waveform(tmp_path / "song.flac", 16000)[0], expected)
-        assert len(list(read_windows(tmp_path / "song.flac", 16000, 1, 0.5))) > 1
-    compared(2, "readings")
-
-
-@pytest.mark.parametrize("rate, new", [
-    (44100, 16000), (48000, 16000), (22050, 16000), (11025, 16000), (8000, 16000), (32000, 16000),
-    (96000, 16000), (4000, 16000), (384_000, 16000), (44100, 48000)])
-def test_resampling_is_torchaudios(compared, rate, new):
-    waveform = np.random.default_rng(rate).normal(size=rate // 2 + 17)
-    expected = torchaudio.functional.resample(torch.from_numpy(waveform), rate, new).numpy()
-    found = resample(waveform, rate, new)
-    assert found.shape == expected.shape
-    assert np.linalg.norm(found - expected) < 1e-12 * np.linalg.norm(expected)
-    compared(len(found), "samples")
-
-
-def test_the_resamplers_sine_is_numpys(compared):
-    x = np.linspace(-7, 7, 100_001)  # its kernel looks no further than 6
-    assert np.abs(sin_pi(x) - np.sin(np.pi * x)).max() < 4e-15
-    assert not sin_pi(np.arange(-9.0, 9)).any()
-    compared(len(x), "sines")
-
-
-def test_odd_rates_take_no_more_memory_than_others(tmp_path, compared):
-    """A second each, at rates without a common factor with 16 kHz; by the process's own peak."""
-    rates = (44101, 15999, 4001, 383_999, 384_000)
-    for rate in rates:
-        soundfile.write(tmp_path / f"{rate}.wav", np.zeros(rate), rate)
-    script = ("import sys, resource; sys.path.insert(0, sys.argv[1]); from kit.audio import read_waveform; before = "
-              "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-              "for path in sys.argv[2:]:\n"
-              "    assert len(read_waveform(path, 16000)[0]) == 16000\n"
-              "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)")
-    done = subprocess.run([sys.executable, "-c", script, ROOT, *(
-        tmp_path / f"{rate}.wav" for rate in rates)], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 1e6  # kB
-    compared(len(rates), "sample rates")
 
 
 def test_the_demo_is_like_deam(demo, splits, compared):
