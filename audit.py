@@ -77,6 +77,7 @@ def run(args):
         raise UserError(f"too few songs with dynamic annotations in {args.deam} to compare")
     print_audit(rows)
     print_artists(splits)
+    print("next: python train.py --labels corrected trains on labels that are exchanged back")
     return 0
 
 

@@ -270,7 +270,11 @@ def run(args):
     if args.against:
         others = [evaluate(args, folder, arithmetic, opened) for folder in args.against]
         compare(evaluations, [pool_folds(others)] if are_folds(others) else others)
-    return verify(expected, args.verify, evaluations[0]) if expected else 0
+    if expected:
+        return verify(expected, args.verify, evaluations[0])
+    print(f"next: python verify.py {args.runs[0]} --features {args.features} --pack "
+          f"{args.runs[0].resolve().name}.tar, for others to check")
+    return 0
 
 
 if __name__ == "__main__":

@@ -157,6 +157,7 @@ def report(folder, records, splits):
     failed = [record["failed"] for record in records if "failed" in record]
     for reason in failed:
         print(f"failed: {reason}")
+    print(f"next: python train.py --features {folder.root} --finetune last1")
     return 1 if failed else 0
 
 

@@ -175,6 +175,8 @@ def run(args):
                               args.figure.stem, f"{printable(file.name)} · model "
                               f"{args.run.name} · windows of {seconds:.0f} s")
             bar.say(f"written: {args.figure.with_suffix('.png')} and .pdf")
+    if not args.csv and not args.figure:
+        print("next: --figure song.png draws one song over time, --csv songs.csv writes a table")
     return 1 if failed else 0
 
 

@@ -364,6 +364,7 @@ def report(args, training, digests):
               f"epoch {len(history)}'s, {history[-1][5]:.4f} (--select best takes the lowest)")
     for name, value in digests.items():
         print(f"{name.replace('_', ' ')}: {value}")
+    print(f"next: python eval.py {args.run} --features {args.features}")
 
 
 if __name__ == "__main__":

@@ -373,6 +373,7 @@ def run(args):
         code = verdict.finish()
         if args.pack and code != 1:
             pack(folder, args.pack, record.metrics)
+            print(f"next: publish {args.pack}; others check it with python verify.py {args.pack}")
     return code
 
 

@@ -173,8 +173,7 @@ def draw_histograms(true, pred, folder, caption):
 
 def caption_of(finetune, labels, songs, source):
     """What a picture shows: the model, its labels, which songs and where they come from."""
-    kind = "original" if labels == "shipped" else "corrected"
-    return f"{finetune} · {kind} labels · {songs}\n{source}"
+    return f"{finetune} · {labels} labels · {songs}\n{source}"
 
 
 def draw_report(true, pred, numbers, folder, caption):

@@ -382,7 +382,6 @@ def measure_folds(annotations, folds):
 
 # ------------------------------------------------------------------------------------------- words
 
-LABELS = {"shipped": "original", "corrected": "corrected"}  # what labels are called in reports
 
 
 def rounded(value, digits=".2f"):

@@ -5,7 +5,7 @@ import textwrap
 import numpy as np
 
 from kit.deam import DIMENSIONS
-from kit.metrics import (LABELS, perfect_correlation, rounded, true_values, with_interval)
+from kit.metrics import (perfect_correlation, rounded, true_values, with_interval)
 from kit.published import TEST_SONGS, run_like
 
 WIDTH = 80
@@ -22,9 +22,9 @@ def print_evaluation(evaluation):
     content, numbers = evaluation.content, evaluation.content["numbers"]
     runs = content.get("runs", {content["run"]: content})
     title = content["run"] if len(runs) == 1 else f"{len(runs)} runs"
-    labels = f"{LABELS[content['labels']]} labels"
+    labels = f"{content['labels']} labels"
     if content["labels"] != content["trained_on_labels"]:
-        labels += f" (trained on {LABELS[content['trained_on_labels']]} ones)"
+        labels += f" (trained on {content['trained_on_labels']} ones)"
     say(f"{title}: {content['finetune']}, {content['split']} split, n = {content['songs']}, "
         f"{labels}, {content['precision']}")
     print()
@@ -142,7 +142,7 @@ def print_exchange(data, swapped):
     values = true_values(data.annotations, songs)
     if data.labels == "shipped":  # back to their places
         values = np.where(exchanged[:, None], values[:, ::-1], values)
-    say(f"In the original labels valence and arousal are exchanged for {exchanged.sum()} of "
+    say(f"In the shipped labels valence and arousal are exchanged for {exchanged.sum()} of "
         f"{len(songs)} songs. Nothing tells a model which, so that even a perfect one's "
         f"predictions would correlate at {perfect_correlation(values, exchanged.mean()):.3f}.")
 
@@ -162,7 +162,7 @@ def print_published(evaluation):
     content, config = evaluation.content, evaluation.config
     print()
     if content["labels"] != "shipped":
-        say("The published numbers are about the original labels: --labels shipped compares.")
+        say("The published numbers are about the shipped labels: --labels shipped compares.")
         return
     everything = content["numbers"]["published"]
     published, own = everything[run_like(config)], everything["this_run"]
@@ -219,10 +219,10 @@ def print_difference(first, second, values, intervals):
     def side(contents):
         return contents[0]["run"] + (f" and {len(contents) - 1} more" if contents[1:] else "")
 
-    trained = [LABELS[contents[0]["trained_on_labels"]] for contents in (first, second)]
+    trained = [contents[0]["trained_on_labels"] for contents in (first, second)]
     print()
     say(f"{side(first)} less {side(second)}, n = {first[0]['songs']}, "
-        f"{LABELS[first[0]['labels']]} labels"
+        f"{first[0]['labels']} labels"
         + (f" (trained on {trained[0]} and {trained[1]} ones)" if len(set(trained)) > 1 else ""))
     for name in DIMENSIONS:
         print(main_metrics({"metrics": values, "intervals": intervals}, name, "+.2f"))
