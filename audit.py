@@ -9,6 +9,11 @@ collected a year at a time, and an exchange of columns happens to a whole batch.
 test songs whose artist is also in train or val: a model can have learned the artist's sound.
 """
 
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # python -P, -I leave it out
+
 from kit.cli import Parser, execute, path, start
 
 
@@ -72,6 +77,7 @@ def run(args):
         raise UserError(f"too few songs with dynamic annotations in {args.deam} to compare")
     print_audit(rows)
     print_artists(splits)
+    print("next: python train.py --labels corrected trains on labels that are exchanged back")
     return 0
 
 

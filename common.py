@@ -20,12 +20,14 @@ from torch.utils.data import DataLoader, Dataset
 from exact import Exact
 from kit.audio import RATES, read_waveform
 from kit.cli import UserError
-from kit.deam import (SPLITS, STATIC, corrected, download_deam, files_below,
-                      label_statistics, labels_of, own_splits, quadrant, read_annotations, songs_of)
+from kit.containers import ENDINGS
+from kit.deam import (SPLITS, corrected, download_deam, dynamic_annotations, files_below,
+                      label_statistics, labels_of, own_splits, quadrant, read_annotations,
+                      songs_of, static_annotations)
 from kit.features import NOTEBOOK_MANIFEST, FeatureReader, read_manifest
 from kit.files import prefetch, read_tensors, sha256, shortened, state_digest
 from kit.schema import check_schema
-from kit.weights import find_weights, fold_weight_norm
+from kit.weights import find_weights, fold_weight_norm, misfit
 
 # ----------------------------------------------------------------------------------------- seeding
 
@@ -54,7 +56,11 @@ TOP_LAYERS = {"params": PARAMS, "layer": int, "state": {str: torch.Tensor}}
 
 def network(params):
     """torchaudio's wav2vec2 network without weights (they are assigned, not copied over random
-    ones), its positional weight norm removed. Raises UserError for impossible params."""
+    ones), its positional weight norm removed. Raises UserError for impossible params.
+    params: torchaudio's, and perhaps `layer_norm_eps`: as in transformers, the epsilon of every
+    layer norm behind the convolutions."""
+    params = dict(params)
+    epsilon = params.pop("layer_norm_eps", 1e-5)
     sizes = [size for layer in params["extractor_conv_layer_config"] for size in layer]
     sizes += [value for name, value in params.items() if name.startswith("encoder_")
               and type(value) is int and "drop" not in name]
@@ -64,11 +70,16 @@ def network(params):
             raise ValueError("a size is out of range")
         if not all(0 <= rate <= 1 for rate in rates):
             raise ValueError("a dropout rate is not from 0 to 1")
+        if not 0 <= epsilon <= 1:
+            raise ValueError("layer_norm_eps is not from 0 to 1")
         with torch.device("meta"):
             model = torchaudio.models.wav2vec2_model(**params)
     except (ValueError, RuntimeError, TypeError, ZeroDivisionError, IndexError) as error:
         raise UserError(f"there is no network of this architecture: {error}") from None
     parametrize.remove_parametrizations(model.encoder.transformer.pos_conv_embed.conv, "weight")
+    for module in model.encoder.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = epsilon
     return model.eval()
 
 
@@ -85,27 +96,25 @@ class Backbone:
     """A frozen wav2vec2 or HuBERT encoder: waveforms in, hidden states out.
 
     weights: the name of a torchaudio bundle; a Hugging Face repository `owner/name[@revision]`; a
-    Hugging Face folder; or a file, a state dict of the base architecture in either spelling.
+    Hugging Face folder; or a file of weights in either spelling, whose architecture is that of the
+    config.json beside it or, without one, the base one.
     params: torchaudio's parameters of the architecture. digest: sha256 of the float32 weights,
     whatever file they came from. source: their name, revision and the file's sha256.
     Raises UserError for unreadable or unfitting weights, or without network.
     """
 
     def __init__(self, weights):
-        self.params, state, self.sample_rate, self.epsilon, self.source = find_weights(str(weights))
+        (self.params, state, self.sample_rate, self.epsilon, self.source,
+         architecture) = find_weights(str(weights))
         if not RATES[0] <= self.sample_rate <= RATES[1]:
             raise UserError(f"{weights}: its sample rate is {self.sample_rate} Hz, not one from "
                             f"{RATES[0]} to {RATES[1]}")
         self.model = network(self.params)
-        state = {name: tensor.float() for name, tensor in fold_weight_norm(state).items()
+        state = {name: tensor for name, tensor in fold_weight_norm(state).items()
                  if not name.startswith("aux.")}  # a speech recogniser's output layer
-        wanted = self.model.state_dict()
-        misfits = [name for name in wanted if name not in state
-                   or state[name].shape != wanted[name].shape]
-        if misfits or len(state) != len(wanted):
-            raise UserError(f"{weights}: these weights do not fit the architecture "
-                            f"({shortened(misfits or sorted(set(state) - set(wanted)))}); a bare "
-                            "file must be of the base size, others need config.json beside them")
+        if problem := misfit(state, self.model.state_dict()):
+            raise UserError(f"{weights}: these weights do not fit {architecture} ({problem})")
+        state = {name: tensor.float() for name, tensor in state.items()}
         if bad := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
             raise UserError(f"{weights}: NaN or infinity in {shortened(bad)}")
         self.model.load_state_dict(state, assign=True)
@@ -172,7 +181,7 @@ class DEAMHandler:
     `get_waveform`.
 
     root: the folder, in any layout (Kaggle's, the original zip files', spaces or underscores): it
-    is searched for the static annotations and for files named <song id>.mp3 (.wav, .flac, .ogg).
+    is searched for the static annotations and for audio files named <song id>.mp3 (.wav, …).
     "kaggle" downloads version 1. Raises UserError where there is no DEAM.
     """
 
@@ -182,16 +191,10 @@ class DEAMHandler:
             raise UserError(f"no folder {root}: give DEAM's with --deam PATH, or kaggle to "
                             "download it")
         files = files_below(root)
-        tables = [path for path in files if path.name.replace(" ", "_") == STATIC]
-        if not tables:
-            raise UserError(f"no DEAM in {root}: {STATIC} is nowhere in it; unpack "
-                            "DEAM_Annotations there")
-        self.root, self.annotations, self.audio = root, read_annotations(min(tables)), {}
-        self.dynamic = {path.stem: path for path in files if "dynamic" in path.parent.name
-                        and path.name in ("valence.csv", "arousal.csv")}
+        self.root, self.annotations, self.audio = root, static_annotations(files, root), {}
+        self.dynamic = dynamic_annotations(files)
         for path in sorted(files):
-            if path.suffix.lower() in (".mp3", ".wav", ".flac", ".ogg") and re.fullmatch(
-                    "[0-9]{1,9}", path.stem):
+            if path.suffix.lower() in ENDINGS and re.fullmatch("[0-9]{1,9}", path.stem):
                 song = int(path.stem)
                 if song in self.audio:
                     raise UserError(f"two files for song {song}: {self.audio[song]} and {path}; "

@@ -8,6 +8,11 @@
 Rerun the same command to resume after an interruption: songs that are there are skipped.
 """
 
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # python -P, -I leave it out
+
 from kit.cli import Parser, execute, number, path, start
 
 
@@ -41,16 +46,17 @@ if __name__ == "__main__":
     ARGS = start(parser(), "rerun the same command to resume")  # before torch is imported
 
 import functools
+import json
 
 import torch
 
 from common import Backbone, DEAMHandler
-from kit.audio import BadClip
-from kit.cli import Progress, UserError
+from kit.audio import BadClip, read_clip
+from kit.cli import Progress, UserError, torchrun
 from kit.deam import own_splits, read_splits, songs_of
 from kit.features import FeatureFolder, labels_table
-from kit.files import prefetch, sha256, shortened, state_digest
-from kit.machine import Arithmetic, cores, environment, torchrun
+from kit.files import json_text, prefetch, sha256, shortened, state_digest
+from kit.machine import Arithmetic, cores, environment
 from kit.swapped import swapped_ranges
 
 
@@ -72,21 +78,23 @@ def describe(deam, backbone, layer, precision, store):
     """How features are made: a manifest but for its songs and which labels are swapped."""
     settings = {"weights": backbone.digest, "layer": layer, "precision": precision, "store": store,
                 "sample_rate": backbone.sample_rate, "normalize_epsilon": backbone.epsilon}
-    return {"settings": settings, "annotations": sha256(labels_table(deam.annotations).encode()),
+    return {"settings": settings, "params": json.loads(json_text(backbone.params)),
+            "annotations": sha256(labels_table(deam.annotations).encode()),
             "top_layers": state_digest(backbone.top_layers(layer)["state"])}
 
 
 def decode(deam, backbone, folder, song):
-    """(song, waveform, digest of its PCM); None for a song that fails, which the folder notes."""
+    """(song, waveform, digest of its PCM, a remark or None); None for a song that fails, which the
+    folder notes."""
     try:
-        return song, *deam.get_waveform(song, backbone.sample_rate)
+        return song, *read_clip(deam.audio[song], backbone.sample_rate)
     except BadClip as error:
         return folder.fail(song, f"{deam.audio[song]}: {error}")
 
 
 def equal_lengths(clips, size):
-    """Group clips (song, waveform, digest of its PCM) by length, up to `size` together, in memory
-    at most four times that; None is left out."""
+    """Group clips (of `decode`) by length, up to `size` together, in memory at most four times
+    that; None is left out."""
     waiting = {}
     for clip in filter(None, clips):
         length = len(clip[1])
@@ -100,14 +108,14 @@ def equal_lengths(clips, size):
 
 
 def hidden_states(clips, backbone, size):
-    """Yield (song, digest of its PCM, features[T, D]) for clips (song, waveform, digest)."""
+    """Yield (song, digest of its PCM, features[T, D], remark) for clips (of `decode`)."""
     for batch in equal_lengths(clips, size):
-        songs, waveforms, pcms = zip(*batch)
-        yield from zip(songs, pcms, backbone.hidden_states(torch.stack(waveforms)))
+        songs, waveforms, pcms, remarks = zip(*batch)
+        yield from zip(songs, pcms, backbone.hidden_states(torch.stack(waveforms)), remarks)
 
 
 def run(args):
-    rank, processes = torchrun()
+    rank, processes, *_ = torchrun()
     arithmetic = Arithmetic(args.precision, args.device)
     on_gpu = arithmetic.device.type == "cuda"
     if on_gpu:  # torch's other threads would only spin, on the cores that decode
@@ -143,9 +151,13 @@ def report(folder, records, splits):
     songs = folder.manifest["songs"].values()
     print(f"{folder.root}: {len(songs)} songs, {sum(entry['frames'] for entry in songs)} frames; "
           f"root digest {folder.manifest['digest']}\n{splits['source']}")
+    for song, record in zip(folder.ids, records):
+        if "note" in record:
+            print(f"note: song {song}: {record['note']}")
     failed = [record["failed"] for record in records if "failed" in record]
     for reason in failed:
         print(f"failed: {reason}")
+    print(f"next: python train.py --features {folder.root} --finetune last1")
     return 1 if failed else 0
 
 

@@ -7,6 +7,11 @@
 Any file that libsndfile reads. Unreadable files are reported and skipped (exit code 1).
 """
 
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # python -P, -I leave it out
+
 from kit.cli import Parser, execute, number, path, start
 
 
@@ -32,27 +37,23 @@ def parser():
 if __name__ == "__main__":
     ARGS = start(parser(), "rows written so far are complete")  # before torch is imported
 
-import os
 import statistics
 from pathlib import Path
 
 import numpy as np
-import soundfile
 import torch
 
 from common import Backbone, load_model
 from kit import figures
-from kit.audio import BadClip, read_windows
+from kit.audio import BadClip, mix_level, read_windows, remark_on
 from kit.cli import Progress, UserError
+from kit.containers import looks_like_audio
 from kit.deam import MOODS, QUADRANTS, files_below, quadrant
 from kit.files import write_csv
 from kit.machine import Arithmetic
 from kit.records import read_model
 from kit.weights import weights_name
 
-READABLE = {".aif", ".oga", ".opus", *(f".{name.lower()}" for name in
-                                       soundfile.available_formats())}
-OTHERS = {".m4a", ".aac", ".mp4", ".wma", ".webm", ".mka", ".ape", ".wv", ".mpc", ".ac3", ".dsf"}
 SONGS = ["song", "valence", "arousal", "valence_std", "arousal_std", "windows", "quadrant",
          "mood"]
 
@@ -63,11 +64,12 @@ def printable(name):
 
 
 def find_songs(paths):
-    """The files named, and all that look like audio in the folders named. Raises UserError."""
+    """The files named, and all that look like audio in the folders named, by ending or first bytes.
+    Raises UserError."""
     files = []
     for each in paths:
         files += [each] if not each.is_dir() else sorted(
-            file for file in files_below(each) if file.suffix.lower() in READABLE | OTHERS)
+            file for file in files_below(each) if looks_like_audio(file))
     if not files:
         raise UserError(f"no audio files in {', '.join(map(str, paths))}")
     return files
@@ -122,20 +124,19 @@ class Predictor:
 
 
 def predict_song(file, predictor, args):
-    """(starts of its windows in seconds, predictions [windows, 2], seconds a window). Raises
-    BadClip."""
+    """(starts of its windows in seconds, predictions [windows, 2], seconds a window, a remark or
+    None). Raises BadClip."""
     if not file.is_file():
         raise BadClip("no such file" if not os.path.lexists(file) else "not a regular file"
                       if os.path.exists(file) else "a broken link")
-    if file.suffix.lower() in OTHERS:
-        raise BadClip(f"{file.suffix} is not readable here: convert it to WAV, FLAC or MP3")
-    starts, values, seconds = [], [], 0
+    starts, values, levels, seconds = [], [], [], 0
     windows = read_windows(file, predictor.backbone.sample_rate, args.window, args.hop)
-    for begin, waveform, _ in windows:
+    for begin, waveform, pcm in windows:
         starts.append(begin)
         values.append(predictor(waveform))
+        levels.append(mix_level(pcm))
         seconds = len(waveform) / predictor.backbone.sample_rate
-    return np.array(starts), np.array(values), seconds
+    return np.array(starts), np.array(values), seconds, remark_on(levels)
 
 
 def summary(file, values):
@@ -156,7 +157,7 @@ def run(args):
     bar = Progress(files, desc="predict", unit="song", disable=len(files) < 2)
     for file in bar:
         try:
-            starts, values, seconds = predict_song(file, predictor, args)
+            starts, values, seconds, remark = predict_song(file, predictor, args)
         except (BadClip, OSError) as error:
             bar.say(f"failed: {printable(file)}: {printable(error)}")
             failed += 1
@@ -165,7 +166,7 @@ def run(args):
         _, valence, arousal, *deviation, windows, name, mood = row
         over = "±{:.2f} ±{:.2f} of {}".format(*deviation, windows) if windows > 1 else "one window"
         bar.say(f"{valence:8.3f}{arousal:9.3f}   {f'{name} {mood}':24}{over:>20}   "
-                f"{printable(file)}")
+                f"{printable(file)}" + (f" ({remark})" if remark else ""))
         rows.append([f"{cell:.6f}" if isinstance(cell, float) else cell for cell in row])
         if args.csv:  # after each song: a long list of songs may be interrupted
             write_csv(args.csv, SONGS, rows)
@@ -174,6 +175,8 @@ def run(args):
                               args.figure.stem, f"{printable(file.name)} · model "
                               f"{args.run.name} · windows of {seconds:.0f} s")
             bar.say(f"written: {args.figure.with_suffix('.png')} and .pdf")
+    if not args.csv and not args.figure:
+        print("next: --figure song.png draws one song over time, --csv songs.csv writes a table")
     return 1 if failed else 0
 
 

@@ -9,7 +9,11 @@ To try another pooling, head or loss, change `Pooling`, `Head` or `emotion_loss`
 parameter new to the loss is also an option here.
 """
 
+import os
+import sys
 from pathlib import Path
+
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # python -P, -I leave it out
 
 from kit.cli import Parser, execute, number, path, start
 
@@ -88,18 +92,17 @@ from common import (DEAMFeatHandler, EmotionModel, emotion_loss, quadrant_weight
                     start_from)
 from kit import figures
 from kit.audio import sin_pi
-from kit.cli import Progress, UserError
+from kit.cli import Progress, UserError, torchrun
 from kit.deam import SPLITS, fold_splits, own_splits, splits_digest
 from kit.files import lock, state_digest, tensor_digest
-from kit.machine import (Arithmetic, FrozenOutputs, room_for_activations, torchrun,
-                         where_to_keep)
+from kit.machine import Arithmetic, FrozenOutputs, room_for_activations, where_to_keep
 from kit.records import (HISTORY, describe_run, digest_steps, read_checkpoint, restore, shapes,
                          write_progress, write_result, write_start)
 
 
-def configuration(args, data, arithmetic):
-    """What decides a run's result: {"options": those of the command line, None where one has no
-    effect, and what they are applied to}. Raises UserError for options that contradict each
+def chosen_options(args, device):
+    """{name: value} of the options that decide a run's result, None where one has no effect.
+    device: in float32 its type decides bits. Raises UserError for options that contradict each
     other."""
     if args.schedule == "constant" and args.max_lr is not None:
         raise UserError("--schedule constant has one rate, --lr: leave out --max-lr")
@@ -115,10 +118,16 @@ def configuration(args, data, arithmetic):
     if args.precision == "exact":  # any number of threads gives the same bits on any device
         options["threads"] = None
     else:
-        options["device"] = arithmetic.device.type
+        options["device"] = device
     if args.schedule != "constant" and options["max_lr"] < args.lr:
         raise UserError(f"--max-lr {options['max_lr']} is below --lr {args.lr}")
-    return {"options": options, "features": data.digest, "splits": splits_digest(data.ids),
+    return options
+
+
+def configuration(args, data, arithmetic):
+    """What decides a run's result: the options, and what they are applied to."""
+    return {"options": chosen_options(args, arithmetic.device.type), "features": data.digest,
+            "splits": splits_digest(data.ids),
             "songs": {split: len(data.ids[split]) for split in SPLITS}}
 
 
@@ -296,7 +305,7 @@ class Training:
 
 
 def run(args):
-    if torchrun()[1] > 1:
+    if torchrun().count > 1:
         raise UserError("training is for one process: run train.py without torchrun")
     fold = "" if args.fold is None else f"-fold{args.fold}"
     args.run = args.run or Path("runs") / f"{args.finetune}{fold}"
@@ -347,14 +356,15 @@ def report(args, training, digests):
     songs = f"{len(data.ids['train'])} train, {len(data.ids['val'])} val songs"
     true = data.z_scored(data.datasets["val"].labels)  # and 0 is the mean of the labels
     level = {"mse": true.square().mean().item(), "mae": true.abs().mean().item()}
-    figures.draw_history([dict(zip(HISTORY, row)) for row in history], selected[0], lowest[0],
-                         level, args.run, figures.caption_of(args.finetune, args.labels, songs,
-                                                             data.splits["source"]))
+    caption = figures.caption_of(args.finetune, args.labels, songs, data.splits["source"])
+    figures.draw_or_say(figures.draw_history, [dict(zip(HISTORY, row)) for row in history],
+                        selected[0], lowest[0], level, args.run, caption)
     if args.select == "last" and lowest[0] <= 0.7 * len(history):
         print(f"the lowest val loss, {lowest[5]:.4f}, was that of epoch {lowest[0]}; the result is "
               f"epoch {len(history)}'s, {history[-1][5]:.4f} (--select best takes the lowest)")
     for name, value in digests.items():
         print(f"{name.replace('_', ' ')}: {value}")
+    print(f"next: python eval.py {args.run} --features {args.features}")
 
 
 if __name__ == "__main__":

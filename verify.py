@@ -12,6 +12,11 @@ are named, with the option that would. The verdict over the others is REPRODUCED
 CLOSE (3) or NOT REPRODUCED (1).
 """
 
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # python -P, -I leave it out
+
 from kit.cli import Parser, execute, number, path, start
 
 
@@ -55,9 +60,10 @@ import train
 from common import TOP_LAYERS, Backbone, DEAMFeatHandler, DEAMHandler
 from kit.audio import BadClip
 from kit.cli import Progress, UserError
-from kit.deam import corrected, read_annotations, read_splits, songs_of
+from kit.deam import SPLITS, corrected, fold_splits, read_annotations, read_splits, songs_of
 from kit.features import ENTRY, SETTINGS, find_damage, labels_table, read_manifest
-from kit.files import read_tensors, read_text, sha256, shortened, state_digest, tensor_digest
+from kit.files import (differences, read_tensors, read_text, sha256, shortened, state_digest,
+                       tensor_digest)
 from kit.machine import Arithmetic
 from kit.records import (DIGESTS, HISTORY, describe_run, digest_steps, flat_config, open_record,
                          pack, predictions_table, read_config, read_digests, read_history,
@@ -78,9 +84,17 @@ class Record:
         self.metrics = {file.parent: read_metrics(file)
                         for file in sorted(folder.glob("eval-*/metrics.json"))}
         self.config = flat_config(self.content["config"])
-        self.options = train.parser().read(self.content["config"]["options"],
-                                           folder / "config.json")
+        self.options = self.read_options(folder / "config.json")
         self.exact = self.options.precision == "exact"
+
+    def read_options(self, file):
+        """The options of the run as train.py's parser gives them. Raises UserError where they are
+        not what train.py writes."""
+        options = self.content["config"]["options"]
+        read = train.parser().read(options, file)
+        if differing := differences(options, train.chosen_options(read, read.device)):
+            raise UserError(f"{file} holds options that train.py does not write ({differing})")
+        return read
 
 
 # -------------------------------------------------------- 1: the record's files are of one run
@@ -112,6 +126,8 @@ def check_files(verdict, record):
     chosen = losses.index(min(losses)) if options.select == "best" else options.epochs - 1
     verdict.compare("model in digests.csv", [record.model["digest"]],
                     [row[3] for row in ends[chosen:chosen + 1]])
+    if options.fold is not None:
+        verdict.compare_all(SPLITS, fold_splits(options.fold, record.splits), record.splits)
     for folder, metrics in record.metrics.items():
         check_evaluation(verdict, record, folder, metrics)
     verdict.end()
@@ -180,7 +196,7 @@ def check_features(verdict, record, args, deam, backbone):
     actual = extract.describe(deam, backbone, *(settings[key] for key in (
         "layer", "precision", "store")))
     verdict.compare_all(SETTINGS, settings, actual["settings"])
-    verdict.compare_all(("annotations", "top_layers"), record.manifest, actual)
+    verdict.compare_all(("params", "annotations", "top_layers"), record.manifest, actual)
     if len(deam.dynamic) == 2:
         verdict.compare("swapped labels", record.manifest["swapped_labels"], swapped_ranges(deam))
     backbone.to(Arithmetic(settings["precision"], args.device), settings["layer"])
@@ -212,7 +228,7 @@ def prepare_training(verdict, record, args):
     options.features, options.device, options.allow_missing = args.features, args.device, None
     arithmetic = Arithmetic(options.precision, args.device, options.threads)
     data = train.open_data(options, record.splits)
-    verdict.compare_all(("settings", "annotations", "top_layers", "swapped_labels"),
+    verdict.compare_all(("settings", "params", "annotations", "top_layers", "swapped_labels"),
                         record.manifest, data.manifest)
     songs = data.manifest["songs"] or {}
     verdict.compare("PCM and features in both manifests",
@@ -295,7 +311,7 @@ def check_folder(root):
     verdict.begin(f"features of {len(manifest['songs'])} songs")
     damage = find_damage(root, manifest["songs"], manifest["settings"]["store"])
     for song, reason in damage.items():
-        verdict.compare(f"song {song}", "as its digest says", reason or "as its digest says")
+        verdict.compare(reason or f"song {song}", "whole", "damaged" if reason else "whole")
     verdict.end()
     verdict.begin("annotations, top layers and splits")
     table = read_text(root / "annotations.csv", "a table of labels")
@@ -357,6 +373,7 @@ def run(args):
         code = verdict.finish()
         if args.pack and code != 1:
             pack(folder, args.pack, record.metrics)
+            print(f"next: publish {args.pack}; others check it with python verify.py {args.pack}")
     return code
 
 

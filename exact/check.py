@@ -6,6 +6,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+from exact.gpu import emulation
 from exact.mode import Exact
 
 
@@ -17,9 +18,19 @@ def sample(device, *shape):
     return (x.to(torch.float64) * 2.0**-52).view(shape).to(device)
 
 
+def gradients(function, *tensors):
+    with torch.enable_grad():
+        tensors = [tensor.clone().requires_grad_() for tensor in tensors]
+        function(*tensors).square().sum().backward()
+    return torch.cat([tensor.grad.flatten() for tensor in tensors])
+
+
 CASES = {  # of x[60, 500] and y[500, 40]: the digest of the answer, and what to compute
     "product": ("0946f3a3", lambda x, y: x @ y),
+    "long product": ("f1013ab7", lambda x, y: torch.stack([
+        x.view(1, -1) @ x.view(-1, 1), y[:200].view(1, -1) @ x.view(-1, 1)[:8000]])),
     "sum": ("e84c220b", lambda x, y: x.repeat(20, 1).sum()),
+    "sum of columns": ("971f1640", lambda x, y: x.repeat(40, 1).sum(0)),
     "index_add": ("281e0fda", lambda x, y: torch.zeros_like(x[:7]).index_add(
         0, torch.arange(60, device=x.device) % 7, x)),
     "division": ("1a143734", lambda x, y: x / 3.0),
@@ -29,36 +40,61 @@ CASES = {  # of x[60, 500] and y[500, 40]: the digest of the answer, and what to
     "denormal numbers": ("c2670832", lambda x, y: x.repeat(20, 1) * 2.0**-1030),
     "exp": ("a58f73ce", lambda x, y: torch.exp(x * 20.0)),
     "log": ("63c8543d", lambda x, y: torch.log(x + 1.5)),
-    "gelu": ("9a120eb2", lambda x, y: F.gelu(x * 6.0)),
+    "gelu": ("e46a2933", lambda x, y: F.gelu(x * 6.0)),
     "softmax": ("296f9a5f", lambda x, y: x.softmax(1)),
     "layer norm": ("15cdbc6b", lambda x, y: F.layer_norm(x, x.shape[1:], y[:, 0], y[:, 1])),
     "convolution": ("896f9178", lambda x, y: F.conv1d(
         x[None], y.view(100, 40, 5)[:20, :30], groups=2)),
+    "convolution of a wide input": ("ae08a78c", lambda x, y: F.conv1d(
+        x[None, :32], y.view(-1, 32, 5)[:70], y.view(-1)[:70], stride=2, padding=3)),
+    "group norm": ("b82424e6", lambda x, y: F.group_norm(
+        x.view(2, 30, 500), 5, y[:30, 0], y[:30, 1])),
+    "gradients": ("54a4e950", lambda x, y: gradients(lambda x, w: F.gelu(
+        F.layer_norm(x, x.shape[1:], w[:, 0], w[:, 1]) @ w), x, y)),
     "dropout": ("f599be47", lambda x, y: F.dropout(x, 0.3)
                 + torch.native_dropout(x, 0.3, True)[0]),
     "attention": ("cdc8d985", lambda x, y: F.scaled_dot_product_attention(
+        *x.view(3, 4, 50, 50))),
+    "gradients of attention": ("5f08eb6f", lambda x, y: gradients(
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, dropout_p=0.1),
         *x.view(3, 4, 50, 50))),
     "Python's power": ("3808ebb3", lambda x, y: torch.tensor([
         (1 - beta**n)**0.5 for beta in (0.9, 0.99, 0.999) for n in range(1, 300)],
         dtype=torch.float64)),
 }
+# of x[2048, 1024], on a GPU: libraries have other algorithms for large products
+LARGE = {"large product": "03b485f6", "large product in float64": "5f403570"}
 
 
-def answers(device):
+def digest(x):
+    return hashlib.sha256(x.cpu().numpy().astype("<f8").tobytes()).hexdigest()[:8]
+
+
+def answers(device, large):
     """{operation: the first eight hexadecimal digits of the sha256 of its result}."""
     x, y = sample(device, 60, 500), sample(device, 500, 40)
     with Exact(), torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        results = {name: case(x, y) for name, (_, case) in CASES.items()}
-    return {name: hashlib.sha256(value.cpu().numpy().astype("<f8").tobytes()).hexdigest()[:8]
-            for name, value in results.items()}
+        found = {name: digest(case(x, y)) for name, (_, case) in CASES.items()}
+        if large:
+            x = sample(device, 2048, 1024)
+            found["large product"] = digest(x @ x.T)
+    if large:  # what a library makes of integers on a grid, without a rule
+        x = (x * 2.0**20).round()
+        found["large product in float64"] = digest(x @ x.T)
+    return found
 
 
 def check(device="cpu"):
-    """Compute known answers on a device, in milliseconds once it is warm. Raises ArithmeticError,
-    which names the first operation whose bits are others."""
-    for name, digest in answers(torch.device(device)).items():
-        if digest != CASES[name][0]:
-            raise ArithmeticError(f"{name} on {device} gives other bits than it must ({digest}, "
-                                  f"not {CASES[name][0]}): results there are not those of other "
-                                  "machines")
+    """Compute known answers on a device, in milliseconds once it is warm; on a GPU by its kernels,
+    if it runs them, and by float64. Raises ArithmeticError, which names the first operation whose
+    bits are others."""
+    device = torch.device(device)
+    if device.type == "cuda" and emulation():
+        raise ArithmeticError(f"{' and '.join(emulation())}: cuBLAS may approximate float64 "
+                              "products, and CUDA began before exact could turn that off: unset it")
+    for name, found in answers(device, device.type == "cuda").items():
+        expected = CASES[name][0] if name in CASES else LARGE[name]
+        if found != expected:
+            raise ArithmeticError(f"{name} on {device} gives other bits than it must ({found}, "
+                                  f"not {expected}): results there are not those of other machines")

@@ -12,11 +12,18 @@ from pathlib import Path
 
 import torch
 
-# Set before CUDA starts: cuBLAS 13 can replace float64 products by approximations.
-EMULATION = ("CUBLAS_EMULATE_DOUBLE_PRECISION", "CUBLAS_EMULATION_STRATEGY")
-if not torch.cuda.is_initialized():
-    os.environ["CUBLAS_EMULATE_DOUBLE_PRECISION"] = "0"
-    os.environ.pop("CUBLAS_EMULATION_STRATEGY", None)
+
+EMULATION = "CUBLAS_EMULATE_DOUBLE_PRECISION", "CUBLAS_EMULATION_STRATEGY"
+
+
+def emulation():
+    """Those of EMULATION that are on: with them cuBLAS 13 approximates float64 products."""
+    return [name for name in EMULATION if os.environ.get(name, "0") != "0"]
+
+
+if not torch.cuda.is_initialized():  # else it is too late, and the check says so
+    os.environ[EMULATION[0]] = "0"
+    os.environ.pop(EMULATION[1], None)
 
 
 def by_zig(name, source, folder, library_dirs, include_dirs, libraries, *_):

@@ -14,9 +14,11 @@ fused multiply-add, and sums are those of integers. NaN and infinity make their 
 import torch
 import triton
 import triton.language as tl
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from exact import grids
 
 OPTIONS = {"enable_fp_fusion": False}  # of every launch here
-STEP = tl.constexpr(64)  # digits along K at a time: rows of digits are padded with zeros to that
 LONGEST = 1 << 15  # K that five int32 accumulators hold, with room: 3 · 2^14 · K < 2^31
 
 # ------------------------------------------------------------------------------------------- parts
@@ -35,10 +37,10 @@ def bits_of(x):
 
 
 @triton.jit
-def grid(top, BITS: tl.constexpr):
+def grid(top, bits):
     """grids.grid: (up, down, rest) for the bits_of the largest number."""
     exponent = top >> 52
-    down = tl.minimum(tl.maximum(exponent, BITS), 2046) + (1 - BITS)
+    down = tl.minimum(tl.maximum(exponent, bits), 2046) + (1 - bits)
     near = tl.minimum(tl.maximum(down, 823), 1223)
     rest = tl.where(exponent == 2047, float("nan"), power_of_two(down - near + 1023))
     return power_of_two(2046 - down), power_of_two(near), rest
@@ -100,25 +102,28 @@ def store_digits(D, plane, place, q, mask):
     tl.store(D + 2 * plane + place, d2, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "bits"])
 def row_digits_kernel(X, D, NEAR, REST, rows, K, padded, batch_stride, row_stride, plane,
-                      BITS: tl.constexpr, BLOCK: tl.constexpr):
-    """A row of x, contiguous: its largest number, then its digits."""
-    r, g, k = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.arange(0, BLOCK)
-    X += g * batch_stride + r * row_stride
-    r += g * rows
-    top = tl.zeros((BLOCK,), tl.int64)
-    for start in range(0, K, BLOCK):
-        top = tl.maximum(top, bits_of(tl.load(X + start + k, mask=start + k < K, other=0.0)))
-    up, near, rest = grid(tl.max(top, 0), BITS)
-    for start in range(0, padded, BLOCK):
-        x = tl.load(X + start + k, mask=start + k < K, other=0.0)
-        store_digits(D, plane, r * padded + start + k, nearest(x * up), start + k < padded)
-    tl.store(NEAR + r, near)
-    tl.store(REST + r, rest)
+                      bits, BR: tl.constexpr, BK: tl.constexpr):
+    """Rows of x, each contiguous: their largest numbers, then their digits."""
+    g, r = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
+    k, real = tl.arange(0, BK)[None, :], (r < rows)[:, None]
+    X += g * batch_stride + r[:, None] * row_stride
+    row = g * rows + r
+    top = tl.zeros((BR, BK), tl.int64)
+    for start in range(0, K, BK):
+        x = tl.load(X + start + k, mask=real & (start + k < K), other=0.0)
+        top = tl.maximum(top, bits_of(x))
+    up, near, rest = grid(tl.max(top, 1), bits)
+    for start in range(0, padded, BK):
+        x = tl.load(X + start + k, mask=real & (start + k < K), other=0.0)
+        store_digits(D, plane, row[:, None] * padded + start + k, nearest(x * up[:, None]),
+                     real & (start + k < padded))
+    tl.store(NEAR + row, near, mask=r < rows)
+    tl.store(REST + row, rest, mask=r < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K", "bits"])
 def tops_kernel(X, TOP, rows, K, batch_stride, row_stride, stride, per_program,
                 BR: tl.constexpr, BK: tl.constexpr):
     """TOP[row]: bits_of the largest number of a row, of which a program sees `per_program`."""
@@ -133,9 +138,9 @@ def tops_kernel(X, TOP, rows, K, batch_stride, row_stride, stride, per_program,
     tl.atomic_max(TOP + g * rows + r, tl.max(top, 1), mask=r < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K", "bits"])
 def column_digits_kernel(X, TOP, D, NEAR, REST, rows, K, padded, batch_stride, row_stride, stride,
-                         plane, BITS: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr):
+                         plane, bits, BR: tl.constexpr, BK: tl.constexpr):
     """The digits of rows that do not lie in memory as such, of known largest numbers."""
     g, r = tl.program_id(2).to(tl.int64), tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     k = tl.program_id(1).to(tl.int64) * BK + tl.arange(0, BK)
@@ -143,15 +148,15 @@ def column_digits_kernel(X, TOP, D, NEAR, REST, rows, K, padded, batch_stride, r
     place = g * batch_stride + r[:, None] * row_stride + k[None, :] * stride
     x = tl.load(X + place, mask=inside, other=0.0)
     row = g * rows + r
-    up, near, rest = grid(tl.load(TOP + row, mask=r < rows, other=0), BITS)
+    up, near, rest = grid(tl.load(TOP + row, mask=r < rows, other=0), bits)
     store_digits(D, plane, row[:, None] * padded + k[None, :], nearest(x * up[:, None]),
                  (r < rows)[:, None] & (k < padded)[None, :])
     tl.store(NEAR + row, near, mask=r < rows)
     tl.store(REST + row, rest, mask=r < rows)
 
 
-def padded_to_step(k):
-    return triton.cdiv(k, STEP.value) * STEP.value
+def padded(k):
+    return triton.cdiv(k, 64) * 64
 
 
 def to_digits(x, bits):
@@ -160,19 +165,20 @@ def to_digits(x, bits):
     groups, rows, k = x.shape
     if x.stride(2) != 1 and not (k > 1 and x.stride(1) == 1):
         x = x.contiguous()
-    padded = padded_to_step(k)
-    digits = torch.empty(3, groups, rows, padded, dtype=torch.int8, device=x.device)
+    length = padded(k)
+    digits = torch.empty(3, groups, rows, length, dtype=torch.int8, device=x.device)
     near, rest = torch.empty(2, groups, rows, dtype=torch.float64, device=x.device)
-    plane = groups * rows * padded
+    plane = groups * rows * length
     if x.stride(2) == 1 or k == 1:
-        block = min(4096, triton.next_power_of_2(padded))
-        row_digits_kernel[rows, groups](
-            x, digits, near, rest, rows, k, padded, x.stride(0), x.stride(1), plane, bits, block,
+        bk = min(1024, triton.next_power_of_2(length))
+        br = min(2048 // bk, triton.next_power_of_2(rows))
+        row_digits_kernel[triton.cdiv(rows, br), groups](
+            x, digits, near, rest, rows, k, length, x.stride(0), x.stride(1), plane, bits, br, bk,
             **OPTIONS)
         return digits, near, rest
     top = tops(x)
-    column_digits_kernel[triton.cdiv(rows, 64), triton.cdiv(padded, 64), groups](
-        x, top, digits, near, rest, rows, k, padded, *x.stride(), plane, bits, 64, 64, **OPTIONS)
+    column_digits_kernel[triton.cdiv(rows, 64), triton.cdiv(length, 64), groups](
+        x, top, digits, near, rest, rows, k, length, *x.stride(), plane, bits, 64, 64, **OPTIONS)
     return digits, near, rest
 
 
@@ -186,3 +192,353 @@ def tops(x):
     tops_kernel[triton.cdiv(rows, br), triton.cdiv(k, per_program), groups](
         x, top, rows, k, *x.stride(), per_program, br, bk, **OPTIONS)
     return top
+
+
+@triton.jit(do_not_specialize=["length", "frames", "width", "step", "hop", "padding", "batch_stride",
+                               "channel_stride", "bits"])
+def window_digits_kernel(X, D, NEAR, REST, channels, length, frames, width, pitch, step, hop,
+                         padding, batch_stride, channel_stride, stride, plane, bits,
+                         BF: tl.constexpr, BC: tl.constexpr):
+    """The digits[frames, pitch] of what a block of a convolution's frames sees, on one grid. Number
+    i of row f is channel i % channels of the input's frame f · step + i // channels."""
+    block, group, clip = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    X += clip * batch_stride + group.to(tl.int64) * channels * channel_stride
+    row = (clip * tl.num_programs(1) + group) * tl.num_programs(0) + block
+    first, f, i = block * hop - padding, tl.arange(0, BF)[:, None], tl.arange(0, BC)[None, :]
+    top = tl.zeros((BF, BC), tl.int64)
+    for start in range(0, frames, BF):
+        for left in range(0, width, BC):
+            t = first + (start + f) * step + (left + i) // channels
+            seen = (t >= 0) & (t < length) & (start + f < frames) & (left + i < width)
+            place = t.to(tl.int64) * stride + (left + i) % channels * channel_stride
+            top = tl.maximum(top, bits_of(tl.load(X + place, mask=seen, other=0.0)))
+    up, near, rest = grid(tl.max(tl.max(top, 1), 0), bits)
+    for start in range(0, frames, BF):
+        for left in range(0, pitch, BC):
+            t = first + (start + f) * step + (left + i) // channels
+            seen = (t >= 0) & (t < length) & (start + f < frames) & (left + i < width)
+            place = t.to(tl.int64) * stride + (left + i) % channels * channel_stride
+            x = tl.load(X + place, mask=seen, other=0.0)
+            place = (row * frames + start + f) * pitch + left + i
+            store_digits(D, plane, place, nearest(x * up),
+                         (start + f < frames) & (left + i < pitch))
+    tl.store(NEAR + row, near)
+    tl.store(REST + row, rest)
+
+
+# ---------------------------------------------------------------------------------------- products
+
+
+@triton.jit(do_not_specialize=["M", "N", "blocks", "b_groups", "splits"],
+            do_not_specialize_on_alignment=["row_stride", "column_stride"])
+def product_kernel(A, NEAR_A, REST_A, B, NEAR_B, REST_B, BIAS, OUT, M, N, K, a_plane, b_plane,
+                   blocks, block_stride, frame_stride, b_groups, chunk, splits, row_stride,
+                   column_stride, FRAMES: tl.constexpr, BIASED: tl.constexpr, WHOLE: tl.constexpr,
+                   BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """OUT[G, M, N] = A · Bᵀ of digits, B[3, b_groups, N, K]. Row m of A begins at block_stride · (m
+    // FRAMES) + frame_stride · (m % FRAMES): so the windows of a convolution, whose FRAMES share a
+    grid, are rows that overlap. WHOLE: scaled, biased; else the sums over a `chunk` of K each."""
+    # programs that follow each other share rows of A, the larger operand
+    n, m = tl.program_id(0) * BN + tl.arange(0, BN), tl.program_id(1) * BM + tl.arange(0, BM)
+    g, split, k = tl.program_id(2) // splits, tl.program_id(2) % splits, tl.arange(0, BK)
+    row, column, first = tl.minimum(m, M - 1), tl.minimum(n, N - 1), split * chunk
+    a_row = g.to(tl.int64) * blocks + row // FRAMES
+    b_row = (g % b_groups).to(tl.int64) * N + column
+    A += (a_row * block_stride + (row % FRAMES) * frame_stride)[:, None] + (first + k)[None, :]
+    B += (b_row * K)[None, :] + (first + k)[:, None]
+    c0 = tl.zeros((BM, BN), tl.int32)
+    c1, c2, c3, c4 = c0, c0, c0, c0
+    for _ in range(first, tl.minimum(first + chunk, K), BK):
+        c0, c1, c2, c3, c4 = nine(
+            tl.load(A), tl.load(A + a_plane), tl.load(A + 2 * a_plane), tl.load(B),
+            tl.load(B + b_plane), tl.load(B + 2 * b_plane), c0, c1, c2, c3, c4)
+        A += BK
+        B += BK
+    y = joined_long(c0, c1, c2, c3, c4) * tl.load(NEAR_A + a_row)[:, None]
+    y *= tl.load(NEAR_B + b_row)[None, :]
+    if WHOLE:
+        y = y * tl.load(REST_A + a_row)[:, None] * tl.load(REST_B + b_row)[None, :] + 0.0
+    if BIASED:
+        y += tl.load(BIAS + b_row)[None, :]
+    OUT += tl.program_id(2).to(tl.int64) * M * N
+    place = m[:, None].to(tl.int64) * row_stride + n[None, :].to(tl.int64) * column_stride
+    tl.store(OUT + place, y, mask=(m < M)[:, None] & (n < N)[None, :])
+
+
+BLOCK = 64  # rows, columns and digits along K that a program takes at a time: fast on all of sizes
+
+
+def multiply(a, b, bias, out, splits, m, n, row, strides):
+    """Launch a product of digits: out[G · splits, …] of m rows, n columns and `strides`. row: what
+    the kernel is to know of the rows of a, (blocks, block_stride, frame_stride, FRAMES)."""
+    (a, near_a, rest_a), (b, near_b, rest_b), whole = a, b, splits == 1
+    _, b_groups, _, k = b.shape
+    programs = triton.cdiv(n, BLOCK), triton.cdiv(m, BLOCK), len(out)
+    product_kernel[programs](
+        a, near_a, rest_a, b, near_b, rest_b, near_b if bias is None else bias, out, m, n, k,
+        a.stride(0), b.stride(0), *row[:3], b_groups, padded(triton.cdiv(k, splits)), splits,
+        *strides, row[3], whole and bias is not None, whole, BLOCK, BLOCK, BLOCK, **OPTIONS)
+    return out
+
+
+_parameters, _last = {}, {}  # digits, by what was rounded
+
+
+def kept(x, bits, dim, make):
+    """make(), the digits of an operand along `dim`; what was made for a parameter that does not
+    train, or for the last other operand, if its memory lives and nothing was written there since.
+    (torch does not count what is written through .data: nothing may be, in frozen parameters.)"""
+    parameter = x if x._base is None else x._base
+    lasting = isinstance(parameter, torch.nn.Parameter)
+    if x.is_inference() or lasting and parameter.requires_grad:
+        return make()
+    kept, storage = _parameters if lasting else _last, x.untyped_storage()
+    what = storage._cdata, x.storage_offset(), x.shape, x.stride(), bits, dim
+    alive, version, digits = kept.get(what, (None, None, None))
+    if alive is None or alive.expired() or version != x._version:
+        for each in [each for each, (alive, *_) in kept.items() if alive.expired() or not lasting]:
+            del kept[each]
+        digits = make()
+        kept[what] = StorageWeakRef(storage), x._version, digits
+    return digits
+
+
+def product(a, b, bits, bias=None):
+    """a[…, M, K] @ b[…, K, N] + bias[N], as products.product and then an addition."""
+    lead, (m, k), n = a.shape[:-2], a.shape[-2:], b.shape[-1]
+    b = kept(b, bits, -2, lambda: to_digits(b.mT.view(-1, n, k), bits))
+    a = kept(a, bits, -1, lambda: to_digits(a.view(-1, m, k), bits))
+    _, groups, _, length = a[0].shape
+    programs = groups * triton.cdiv(m, BLOCK) * triton.cdiv(n, BLOCK)
+    splits = max(1, triton.cdiv(length, LONGEST), min(256 // programs, length // 2048))
+    out = a[1].new_empty(groups * splits, m, n)
+    bias = bias if bias is None else bias.contiguous()
+    multiply(a, b, bias, out, splits, m, n, (m, length, 0, 1), (n, 1))
+    if splits > 1:  # of integers on one grid: in any order
+        out = out.view(groups, splits, m, n).sum(1)
+        out = out.mul_(a[2][..., None]).mul_(b[2][:, None]).add_(0.0)
+        out = out if bias is None else out.add_(bias)
+    return out.view(*lead, m, n)
+
+
+def convolution(x, w, bias, bits, stride, padding, frames, groups, block):
+    """products.convolution of x[B, C, L] without dilation, with windows of at most LONGEST."""
+    (outputs, channels, kernel), blocks = w.shape, triton.cdiv(frames, block)
+    weights, near_w, rest_w = kept(w, bits, -1, lambda: to_digits(
+        w.transpose(1, 2).reshape(1, outputs, -1), bits))
+    rows, step, width, pitch = (block - 1) * stride + kernel, 1, channels, channels
+    row_stride = stride * channels  # windows overlap in memory
+    if row_stride % 16:  # but where that would be slow to read: each in a row of its own
+        rows, step, width = block, stride, kernel * channels
+        pitch = row_stride = weights.shape[-1]
+    plane = triton.cdiv(len(x) * groups * blocks * rows * pitch, 16) * 16
+    # and room for what the last windows read past their end, which is multiplied by zeros
+    digits = torch.empty(3 * plane + BLOCK, dtype=torch.int8, device=x.device)
+    near, rest = x.new_empty(2, len(x) * groups * blocks)
+    bc = min(64, triton.next_power_of_2(pitch))
+    bf = min(4096 // bc, triton.next_power_of_2(rows))
+    window_digits_kernel[blocks, groups, len(x)](
+        x, digits, near, rest, channels, x.shape[2], rows, width, pitch, step, block * stride,
+        padding, *x.stride(), plane, bits, bf, bc, **OPTIONS)
+    out = x.new_empty(len(x) * groups, outputs // groups, frames)
+    multiply((digits.as_strided((3, plane), (plane, 1)), near, rest),
+             (weights.view(3, groups, outputs // groups, -1), near_w, rest_w),
+             bias if bias is None else bias.contiguous(), out, 1, frames, outputs // groups,
+             (blocks, rows * pitch, row_stride, block), (1, frames))
+    return out.view(len(x), outputs, frames)
+
+
+# --------------------------------------------------------------------------- GELU, norms and sums
+
+
+@triton.jit
+def near_normal(x):
+    """functions.near_normal: the nearest x of the table, how far x is from it, and its place."""
+    near = tl.minimum(tl.maximum(x, -8.5), 8.5)
+    steps = nearest(near * 256.0)
+    centre = steps * 0.00390625
+    return centre, near - centre, tl.minimum(tl.maximum(steps.to(tl.int32) + 2176, 0), 4352)
+
+
+@triton.jit
+def gelu_kernel(X, Y, count, NORMAL, DENSITY, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(X + i, mask=i < count, other=0.0)
+    centre, r, place = near_normal(x)
+    s = (1.0 - centre * 0.5 * r) * r
+    y = (s * tl.load(DENSITY + place) + tl.load(NORMAL + place)) * x
+    tl.store(Y + i, y, mask=i < count)
+
+
+@triton.jit
+def gelu_backward_kernel(DY, X, DX, count, NORMAL, DENSITY, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(X + i, mask=i < count, other=0.0)
+    centre, r, place = near_normal(x)
+    s = (1.0 - centre * 0.5 * r) * r
+    t = ((centre * centre - 1.0) * 0.5 * r - centre) * r + 1.0
+    slope = (t * x + s) * tl.load(DENSITY + place) + tl.load(NORMAL + place)
+    tl.store(DX + i, slope * tl.load(DY + i, mask=i < count, other=0.0), mask=i < count)
+
+
+def gelu(x, normal, density):
+    x = x.contiguous()
+    y, count = torch.empty_like(x), x.numel()
+    gelu_kernel[(triton.cdiv(count, 1024),)](x, y, count, normal, density, 1024, **OPTIONS)
+    return y
+
+
+def gelu_backward(dy, x, normal, density):
+    dy, x = dy.contiguous(), x.contiguous()
+    dx, count = torch.empty_like(x), x.numel()
+    gelu_backward_kernel[(triton.cdiv(count, 1024),)](dy, x, dx, count, normal, density, 1024,
+                                                      **OPTIONS)
+    return dx
+
+
+@triton.jit
+def steps_of(x, up, inside):
+    """The integers that sums add up."""
+    return tl.where(inside, nearest(x * up).to(tl.int64), 0)
+
+
+@triton.jit
+def sum_of(steps, near, rest):
+    return steps.to(tl.float64) * near * rest + 0.0
+
+
+@triton.jit(do_not_specialize=["groups", "per_group", "bits"])
+def norm_kernel(X, W, B, Y, MEAN, RECIPROCAL, N, groups, per_group, length, EPS: tl.constexpr,
+                bits, WEIGHTED: tl.constexpr, BIASED: tl.constexpr,
+                BLOCK: tl.constexpr):
+    """norms.norm_forward of a row: once over it for its largest number, for the mean, for that of
+    squares and for the result. The largest square is that of the number farthest from the mean."""
+    r, k = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    X += r * N
+    count = N.to(tl.float64)
+    top, low = tl.zeros((BLOCK,), tl.int64), tl.full((BLOCK,), float("inf"), tl.float64)
+    high = -low
+    for start in range(0, N, BLOCK):
+        inside = start + k < N
+        x = tl.load(X + start + k, mask=inside, other=0.0)
+        top = tl.maximum(top, bits_of(x))
+        low, high = tl.where(inside & (x < low), x, low), tl.where(inside & (x > high), x, high)
+    up, near, rest = grid(tl.max(top, 0), bits)
+    sums = tl.zeros((BLOCK,), tl.int64)
+    for start in range(0, N, BLOCK):
+        inside = start + k < N
+        sums += steps_of(tl.load(X + start + k, mask=inside, other=0.0), up, inside)
+    mean = sum_of(tl.sum(sums, 0), near, rest) * (1.0 / count)
+    far = tl.maximum(bits_of(tl.max(high, 0) - mean), bits_of(tl.min(low, 0) - mean))
+    far = far.to(tl.float64, bitcast=True)
+    up, near, rest = grid(bits_of(far * far), bits)
+    sums = tl.zeros((BLOCK,), tl.int64)
+    for start in range(0, N, BLOCK):
+        inside = start + k < N
+        d = tl.load(X + start + k, mask=inside, other=0.0) - mean
+        sums += steps_of(d * d, up, inside)
+    variance = sum_of(tl.sum(sums, 0), near, rest) * (1.0 / count)
+    reciprocal = 1.0 / tl.sqrt(variance + EPS)
+    for start in range(0, N, BLOCK):
+        inside = start + k < N
+        y = (tl.load(X + start + k, mask=inside, other=0.0) - mean) * reciprocal
+        place = (r % groups) * per_group + (start + k) // length
+        if WEIGHTED:
+            y *= tl.load(W + place, mask=inside, other=0.0)
+        if BIASED:
+            y += tl.load(B + place, mask=inside, other=0.0)
+        tl.store(Y + r * N + start + k, y, mask=inside)
+    tl.store(MEAN + r, mean)
+    tl.store(RECIPROCAL + r, reciprocal)
+
+
+def norm(x, w, b, eps, bits, groups=1, per_group=1, length=1):
+    """x[rows, N], normed row by row; then times w and plus b[groups · per_group], of which a row
+    has `per_group`, each for `length` numbers. Returns it, the means and 1 / sqrt()."""
+    x, (rows, n) = x.contiguous(), x.shape
+    y, (mean, reciprocal) = torch.empty_like(x), x.new_empty(2, rows, 1)
+    block = min(8192, triton.next_power_of_2(n))
+    norm_kernel[(rows,)](
+        x, x if w is None else w, x if b is None else b, y, mean, reciprocal, n, groups, per_group,
+        length, eps, bits, w is not None, b is not None, block,
+        num_warps=16 if block == 8192 else 4, **OPTIONS)
+    return y, mean, reciprocal
+
+
+@triton.jit(do_not_specialize=["bits"])
+def norm_backward_kernel(DY, X, W, MEAN, RECIPROCAL, DX, TERMS, N, bits, WEIGHTED: tl.constexpr,
+                         BLOCK: tl.constexpr):
+    """norms.layer_norm_backward's dx of a row, and the terms of which dw is the sum."""
+    r, k = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    inside = k < N
+    dy = tl.load(DY + r * N + k, mask=inside, other=0.0)
+    g = dy
+    if WEIGHTED:
+        g = dy * tl.load(W + k, mask=inside, other=0.0)
+    reciprocal, count = tl.load(RECIPROCAL + r), N.to(tl.float64)
+    h = (tl.load(X + r * N + k, mask=inside, other=0.0) - tl.load(MEAN + r)) * reciprocal
+    h = tl.where(inside, h, 0.0)
+    tl.store(TERMS + r * N + k, dy * h, mask=inside)
+    up, near, rest = grid(tl.max(bits_of(g), 0), bits)
+    mean_g = sum_of(tl.sum(steps_of(g, up, inside), 0), near, rest) * (1.0 / count)
+    gh = g * h
+    up, near, rest = grid(tl.max(bits_of(gh), 0), bits)
+    mean_gh = sum_of(tl.sum(steps_of(gh, up, inside), 0), near, rest) * (1.0 / count)
+    dx = ((g - mean_g) - h * mean_gh) * reciprocal
+    tl.store(DX + r * N + k, dx, mask=inside)
+
+
+def norm_backward(dy, x, w, mean, reciprocal, n, bits):
+    """(dx, terms of dw) of a layer norm over the last n numbers of x, at most 8192."""
+    dx, terms = torch.empty_like(x), torch.empty_like(x)
+    norm_backward_kernel[(x.numel() // n,)](
+        dy, x, x if w is None else w, mean, reciprocal, dx, terms, n, bits, w is not None,
+        triton.next_power_of_2(n), **OPTIONS)
+    return dx, terms
+
+
+@triton.jit(do_not_specialize=["K", "bits"])
+def sum_kernel(X, TOP, SUM, OUT, rows, K, row_stride, stride, per_program, bits,
+               WHOLE: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr):
+    """WHOLE: OUT[row], the sum of a row. Else what a program's part adds to SUM[row], integers."""
+    r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
+    k = tl.program_id(1).to(tl.int64) * per_program + tl.arange(0, BK)
+    X += r[:, None] * row_stride
+    if WHOLE:
+        tops = tl.zeros((BR, BK), tl.int64)
+        for start in range(0, per_program, BK):
+            inside = (r < rows)[:, None] & (start + k < K)[None, :]
+            x = tl.load(X + (start + k)[None, :] * stride, mask=inside, other=0.0)
+            tops = tl.maximum(tops, bits_of(x))
+        top = tl.max(tops, 1)
+    else:
+        top = tl.load(TOP + r, mask=r < rows, other=0)
+    up, near, rest = grid(top, bits)
+    sums = tl.zeros((BR, BK), tl.int64)
+    for start in range(0, per_program, BK):
+        inside = (r < rows)[:, None] & (start + k < K)[None, :]
+        x = tl.load(X + (start + k)[None, :] * stride, mask=inside, other=0.0)
+        sums += steps_of(x, up[:, None], inside)
+    if WHOLE:
+        tl.store(OUT + r, sum_of(tl.sum(sums, 1), near, rest), mask=r < rows)
+    else:
+        tl.atomic_add(SUM + r, tl.sum(sums, 1), mask=r < rows)
+
+
+def total(x, bits):
+    """The sum of each row of x[R, K], of any strides."""
+    (rows, k), out = x.shape, x.new_empty(len(x))
+    br, bk = (64, 64) if x.stride(1) != 1 and x.stride(0) == 1 else (
+        max(1, 2048 // triton.next_power_of_2(k)), min(2048, triton.next_power_of_2(k)))
+    br = min(br, triton.next_power_of_2(rows))
+    parts = min(triton.cdiv(k, 8 * bk), max(1, 512 * br // rows))
+    per_program = triton.cdiv(k, parts * bk) * bk
+    steps = top = out
+    if parts > 1:
+        top, steps = tops(x[None])[0], torch.zeros(rows, dtype=torch.int64, device=x.device)
+    sum_kernel[triton.cdiv(rows, br), parts](x, top, steps, out, rows, k, *x.stride(), per_program,
+                                             bits, parts == 1, br, bk, **OPTIONS)
+    if parts > 1:
+        _, near, rest = grids.grid(top.view(torch.float64), bits)
+        out = steps.to(torch.float64).mul_(near).mul_(rest).add_(0.0)
+    return out

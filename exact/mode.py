@@ -133,6 +133,11 @@ threshold threshold_backward hardtanh hardtanh_backward clamp clamp_min clamp_ma
 fmax fmin amax amin max min aminmax argmax argmin round floor ceil trunc nan_to_num isnan isinf
 isfinite eq ne lt le gt ge equal logical_and logical_or logical_not logical_xor all any is_nonzero
 """.split())
+# those of them that only look at the same memory: called so often that nothing else is asked
+VIEWS = set("""
+view _unsafe_view _reshape_alias as_strided t transpose permute squeeze unsqueeze expand select slice
+split split_with_sizes unbind detach alias
+""".split())
 # those of them that may give a zero either sign, as the CPU's vectors fall: here it is always +
 EITHER_ZERO = {"relu", "threshold", "hardtanh", "clamp", "clamp_min", "clamp_max", "maximum",
                "minimum", "fmax", "fmin", "amax", "amin", "max", "min", "aminmax"}
@@ -187,6 +192,14 @@ def count_inside(change):
             _switches.close()
 
 
+@functools.cache
+def name_of(func):
+    """(name in the tables above, whether it is an ATen operation, whether it works in place)."""
+    space, name = func._schema.name.split("::")
+    in_place = name.endswith("_") and name not in RULES
+    return name[:-1] if in_place else name, space == "aten", in_place
+
+
 class Exact(TorchDispatchMode):
     """The context in which float64 torch programs give the same bits on any machine.
 
@@ -216,12 +229,11 @@ class Exact(TorchDispatchMode):
             count_inside(-1)
 
     def __torch_dispatch__(self, func, _types, args=(), kwargs=None):
-        kwargs, hint = kwargs or {}, ""
-        space, name = func._schema.name.split("::")
+        kwargs, hint, (name, known, in_place) = kwargs or {}, "", name_of(func)
+        if known and name in VIEWS:
+            return func(*args, **kwargs)
         floats = list(floats_in((*args, *kwargs.values())))
-        in_place = name.endswith("_") and name not in RULES
-        name = name[:-1] if in_place else name
-        known = space == "aten" and all(kwargs.get(each) in (None, "none") for each in OTHERWISE)
+        known = known and all(kwargs.get(each) in (None, "none") for each in OTHERWISE)
         if known:
             kwargs = {each: value for each, value in kwargs.items() if each not in OTHERWISE}
         if known and name in RULES and (floats or name in FROM_INTEGERS):

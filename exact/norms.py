@@ -4,8 +4,9 @@ import math
 
 import torch
 
+from exact.gpu import kernels
 from exact.grids import in_slices, reciprocal, rows_of, sqrt
-from exact.sums import mean, total
+from exact.sums import mean, sum_bits, total
 
 
 def norm_forward(x, rows, eps, affine):
@@ -32,8 +33,12 @@ def layer_norm(x, shape, w, b, eps):
         y = y if w is None else y.mul_(w.reshape(-1))
         return y if b is None else y.add_(b.reshape(-1))
 
-    outer = x.shape[:x.ndim - len(shape)]
-    out, m, r = norm_forward(x, math.prod(outer), eps, affine)
+    outer, count = x.shape[:x.ndim - len(shape)], math.prod(shape)
+    if (fast := kernels(x.device)) and count > 1:
+        w, b = (t if t is None else t.contiguous() for t in (w, b))
+        out, m, r = fast.norm(x.reshape(-1, count), w, b, eps, sum_bits(count))
+    else:
+        out, m, r = norm_forward(x, math.prod(outer), eps, affine)
     return out.view(x.shape), *(t.view(*outer, *[1] * len(shape)) for t in (m, r))
 
 
@@ -44,18 +49,28 @@ def group_norm(x, w, b, batch, channels, length, groups, eps):
         y = y if w is None else y.mul_(w.view(groups, -1, 1)[group])
         return y if b is None else y.add_(b.view(groups, -1, 1)[group])
 
-    out, m, r = norm_forward(x, batch * groups, eps, affine)
+    count = channels // groups * length
+    if (fast := kernels(x.device)) and count > 1:
+        w, b = (t if t is None else t.contiguous() for t in (w, b))
+        out, m, r = fast.norm(x.reshape(-1, count), w, b, eps, sum_bits(count), groups,
+                              channels // groups, length)
+    else:
+        out, m, r = norm_forward(x, batch * groups, eps, affine)
     return out.view(x.shape), m.view(batch, groups), r.view(batch, groups)
 
 
 def layer_norm_backward(dy, x, shape, m, r, w, b, mask):
-    dims, dx = list(range(x.ndim - len(shape), x.ndim)), None
-    h = (x - m).mul_(r)
-    if mask[0]:
-        g = dy if w is None else dy * w
+    dims, count = list(range(x.ndim - len(shape), x.ndim)), math.prod(shape)
+    if (fast := kernels(x.device)) and 1 < count <= 8192:
+        dx, terms = fast.norm_backward(
+            *(None if t is None else t.contiguous() for t in (dy, x, w, m, r)), count,
+            sum_bits(count))
+    else:
+        h = (x - m).mul_(r)
+        g, terms = dy if w is None else dy * w, dy * h if mask[1] else None
         dx = (g - mean(g, dims, True)).sub_(h * mean(g * h, dims, True)).mul_(r)
 
     def over_rows(terms):
-        return total(terms.reshape(-1, math.prod(shape)), 0).view(shape)
+        return total(terms.reshape(-1, count), 0).view(shape)
 
-    return dx, over_rows(dy * h) if mask[1] else None, over_rows(dy) if mask[2] else None
+    return dx, over_rows(terms) if mask[1] else None, over_rows(dy) if mask[2] else None

@@ -3,20 +3,27 @@
 import torch
 import torch.nn.functional as F
 
+from exact.gpu import kernels
 from exact.grids import bits_for, grid, in_slices, magnitude, scaled, to_grid
 from exact.sums import total
 
 
-def product(a, b):
-    """a @ b for a[…, M, K] and b[…, K, N]: a grid for each row of a and each column of b."""
+def product(a, b, bias=None):
+    """a @ b (+ bias[N]) for a[…, M, K] and b[…, K, N]: a grid for each row of a and each column
+    of b."""
     if a.shape[:-2] != b.shape[:-2] or a.shape[-1] != b.shape[-2]:
         raise RuntimeError(f"no product of shapes {list(a.shape)} and {list(b.shape)}")
     bits = bits_for(a.shape[-1])
+    if (fast := kernels(a.device)) and a.shape[:-2].numel() <= 1024:
+        return fast.product(a, b, bits, bias)
     (a, rest_a), (b, rest_b) = to_grid(a, bits, -1), to_grid(b, bits, -2)
-    return scaled(a @ b, rest_a, rest_b).add_(0.0)
+    out = scaled(a @ b, rest_a, rest_b).add_(0.0)
+    return out if bias is None else out.add_(bias)
 
 
 def addmm(c, a, b, *, beta=1, alpha=1):
+    if c.ndim == 1 and len(c) == b.shape[-1] and alpha == beta == 1:
+        return product(a, b, c)
     out = product(a, b)
     out = out if alpha == 1 else out.mul_(alpha)
     return out if beta == 0 else out.add_(c if beta == 1 else c * beta)
@@ -45,11 +52,14 @@ def convolution(x, w, bias, stride, padding, dilation, transposed=False, _output
         raise NotImplementedError("exact arithmetic has one convolution, Conv1d")
     outputs, channels, kernel = w.shape
     stride, dilation, bits = stride[0], dilation[0], bits_for(channels * kernel)
-    w, rest_w = to_grid(w.flatten(1), bits, -1)
-    w = w.view(outputs, channels, kernel).transpose(1, 2).reshape(groups, -1, kernel * channels)
     frames = (x.shape[2] + 2 * padding[0] - dilation * (kernel - 1) - 1) // stride + 1
     if frames < 1:
         raise RuntimeError(f"a kernel of {kernel} is longer than its input of {x.shape[2]}")
+    fast = kernels(x.device) if dilation == 1 and channels * kernel <= 1 << 15 else None
+    if fast and len(x) * groups <= 1024:
+        return fast.convolution(x, w, bias, bits, stride, padding[0], frames, groups, BLOCK)
+    w, rest_w = to_grid(w.flatten(1), bits, -1)
+    w = w.view(outputs, channels, kernel).transpose(1, 2).reshape(groups, -1, kernel * channels)
     span = (BLOCK - 1) * stride + dilation * (kernel - 1) + 1  # input frames that a block sees
     out = x.new_empty(len(x), outputs, frames)
 

@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from exact.gpu import kernels
 from exact.grids import grid, in_slices, magnitude, rows_of, sqrt
 
 aten = torch.ops.aten
@@ -33,6 +34,11 @@ def total(x, dim=None, keepdim=False, dtype=None):
     count = math.prod(x.shape[d] for d in dims)
     if count == 1:
         return without(x.clone(), dims, keepdim)
+    if fast := kernels(x.device):
+        stay = [d for d in range(x.ndim) if d not in dims]
+        sums = fast.total(x.permute(*stay, *dims).reshape(-1, count), sum_bits(count))
+        return sums.view([1 if d in dims else n for d, n in enumerate(x.shape) if keepdim
+                          or d not in dims])
     up, down, rest = grid(magnitude(x, dims), sum_bits(count))
     across, rows = 0 in dims, rows_of(x)
     shape = list(up.shape)

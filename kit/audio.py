@@ -1,48 +1,49 @@
 """Audio files: decoding, averaging of channels, resampling."""
 
+import contextlib
 import functools
+import io
 import math
 import os
 import re
-from pathlib import Path
 
 import numpy as np
 import soundfile
 import torch
 
+from kit.containers import streams_of
 from kit.files import tensor_digest
+from kit.streams import BLOCK, BadClip, no_stderr, truncated
 
 SHORTEST = 400  # samples at the backbone's rate: what one frame of the base architecture sees
 RATES = 4000, 384_000  # Hz: the lowest and highest sample rate accepted
-
-
-class BadClip(Exception):
-    """One audio file that cannot be used; the others can."""
+QUIET = -20  # dB: a mix that much quieter than its channels is remarked on
 
 
 def read_waveform(path, sample_rate):
     """A whole file as (float64 waveform[samples], digest of its decoded PCM). Raises BadClip."""
+    return read_clip(path, sample_rate)[:2]
+
+
+def read_clip(path, sample_rate):
+    """read_waveform's, and a remark on the song: None or one line."""
     [(_, waveform, pcm)] = read_windows(path, sample_rate)
-    return waveform, tensor_digest(pcm)
+    return waveform, tensor_digest(pcm), remark_on([mix_level(pcm)])
 
 
 def read_windows(path, sample_rate, window=None, hop=None):
     """Decode a file, average its channels, resample. Yields (start in seconds, float64
     waveform[samples], float32 PCM [samples, channels]): the whole file; or, where it is longer than
     one and a half `window` seconds, windows of that length every `hop` seconds, the last one
-    aligned with the end. Reads no further than the window at hand, and what is there, whatever
-    length the header claims.
-    Raises BadClip for a file that is empty, truncated (as far as its header tells), not audio, not
-    finite, of an unusual sample rate, or shorter than one frame of the encoder."""
+    aligned with the end. Holds no more than the window at hand.
+    Raises BadClip for a file that is empty, truncated, damaged, not audio, not finite, of an
+    unusual or a changing sample rate, or shorter than one frame of the encoder."""
     try:
-        with soundfile.SoundFile(os.fsencode(path)) as file:  # its name need not be valid text
-            rate, announced, notes, first = file.samplerate, file.frames, file.extra_info, 0
-            file.seekable = lambda: False  # else soundfile seeks after each read, and fails at ends
-            if not RATES[0] <= rate <= RATES[1]:
-                raise BadClip(f"its sample rate is {rate} Hz: convert it to 44100 Hz")
+        with contextlib.closing(Decoder(path)) as decoder:
+            rate, first = decoder.rate, 0
             longest = int(1.5 * window * rate) if window else math.inf
             # held: decoded frames from frame `first` on; held[:size] is the window to yield
-            held = read_frames(file, longest + 1)
+            held = decoder.read(longest + 1)
             size = len(held) if len(held) <= longest else round(window * rate)
             while size * sample_rate >= SHORTEST * rate:
                 if not np.isfinite(held[:size]).all():
@@ -51,44 +52,129 @@ def read_windows(path, sample_rate, window=None, hop=None):
                 if not window:
                     break  # that was the whole file
                 step = max(1, round(hop * rate))
-                held = np.concatenate([held, read_frames(file, step + size - len(held))])
+                held = np.concatenate([held, decoder.read(step + size - len(held))])
                 if len(held) == size:
                     break
                 step = min(step, len(held) - size)
                 held, first = held[step:], first + step
             length = first + len(held)
-            check_length(announced, notes, length, rate, sample_rate)
-    except (soundfile.LibsndfileError, OSError, TypeError, ValueError, UnicodeError) as error:
-        empty = Path(path).is_file() and Path(path).stat().st_size == 0
-        raise BadClip("empty file" if empty else f"not readable as audio ({error})") from None
+            if length * sample_rate < SHORTEST * rate:
+                raise BadClip(f"too short: {length} samples at {rate} Hz, one frame needs "
+                              f"{math.ceil(SHORTEST * rate / sample_rate)}")
+    except soundfile.LibsndfileError as error:
+        raise BadClip(f"not readable as audio ({error.error_string})") from None
+    except (OSError, TypeError, ValueError, UnicodeError) as error:
+        raise BadClip(f"not readable as audio ({error})") from None
 
 
-def read_frames(file, count):
-    """Up to `count` frames of an open file, fewer at its end: float32[frames, channels]. Block by
-    block, because a header may claim any length."""
-    blocks = [np.zeros((0, file.channels), np.float32)]
-    while count > 0:
-        blocks.append(file.read(min(count, 1 << 20), dtype="float32", always_2d=True))
-        count = count - len(blocks[-1]) if len(blocks[-1]) else 0
-    return np.concatenate(blocks)
+class Decoder:
+    """A file's frames: those of its Streams, one after another, which have one `rate` and one
+    number of channels. Raises BadClip where a stream has fewer than it should."""
+
+    def __init__(self, path):
+        self.file = open(os.fsencode(path), "rb", BLOCK)  # its name need not be valid text
+        self.length, self.sound, self.streams = 0, None, iter(())
+        try:
+            self.streams = iter(streams_of(self.file))
+            self.open_next()
+        except BaseException:
+            self.close()
+            raise
+        self.rate, self.channels = self.sound.samplerate, self.sound.channels
+
+    def close(self):
+        if self.sound:
+            self.sound.close()
+        self.file.close()
+
+    def open_next(self):
+        """Open the next stream; after the last one, none is open."""
+        previous, self.sound = self.sound, None
+        if previous:
+            previous.close()
+        self.stream, self.count = next(self.streams, None), 0
+        if not self.stream:
+            return
+        with no_stderr():
+            self.sound = sound = soundfile.SoundFile(io.BufferedReader(self.stream, BLOCK))
+        sound.seekable = lambda: False  # else soundfile seeks after each read, and fails at ends
+        self.expected = min(sound.frames, self.stream.samples or sound.frames)
+        if not RATES[0] <= sound.samplerate <= RATES[1]:
+            raise BadClip(f"its sample rate is {sound.samplerate} Hz: convert it to 44100 Hz")
+        if sound.format == "MP3" and not self.stream.samples:
+            raise BadClip("its MPEG frames cannot be counted (free format?): convert it to WAV")
+        if previous and (self.rate, self.channels) != (sound.samplerate, sound.channels):
+            raise BadClip(f"changes from {self.rate} Hz and {self.channels} channels to "
+                          f"{sound.samplerate} Hz and {sound.channels} after "
+                          f"{self.length / self.rate:.1f} s: convert each part to WAV")
+
+    def read(self, count):
+        """Up to `count` frames, fewer at the end: float32[frames, channels]. Block by block, for a
+        header may claim any length."""
+        blocks = [np.zeros((0, self.channels), np.float32)]
+        while count > 0 and self.sound:
+            blocks.append(self.read_block(min(count, 1 << 20)))
+            count -= len(blocks[-1])
+            self.count += len(blocks[-1])
+            self.length += len(blocks[-1])
+            if not len(blocks[-1]):
+                self.check_length()
+                self.open_next()
+        return np.concatenate(blocks)
+
+    def read_block(self, count):
+        # FLAC fails at what is behind its end, a tag perhaps: all before that is read first
+        known = self.stream.samples if self.sound.format == "FLAC" else None
+        if known and self.count <= known:
+            count = min(count, max(known - self.count, 1), 4096)
+        try:
+            with no_stderr():
+                return self.sound.read(count, dtype="float32", always_2d=True)
+        except soundfile.LibsndfileError:
+            if known and self.count == known:
+                return np.zeros((0, self.channels), np.float32)
+            if known and self.count < known:
+                raise truncated(known / self.rate, self.count / self.rate) from None
+            raise BadClip(f"damaged after {self.length / self.rate:.1f} s") from None
+
+    def check_length(self):
+        """Raise BadClip where the stream that ended was shorter than expected."""
+        notes, rate = self.sound.extra_info, self.rate
+        if self.stream.error:
+            raise self.stream.error
+        if self.count < self.expected - rate // 10 and self.expected < 2**62:
+            raise truncated(self.expected / rate, self.count / rate)
+        riff = re.search(r"riff *: (\d+) \(should be (\d+)", notes)  # W64
+        if riff and int(riff[2]) < int(riff[1]):
+            raise BadClip(f"truncated: its header says {riff[1]} bytes, and {riff[2]} are there")
 
 
-def check_length(announced, notes, length, rate, sample_rate):
-    """Raise BadClip where fewer frames were read than a file's header or libsndfile's notes say, or
-    too few. A stream's header says none, or as many as there can be."""
-    sizes = re.findall(r"(?:data|SSND|Data Size|riff|Riff size) *: (\d+) \(should be (\d+)", notes)
-    if (length < announced - rate // 10 and announced < 2**62 or "ended unexpectedly" in notes
-            or any(int(there) < int(said) < 0xFFFFFF00 for said, there in sizes)):
-        raise BadClip("truncated: shorter than its own header says")
-    if length * sample_rate < SHORTEST * rate:
-        raise BadClip(f"too short: {length} samples at {rate} Hz, one frame needs "
-                      f"{math.ceil(SHORTEST * rate / sample_rate)}")
+def mix_level(pcm):
+    """How loud the mean of PCM's channels is beside the channels themselves, in dB: 0 where they
+    are equal, −3 where they are unrelated, −inf where they cancel."""
+    if pcm.shape[1] == 1:
+        return 0.0
+    each = np.mean([np.square(channel, dtype=np.float64).mean() for channel in pcm.T])
+    mix = np.square(mono(pcm)).mean()
+    return 10 * math.log10(mix / each) if mix else -math.inf if each else 0.0
+
+
+def remark_on(levels):
+    """One line on a song's windows of these mix_levels; None where there is nothing to say."""
+    quiet = [level for level in levels if level < QUIET]
+    where = f" in {len(quiet)} of {len(levels)} windows" if len(levels) > 1 else ""
+    return (f"its channels cancel in the mix{where}, which is {-min(quiet):.0f} dB quieter than "
+            "they are") if quiet else None
 
 
 def to_waveform(pcm, rate, sample_rate):
     """PCM float32[samples, channels] → float64 waveform[samples] at sample_rate, mono."""
-    mono = functools.reduce(np.add, pcm.astype(np.float64).T) / pcm.shape[1]
-    return torch.from_numpy(resample(mono, rate, sample_rate))
+    return torch.from_numpy(resample(mono(pcm), rate, sample_rate))
+
+
+def mono(pcm):
+    """The mean of PCM's channels: float64[samples]."""
+    return functools.reduce(np.add, pcm.astype(np.float64).T) / pcm.shape[1]
 
 
 def resample(waveform, rate, new_rate):

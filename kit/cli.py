@@ -5,6 +5,7 @@ mistyped option are answered at once and Ctrl-C is one line from the start.
 """
 
 import argparse
+import builtins
 import errno
 import math
 import os
@@ -12,6 +13,7 @@ import platform
 import signal
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -121,7 +123,8 @@ def start(parser, advice):
             os.open(os.devnull, os.O_RDWR)
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 gets "?" for "±"
+        if hasattr(stream, "reconfigure"):  # not a notebook's
+            stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 gets "?" for "±"
     args = parser.parse_args()
 
     def stop(number, _):
@@ -129,8 +132,9 @@ def start(parser, advice):
         os.write(2, f"\ninterrupted: {advice}\n".encode(errors="replace"))
         os._exit(128 + number)
 
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
+    if not hasattr(builtins, "__IPYTHON__"):  # whose process is the user's, and stays
+        signal.signal(signal.SIGINT, stop)
+        signal.signal(signal.SIGTERM, stop)
     if getattr(args, "precision", None) != "exact" or getattr(args, "verify", None):
         # what is verified says itself how it was computed, in a file that is not read yet
         os.environ.update(PINS)
@@ -139,6 +143,35 @@ def start(parser, advice):
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     return args
+
+
+class Process(NamedTuple):
+    """A process's number and how many there are; the same among those of its machine."""
+
+    rank: int = 0
+    count: int = 1
+    local_rank: int = 0
+    local_count: int = 1
+
+
+def torchrun():
+    """The Process that this one is, as torchrun says: it sets RANK and WORLD_SIZE. One of them
+    alone is left over from something else and means nothing, nor does an empty one. Raises
+    UserError for what cannot be such numbers."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    given = {name: os.environ.get(name, "").strip() for name in names}
+    if not given["RANK"] or not given["WORLD_SIZE"]:
+        return Process()
+    try:
+        process = Process(*(int(given[name] or value) for name, value in zip(names, Process())))
+    except ValueError:
+        process = None
+    if not process or not (0 <= process.rank < process.count and 0 <= process.local_rank
+                           and 0 < process.local_count <= process.count):
+        stated = " ".join(f"{name}={value}" for name, value in given.items() if value)
+        raise UserError(f"{stated} in the environment is not what torchrun sets: unset these, or "
+                        "start the processes with torchrun")
+    return process
 
 
 def execute(run, args):

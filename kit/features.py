@@ -21,21 +21,22 @@ SETTINGS = {"weights": DIGEST, "layer": int, "precision": ("exact", "float32"),
 ENTRY = {"pcm": DIGEST, "features": DIGEST, "frames": int}
 MANIFEST = {"settings": SETTINGS, "annotations": DIGEST, "top_layers": DIGEST,
             "swapped_labels": (None, [[int, int]]), "songs": {int: ENTRY}, "digest": DIGEST,
-            "source": {"name": str}}
+            "source": {"name": str}, "params": {str: object}}
 RECORD = (ENTRY, {"failed": str})  # of one song
 # A folder of the published notebook has no manifest: its features cannot be verified, and are taken
 # as those of the backbone that it used.
 NOTEBOOK_MANIFEST = {
     "settings": {"weights": None, "layer": 10, "precision": "float32", "store": "float32",
                  "sample_rate": 16000, "normalize_epsilon": 1e-7},
-    "swapped_labels": None, "songs": None, "digest": None,
+    "swapped_labels": None, "songs": None, "digest": None, "params": None,
     "source": {"name": "ALM/wav2vec2-base-audioset"}}
 
 
 def manifest_digest(manifest):
-    """One digest over how the features were made, the labels beside them, and every song's PCM and
-    features."""
-    inside = "settings", "annotations", "top_layers", "swapped_labels", "songs"
+    """One digest over how the features were made, of which backbone and architecture, the labels
+    beside them, and every song's PCM and features."""
+    inside = ("settings", "source", "params", "annotations", "top_layers", "swapped_labels",
+              "songs")
     return json_digest({key: manifest[key] for key in inside})
 
 
@@ -140,7 +141,9 @@ class FeatureFolder:
     def __init__(self, root, ids, manifest, rank=0):
         self.root, self.ids, self.manifest, self.rank = root, ids, manifest, rank
         path = root / "manifest.json"
-        while rank and not path.exists():  # the first process decides whether this folder will do
+        if rank and not path.exists():  # the first process decides whether this folder will do
+            print(f"process {rank + 1} waits for the first process to open {root}", flush=True)
+        while rank and not path.exists():
             time.sleep(0.2)
         if path.exists():
             self.join(read_manifest(path))
@@ -149,11 +152,11 @@ class FeatureFolder:
     def join(self, earlier):
         """Go on with the folder's manifest. Raises UserError where it was made otherwise."""
         then, now = ({**manifest["settings"], **{key: manifest[key] for key in (
-            "annotations", "swapped_labels")}} for manifest in (earlier, self.manifest))
+            "params", "annotations", "swapped_labels")}} for manifest in (earlier, self.manifest))
         if differing := differences(then, now):
             raise UserError(f"{self.root} holds features made otherwise ({differing}): choose "
                             "another --features")
-        self.manifest |= {key: earlier[key] for key in ("songs", "digest")}
+        self.manifest |= {key: earlier[key] for key in ("songs", "source", "digest")}
 
     def begin(self, annotations, splits, top_layers):
         """Write what stands beside the songs, where it is not there yet."""
@@ -183,10 +186,8 @@ class FeatureFolder:
     def missing(self, ids):
         """Those of the ids whose features are not there, or not as their records say. Songs that
         failed before are tried again."""
-        for song in ids:
-            if "failed" in self.record(song):
-                (self.root / "songs" / f"{song}.json").unlink(missing_ok=True)
         records = {song: self.record(song) for song in ids}
+        self.clear_failures(records)  # of a run that was killed
         entries = {song: record for song, record in records.items() if "features" in record}
         damages = find_damage(self.root, entries, self.manifest["settings"]["store"])
         return [song for song in ids if song not in entries or damages[song]]
@@ -220,8 +221,18 @@ class FeatureFolder:
 
     def finish(self):
         """Complete the manifest → the records of the songs wanted. The first process waits until
-        the others have dealt with their songs."""
+        the others have dealt with their songs, and clears the failures, so that the next run does
+        not report them again."""
         while not self.rank and not all(map(self.record, self.ids)):
             time.sleep(0.5)
         self.write_manifest()
-        return list(map(self.record, self.ids))
+        records = {song: self.record(song) for song in self.ids}
+        if not self.rank:
+            self.clear_failures(records)
+        return list(records.values())
+
+    def clear_failures(self, records):
+        """Remove the records {song: record} of songs that failed."""
+        for song, record in records.items():
+            if "failed" in record:
+                (self.root / "songs" / f"{song}.json").unlink(missing_ok=True)

@@ -4,18 +4,25 @@ Captions say what was run, on which songs; colours are Okabe and Ito's, distinct
 colour-blind and in grey.
 """
 
+import contextlib
 import io
+import os
+import sys
 import textwrap
 
+BACKEND = os.environ.pop("MPLBACKEND", None)  # a notebook's, perhaps not installed; none is used
 import matplotlib
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+if BACKEND is not None:  # for the notebook's own pictures
+    os.environ["MPLBACKEND"] = BACKEND
+    with contextlib.suppress(ValueError):
+        matplotlib.rcParams["backend"] = BACKEND
 import numpy as np
+from matplotlib.figure import Figure
 
 from kit.deam import DIMENSIONS, MOODS, QUADRANTS
 from kit.files import write_file
-from kit.metrics import stated
+from kit.metrics import with_interval
 
 COLOURS = {"valence": "#0072b2", "arousal": "#d55e00", "train": "#009e73", "val": "#cc79a7",
            "grey": "#666666"}
@@ -23,10 +30,23 @@ COLUMN = 8.5 / 2.54  # inches
 SCALE = {"xlim": (1, 9), "ylim": (1, 9), "xticks": range(1, 10), "yticks": range(1, 10),
          "aspect": "equal"}  # of labels, both ways
 ABOVE = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": 2, "columnspacing": 1}
-STYLE = {"font.size": 7, "axes.titlesize": 7, "axes.linewidth": 0.6, "legend.fontsize": 6,
+DEFAULTS = {name: value for name, value in matplotlib.rcParamsDefault.items() if name != "backend"}
+# the same for everyone, whatever their matplotlibrc says; captions hold names of files: no formulas
+STYLE = {**DEFAULTS, "text.parse_math": False,
+         "font.size": 7, "axes.titlesize": 7, "axes.linewidth": 0.6, "legend.fontsize": 6,
          "legend.frameon": False, "lines.linewidth": 1, "grid.linewidth": 0.4, "grid.alpha": 0.4,
          "axes.grid": True, "axes.axisbelow": True, "figure.constrained_layout.use": True,
          "pdf.fonttype": 42}
+
+
+def draw_or_say(draw, *arguments):
+    """draw(*arguments), or one line that says why not: a picture only shows what is on disk."""
+    try:
+        draw(*arguments)
+    except Exception as error:  # matplotlib's own, of fonts, of the disk
+        reason = " ".join(str(error).split()) or type(error).__name__
+        print(f"not drawn: {draw.__name__.removeprefix('draw_')} ({reason[:150]}); all numbers are "
+              "on disk", file=sys.stderr)
 
 
 def save(figure, folder, name, caption):
@@ -37,7 +57,6 @@ def save(figure, folder, name, caption):
         image = io.BytesIO()
         figure.savefig(image, format=kind, dpi=300, metadata=metadata)
         write_file(folder / f"{name}.{kind}", image.getvalue())
-    plt.close(figure)
 
 
 def signed(text):
@@ -45,11 +64,12 @@ def signed(text):
     return text.replace("-", "−")
 
 
-@plt.rc_context(STYLE)
+@matplotlib.rc_context(STYLE)
 def draw_history(history, selected, lowest, level, folder, caption):
     """history.png: loss, MSE and MAE over epochs; the selected epoch and that of the lowest val
     loss marked; `level` {"mse", "mae"}: where predicting the mean label stands on val."""
-    figure, axes = plt.subplots(3, 1, figsize=(COLUMN, 4.6), sharex=True)
+    figure = Figure((COLUMN, 4.6))
+    axes = figure.subplots(3, 1, sharex=True)
     epochs = [row["epoch"] for row in history]
     titles = {"loss": "loss", "mse": "MSE (z-scored)", "mae": "MAE (z-scored)"}
     for axis, (name, title) in zip(axes, titles.items()):
@@ -70,9 +90,10 @@ def draw_history(history, selected, lowest, level, folder, caption):
     save(figure, folder, "history", caption)
 
 
-@plt.rc_context(STYLE)
+@matplotlib.rc_context(STYLE)
 def draw_true_vs_predicted(true, pred, numbers, folder, caption):
-    figure, axes = plt.subplots(1, 2, figsize=(2 * COLUMN, 3.75))
+    figure = Figure((2 * COLUMN, 3.75))
+    axes = figure.subplots(1, 2)
     for n, (axis, dimension) in enumerate(zip(axes, DIMENSIONS)):
         axis.plot([1, 9], [1, 9], "k--", linewidth=0.7)
         axis.annotate("y = x", (8.4, 8.4), textcoords="offset points", xytext=(-5, 1), ha="right",
@@ -80,9 +101,9 @@ def draw_true_vs_predicted(true, pred, numbers, folder, caption):
         axis.scatter(true[:, n], pred[:, n], s=point_size(len(true)), alpha=0.6, linewidth=0,
                      color=COLOURS[dimension], marker="os"[n])
         axis.set(xlabel=f"true {dimension} (1–9)", ylabel=f"predicted {dimension} (1–9)", **SCALE)
-        axis.set_title(signed(f"R² {stated(numbers, dimension, 'r2')}   "
-                              f"r {stated(numbers, dimension, 'pearson')}   "
-                              f"CCC {stated(numbers, dimension, 'ccc')}"), fontsize=5.5)
+        axis.set_title(signed(f"R² {with_interval(numbers, dimension, 'r2')}   "
+                              f"r {with_interval(numbers, dimension, 'pearson')}   "
+                              f"CCC {with_interval(numbers, dimension, 'ccc')}"), fontsize=5.5)
     save(figure, folder, "true_vs_predicted", caption)
 
 
@@ -100,11 +121,12 @@ def prepare_plane(axis):
                   weight="bold", color=COLOURS["grey"])
 
 
-@plt.rc_context(STYLE)
+@matplotlib.rc_context(STYLE)
 def draw_plane(true, pred, numbers, folder, caption):
-    r = {each: signed(stated(numbers, "valence_arousal_correlation", each))
+    r = {each: signed(with_interval(numbers, "correlation", each))
          for each in ("true", "predicted")}
-    figure, axis = plt.subplots(figsize=(COLUMN, 3.9))
+    figure = Figure((COLUMN, 3.9))
+    axis = figure.subplots()
     prepare_plane(axis)
     size = point_size(len(true))
     axis.scatter(*true.T, s=size, facecolors="none", edgecolors="#555555", linewidth=0.6,
@@ -115,11 +137,12 @@ def draw_plane(true, pred, numbers, folder, caption):
     save(figure, folder, "plane", caption)
 
 
-@plt.rc_context(STYLE)
+@matplotlib.rc_context(STYLE)
 def draw_confusion(numbers, folder, caption):
     counts = np.array(numbers["confusion"])
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    figure, axis = plt.subplots(figsize=(COLUMN, 3.3))
+    figure = Figure((COLUMN, 3.3))
+    axis = figure.subplots()
     axis.grid(False)
     image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     for row in range(4):
@@ -128,14 +151,15 @@ def draw_confusion(numbers, folder, caption):
                       va="center", color="white" if shares[row, column] > 0.5 else "black")
     axis.set(xlabel="predicted quadrant", xticks=range(4), xticklabels=QUADRANTS,
              ylabel="true quadrant", yticks=range(4), yticklabels=QUADRANTS)
-    axis.set_title(f"quadrants right: {stated(numbers, 'quadrant', 'accuracy', '.0%')}")
+    axis.set_title(f"quadrants right: {with_interval(numbers, 'quadrant', 'accuracy', '.0%')}")
     figure.colorbar(image, label="share of the row", shrink=0.8)
     save(figure, folder, "confusion", caption)
 
 
-@plt.rc_context(STYLE)
+@matplotlib.rc_context(STYLE)
 def draw_histograms(true, pred, folder, caption):
-    figure, axes = plt.subplots(2, 1, figsize=(COLUMN, 3.3), sharex=True)
+    figure = Figure((COLUMN, 3.3))
+    axes = figure.subplots(2, 1, sharex=True)
     bins = np.arange(1, 9.1, 0.5)
     for n, (axis, name) in enumerate(zip(axes, DIMENSIONS)):
         axis.hist(pred[:, n], bins=bins, alpha=0.6, color=COLOURS[name], label=f"predicted {name}")
@@ -149,8 +173,7 @@ def draw_histograms(true, pred, folder, caption):
 
 def caption_of(finetune, labels, songs, source):
     """What a picture shows: the model, its labels, which songs and where they come from."""
-    kind = "original" if labels == "shipped" else "corrected"
-    return f"{finetune} · {kind} labels · {songs}\n{source}"
+    return f"{finetune} · {labels} labels · {songs}\n{source}"
 
 
 def draw_report(true, pred, numbers, folder, caption):
@@ -162,12 +185,12 @@ def draw_report(true, pred, numbers, folder, caption):
     draw_histograms(true, pred, folder, caption)
 
 
-@plt.rc_context(STYLE)
+@matplotlib.rc_context(STYLE)
 def draw_song(times, values, spread, folder, name, caption):
     """One song: valence and arousal over time, values[windows, 2] at `times` (seconds, the middle
     of each window), a band of ± their spread[2] over windows; and the path through the plane."""
-    figure, (over_time, plane) = plt.subplots(2, 1, figsize=(COLUMN, 5.6),
-                                              height_ratios=[1, 1.6])
+    figure = Figure((COLUMN, 5.6))
+    over_time, plane = figure.subplots(2, 1, height_ratios=[1, 1.6])
     for n, (dimension, style) in enumerate(zip(DIMENSIONS, ("-o", "--s"))):
         mean = values[:, n].mean()
         over_time.axhspan(mean - spread[n], mean + spread[n], color=COLOURS[dimension], alpha=0.15,

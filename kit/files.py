@@ -5,6 +5,7 @@ whole or not at all. What is read is of the form described beside its reader, or
 it is not.
 """
 
+import codecs
 import contextlib
 import csv
 import errno
@@ -22,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kit.cli import UserError
+from kit.cli import UserError, torchrun
 from kit.schema import check_schema
 
 # ------------------------------------------------------------------------------------------ threads
@@ -52,6 +53,10 @@ def prefetch(function, items, threads=8):
 
 
 # -------------------------------------------------------------------------------- files and digests
+
+
+MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
+         codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}  # UTF-32's begin alike
 
 
 def sha256(data):
@@ -102,7 +107,7 @@ def write_file(path, data):
     meanwhile. Raises UserError where the disk is full or the folder may not be written."""
     path, data = Path(path), data.encode() if isinstance(data, str) else data
     # torchrun's processes may write one manifest at once: each beside it, in a file of its own
-    beside = path.with_name(f".{path.name}.{os.environ.get('RANK', 0)}.part")
+    beside = path.with_name(f".{path.name}.{torchrun().rank}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(beside, "wb") as file:
@@ -150,18 +155,31 @@ def write_tensors(path, value):
 
 
 def read_text(path, what, errors="strict"):
+    """The text of a file in UTF-8, or in UTF-16 or UTF-32 with a byte order mark; its lines end in
+    \\n. Raises UserError."""
     try:
-        return Path(path).read_text(encoding="utf-8-sig", errors=errors)
+        data = Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {what} {path}: {error.strerror}") from None
+    if data.startswith(b"PK\3\4"):
+        raise UserError(f"{path} is not {what}: a zip archive or a spreadsheet's own file; save it "
+                        "as CSV")
+    encoding = next((name for mark, name in MARKS.items() if data.startswith(mark)), "utf-8")
+    try:
+        text = data.decode(encoding, errors)
     except UnicodeDecodeError:
-        raise UserError(f"{path} is not {what}: not text") from None
+        raise UserError(f"{path} is not {what}: not text in UTF-8, or in UTF-16 with a byte order "
+                        "mark; save it as UTF-8") from None
+    if "\0" in text and errors == "strict":
+        raise UserError(f"{path} is not {what}: not text, there are zero bytes in it (damaged, or "
+                        "UTF-16 without a byte order mark); save it as UTF-8")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_table(path, what, errors="strict"):
     """The rows of a CSV file, each a list of strings. Raises UserError."""
     try:
-        return list(csv.reader(io.StringIO(read_text(path, what, errors).replace("\0", ""))))
+        return list(csv.reader(io.StringIO(read_text(path, what, errors))))
     except csv.Error as error:
         raise UserError(f"{path} is not {what}: {error}") from None
 

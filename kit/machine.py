@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 import exact
 from exact import Exact
-from kit.cli import UserError
+from kit.cli import UserError, torchrun
 
 
 class Arithmetic:
@@ -49,14 +49,9 @@ class Arithmetic:
         return Exact() if self.precision == "exact" else contextlib.nullcontext()
 
 
-def torchrun():
-    """(this process's number, how many there are), as torchrun says; (0, 1) without it."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
 def cores():
     """CPU cores for each of torchrun's processes on this machine."""
-    return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return max(1, (os.cpu_count() or 1) // torchrun().local_count)
 
 
 def pick_device(name):
@@ -64,7 +59,7 @@ def pick_device(name):
         raise UserError("--device cuda: torch sees no NVIDIA GPU here; use --device cpu")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    place = int(os.environ.get("LOCAL_RANK", 0))  # torchrun's number of a process on its machine
+    place = torchrun().local_rank
     if place >= torch.cuda.device_count():
         raise UserError(f"process {place + 1} has no GPU: torch sees {torch.cuda.device_count()} "
                         "here; lower torchrun's --nproc-per-node")

@@ -1,61 +1,105 @@
-"""Every number that the kit reports: metrics with their intervals, baselines, the ceiling.
+"""Every number that the kit reports: metrics and their intervals, baselines, the noise ceiling.
 
-`measure` computes them all from DEAM's annotations and predictions alone, so that a published
-file's numbers can be computed again from its own predictions. The metrics work on [..., N] or
-[..., N, 2] arrays over the songs, so that 1000 resamples take one call.
+`measure` computes them from DEAM's annotations and predictions alone, so that a published file's
+numbers can be computed again from its own predictions. All metrics are functions of means over
+songs of a few terms (`song_terms`), so that 10,000 resamples are one product of matrices.
 """
 
 import functools
+import math
 
 import numpy as np
+import torch
 
 from kit.deam import (DIMENSIONS, QUADRANTS, label_statistics, labels_of, quadrant, read_artists,
-                      songs_of, splits_digest)
+                      songs_of)
 from kit.files import json_digest
+from kit.published import TEST_SONGS, are_published, read_published
 
-PUBLISHED = {"mse": 0.4945, "quadrants": 107,  # on the first 160 test songs of these splits
-             "splits": "c127846430ead7c2249ece577899cf276362b559daa45eaf37d0b810082fa957"}
-ANNOTATORS = 10  # a DEAM song, at least; the label is their mean
+# A variance below this is rounding alone: labels have one decimal, predictions six.
+EQUAL = 1e-13
+YEARS = {"2013": (1, 1000), "2014": (1001, 2000)}  # ids of the songs annotated in each
 
-
-def divide(a, b):
-    """a / b, and 0 where b is 0: a correlation with a constant, R² of equal labels."""
-    return np.divide(a, b, out=np.zeros(np.broadcast(a, b).shape), where=np.asarray(b) > 0)
+# ----------------------------------------------------------------------------------------- metrics
 
 
-def correlation(a, b):
-    """Pearson's r over the last axis; 0 where one is constant."""
-    a, b = a - a.mean(-1, keepdims=True), b - b.mean(-1, keepdims=True)
-    return divide((a * b).mean(-1), np.sqrt((a * a).mean(-1) * (b * b).mean(-1)))
+def song_terms(true, pred):
+    """{name: float64[N]}, of true and pred [N, 2] on the 1–9 scale: terms of which `all_metrics`
+    takes the means. Values are centred, so that differences of large means lose no digits."""
+    centre = true.mean(0)
+    error, true_quadrant, pred_quadrant = pred - true, quadrant(true, 5), quadrant(pred, 5)
+    t, p = true - centre, pred - centre
+    terms = {"true_product": t[:, 0] * t[:, 1], "pred_product": p[:, 0] * p[:, 1],
+             "error_product": error[:, 0] * error[:, 1],
+             "right": (true_quadrant == pred_quadrant).astype(float)}
+    for n, name in enumerate(DIMENSIONS):
+        terms |= {f"{name}_true": t[:, n], f"{name}_true_square": t[:, n] ** 2,
+                  f"{name}_pred": p[:, n], f"{name}_pred_square": p[:, n] ** 2,
+                  f"{name}_product": t[:, n] * p[:, n], f"{name}_square": error[:, n] ** 2,
+                  f"{name}_absolute": abs(error[:, n])}
+    for n, name in enumerate(QUADRANTS):
+        is_true, is_pred = (true_quadrant == n) * 1.0, (pred_quadrant == n) * 1.0
+        terms |= {f"{name}_true": is_true, f"{name}_pred": is_pred, f"{name}_both": is_true * is_pred}
+    return terms
 
 
-def regression(true, pred, scale):
-    """Metrics of one dimension, [..., N] on the 1–9 scale; z-scored ones divide by `scale`, σ of
-    train+val. R² is against the mean of these songs; concordance (ccc): Lin 1989, Biometrics 45."""
-    mse, mae, variance = ((pred - true) ** 2).mean(-1), abs(pred - true).mean(-1), true.var(-1)
-    covariance = (true * pred).mean(-1) - true.mean(-1) * pred.mean(-1)
-    apart = (true.mean(-1) - pred.mean(-1)) ** 2
-    return {"mse": mse, "rmse": np.sqrt(mse), "mae": mae,
-            "z_mse": mse / scale**2, "z_rmse": np.sqrt(mse) / scale, "z_mae": mae / scale,
-            "r2": np.where(variance > 0, 1 - divide(mse, variance), 0.0),
-            "pearson": correlation(true, pred),
-            "ccc": divide(2 * covariance, variance + pred.var(-1) + apart)}
+def ratio(a, b, none=0.0):
+    """a / b; `none` where b is 0 but for rounding."""
+    return np.divide(a, b, out=np.full(np.broadcast(a, b).shape, none), where=np.asarray(b) > EQUAL)
 
 
-def all_metrics(true, pred, std):
-    """Everything that eval reports of true and pred [..., N, 2] on the 1–9 scale; std[2]."""
-    metrics = {name: regression(true[..., n], pred[..., n], std[n])
-               for n, name in enumerate(DIMENSIONS)}
+def variance(mean, mean_square):
+    """The population variance; exactly 0 where all values are equal."""
+    value = mean_square - mean**2
+    return np.where(value > EQUAL, value, 0.0)
+
+
+def correlation(covariance, *variances):
+    """Pearson's r; 0 where one of the two is constant."""
+    return ratio(covariance, np.sqrt(variances[0] * variances[1]))
+
+
+def r_squared(square, variance):
+    """1 - MSE / variance of the labels: against the mean of these songs; 0 for equal labels."""
+    return np.where(variance > 0, 1 - ratio(square, variance), 0.0)
+
+
+def regression(mean, name):
+    """Metrics of one dimension from means of `song_terms`; concordance (ccc): Lin 1989,
+    Biometrics 45."""
+    true, pred, square = mean[f"{name}_true"], mean[f"{name}_pred"], mean[f"{name}_square"]
+    var_true = variance(true, mean[f"{name}_true_square"])
+    var_pred = variance(pred, mean[f"{name}_pred_square"])
+    covariance = mean[f"{name}_product"] - true * pred
+    return {"mse": square, "rmse": np.sqrt(square), "mae": mean[f"{name}_absolute"],
+            "r2": r_squared(square, var_true),
+            "pearson": correlation(covariance, var_true, var_pred),
+            "ccc": ratio(2 * covariance, var_true + var_pred + (true - pred) ** 2)}
+
+
+def all_metrics(mean):
+    """Everything that eval reports, from means [...] of `song_terms`. `difference` is valence minus
+    arousal, `correlation` of valence with arousal; `excess` how much stronger the predicted one is
+    than the true one."""
+    metrics = {name: regression(mean, name) for name in DIMENSIONS}
     metrics["average"] = {key: (metrics["valence"][key] + metrics["arousal"][key]) / 2
-                          for key in metrics["valence"]}
-    t, p = quadrant(true, 5), quadrant(pred, 5)
-    f1 = {name: divide(2 * ((t == n) & (p == n)).sum(-1), (t == n).sum(-1) + (p == n).sum(-1))
-          for n, name in enumerate(QUADRANTS)}
-    metrics["quadrant"] = {"accuracy": (t == p).mean(-1), "f1": f1,
-                           "macro_f1": sum(f1.values()) / 4}
-    metrics["valence_arousal_correlation"] = {
-        "true": correlation(true[..., 0], true[..., 1]),
-        "predicted": correlation(pred[..., 0], pred[..., 1])}
+                          for key in ("mse", "mae", "r2", "pearson", "ccc")}
+    var, cov = {}, {}
+    for kind in ("true", "pred"):
+        first, second = (mean[f"{name}_{kind}"] for name in DIMENSIONS)
+        var[kind] = [variance(mean[f"{name}_{kind}"], mean[f"{name}_{kind}_square"])
+                     for name in DIMENSIONS]
+        cov[kind] = mean[f"{kind}_product"] - first * second
+    square = mean["valence_square"] + mean["arousal_square"] - 2 * mean["error_product"]
+    metrics["difference"] = {"r2": r_squared(square, variance(0, sum(var["true"])
+                                                              - 2 * cov["true"]))}
+    r = {kind: correlation(cov[kind], *var[kind]) for kind in var}
+    metrics["correlation"] = {"true": r["true"], "predicted": r["pred"],
+                              "excess": abs(r["pred"]) - abs(r["true"])}
+    # a quadrant that is neither true nor predicted has no F1
+    f1 = [ratio(2 * mean[f"{name}_both"], mean[f"{name}_true"] + mean[f"{name}_pred"], math.nan)
+          for name in QUADRANTS]
+    metrics["quadrant"] = {"accuracy": mean["right"], "macro_f1": np.nanmean(f1, 0)}
     return metrics
 
 
@@ -66,6 +110,49 @@ def confusion(true, pred):
     return counts
 
 
+# --------------------------------------------------------------------------------------- intervals
+
+
+def means(terms):
+    return {name: values.mean() for name, values in terms.items()}
+
+
+@functools.lru_cache(4)  # a report resamples the same groups for several sets of terms
+def resampled_weights(groups, resamples=10_000):
+    """int16[resamples, groups]: how often each group is drawn, with a fixed seed."""
+    generator, parts = np.random.default_rng(0), []
+    for _ in range(0, resamples, 1000):
+        drawn = generator.integers(0, groups, (1000, groups))
+        drawn += np.arange(1000)[:, None] * groups  # count all 1000 in one go
+        counts = np.bincount(drawn.ravel(), minlength=1000 * groups)
+        parts.append(counts.reshape(1000, groups).astype(np.int16))
+    return np.concatenate(parts)
+
+
+def resampled_means(terms, groups):
+    """The means of the terms {name: float64[N]} over each of 10,000 resamples: {name:
+    float64[10,000]}. Whole groups of songs, groups[N], are drawn with replacement; two calls with
+    the same groups draw the same songs."""
+    names, index = np.unique(groups, return_inverse=True)
+    sums = np.zeros((len(names), len(terms) + 1))
+    np.add.at(sums, index, np.column_stack([*terms.values(), np.ones(len(groups))]))
+    totals = resampled_weights(len(names)) @ sums
+    return dict(zip(terms, (totals[:, :-1] / totals[:, -1:]).T))
+
+
+def interval(values):
+    """The 95% percentile interval (Efron & Tibshirani 1993), [low, high]."""
+    return np.nanquantile(values, [0.025, 0.975]).tolist()
+
+
+def wilson(right, count):
+    """The 95% interval of a share, right of count (Wilson 1927), [low, high]."""
+    z, share = 1.959964, right / count
+    middle, half = share + z**2 / (2 * count), z * math.sqrt(
+        share * (1 - share) / count + z**2 / (4 * count**2))
+    return [(middle - half) / (1 + z**2 / count), (middle + half) / (1 + z**2 / count)]
+
+
 def mapped(function, *trees):
     """Apply a function to the leaves of nested dicts of one shape."""
     if not isinstance(trees[0], dict):
@@ -73,29 +160,89 @@ def mapped(function, *trees):
     return {key: mapped(function, *(tree[key] for tree in trees)) for key in trees[0]}
 
 
-def bootstrap(metric, true, *preds, resamples=10_000, groups=None):
-    """95% percentile intervals (Efron & Tibshirani 1993) of metric(true, *preds), [low, high] for
-    each of its values; fixed seed. Songs are resampled; with `groups` [N] whole groups of songs
-    are, a fifth as often."""
-    generator, count = np.random.default_rng(0), len(true)
-    if groups is None:
-        draws = (generator.integers(0, count, (1000, count)) for _ in range(0, resamples, 1000))
-    else:
-        members = [np.flatnonzero(groups == group) for group in np.unique(groups)]
-        drawn = (generator.integers(0, len(members), len(members)) for _ in range(resamples // 5))
-        draws = (np.concatenate([members[group] for group in each])[None] for each in drawn)
-    parts = [metric(true[songs], *(pred[songs] for pred in preds)) for songs in draws]
-    edges = [0.025, 0.975]
-    return mapped(lambda *values: np.quantile(np.concatenate(values), edges).tolist(), *parts)
+def with_intervals(terms, groups, function=all_metrics):
+    """(values, their intervals) of function(means of the terms)."""
+    return (mapped(float, function(means(terms))),
+            mapped(interval, function(resampled_means(terms, groups))))
 
 
-def ceiling(true, spread):
-    """The R² of a perfect model: what is left of the labels' variance without the noise of a mean
-    over ANNOTATORS. spread[N, 2]: the annotators' standard deviation for each song."""
-    variance = true.var(0)
-    reached = np.where(variance > 0, 1 - divide((spread**2).mean(0) / ANNOTATORS, variance), 0.0)
-    top = dict(zip(DIMENSIONS, reached.tolist()))
-    return {**top, "average": sum(top.values()) / 2}
+def artist_groups(ids):
+    """The artist of each song, as a number; a song whose artist is not known is its own."""
+    artists = read_artists()
+    return np.array([artists.get(song, -song) for song in ids])
+
+
+def paired_difference(true, preds, others, groups):
+    """R², r, CCC and MSE of predictions less those of others of the same songs, as `with_intervals`
+    has them. preds, others: lists of [N, 2], a model each; with several to a side their metrics are
+    averaged, and every resample draws models as well as groups of songs."""
+    draw = np.random.default_rng(1)
+
+    def side(predictions, take):
+        each = [all_metrics(take(song_terms(true, pred))) for pred in predictions]
+        return mapped(lambda *values: average_of_drawn(values, draw), *(
+            {name: {key: metrics[name][key] for key in ("r2", "pearson", "ccc", "mse")}
+             for name in DIMENSIONS} for metrics in each))
+
+    values, intervals = (
+        mapped(np.subtract, side(preds, take), side(others, take))
+        for take in (means, lambda terms: resampled_means(terms, groups)))
+    return mapped(float, values), mapped(interval, intervals)
+
+
+def average_of_drawn(values, generator):
+    """The average over models of a metric; of its resamples [R], that of as many models drawn with
+    replacement for each."""
+    values = np.array(values)
+    if values.ndim == 1 or len(values) == 1:
+        return values.mean(0)
+    chosen = generator.integers(0, len(values), values.shape)
+    return np.take_along_axis(values, chosen, 0).mean(0)
+
+
+# ------------------------------------------------------------------- what the labels allow to reach
+
+
+def noise_terms(true, deviation):
+    """Terms of `noise_ceiling`. deviation[N, 2]: the annotators' standard deviation of each song.
+    DEAM gives it with ddof 0 over ten annotators, so the variance of their mean is σ²/9."""
+    noise, centred = deviation**2 / 9, true - true.mean(0)
+    return {f"{name}_{kind}": values[:, n] for n, name in enumerate(DIMENSIONS)
+            for kind, values in (("noise", noise), ("true", centred), ("square", centred**2))}
+
+
+def noise_ceiling(mean):
+    """The expected R² of predicting what infinitely many such annotators would say, the labels'
+    reliability: ICC(1, 10) of Shrout & Fleiss 1979, but for the degree of freedom of the songs'
+    mean. A sample can exceed it; its square root bounds r."""
+    return {name: {"r2": r_squared(mean[f"{name}_noise"], variance(
+        mean[f"{name}_true"], mean[f"{name}_square"]))} for name in DIMENSIONS}
+
+
+def noise_free_accuracy(true, deviation):
+    """The share of quadrants that a predictor without any error of its own would get right, since
+    the labels have one: true values Gaussian with the labels' mean and their covariance less the
+    noise, labels Gaussian around them. Integrated over ±5 standard deviations."""
+    noise, mean = (deviation**2).mean(0) / 9, true.mean(0)
+    covariance = np.cov(true.T, ddof=0) - np.diag(noise)
+    if noise.min() <= 0 or np.linalg.eigvalsh(covariance).min() <= 0:
+        return math.nan
+    z = np.linspace(-5, 5, 201)
+    density = np.exp(-0.5 * z**2)
+    density /= density.sum()
+    grid = np.stack(np.meshgrid(z, z, indexing="ij"), -1) @ np.linalg.cholesky(covariance).T + mean
+    same_side = 0.5 + 0.5 * torch.erf(torch.from_numpy(
+        abs(grid - 5) / np.sqrt(2 * noise))).numpy()
+    return float(density @ same_side.prod(-1) @ density)
+
+
+def perfect_correlation(true, share):
+    """How valence and arousal of the best predictor correlate where `share` of the pairs of labels
+    were exchanged and nothing tells which. true[N, 2]: the labels as they should be."""
+    return float(np.corrcoef(((1 - share) * true + share * true[:, ::-1]).T)[0, 1])
+
+
+# --------------------------------------------------------------------------------------- baselines
 
 
 def ridge(x, y, x_val, y_val):
@@ -113,7 +260,11 @@ def ridge(x, y, x_val, y_val):
     return predictor(best), float(best)
 
 
+# ----------------------------------------------------------------------------------------- measure
+
+
 def true_values(annotations, songs):
+    """float64[N, 2]: valence and arousal of the songs, on the 1–9 scale."""
     return labels_of(annotations, songs).numpy()
 
 
@@ -122,45 +273,10 @@ def predicted_values(pred, songs):
     return np.array([pred[str(song)] for song in songs])
 
 
-def measure(annotations, ids, known, pred, ridge_pred, train=None, groups=None):
-    """Every number of a report, from DEAM's annotations and predictions {song id: [valence,
-    arousal]} of the songs `ids`; z-scored by the labels of the `known` songs."""
-    true, pred, baselines = true_values(annotations, ids), predicted_values(pred, ids), {}
-    mean, std = (value.numpy() for value in label_statistics(annotations, known))
-    metric = functools.partial(all_metrics, std=std)
-    if train:
-        mean_label = true_values(annotations, train).mean(0)
-        baselines["training mean"] = np.broadcast_to(mean_label, true.shape)
-    if ridge_pred:
-        baselines["ridge"] = predicted_values(ridge_pred, ids)
-    return {"label_mean": mean.tolist(), "label_std": std.tolist(),
-            "metrics": mapped(float, metric(true, pred)),
-            "intervals": bootstrap(metric, true, pred, groups=groups),
-            "confusion": confusion(true, pred).tolist(),
-            "ceiling_r2": ceiling(true, np.array([annotations[song][1::2] for song in ids])),
-            "baselines": {name: mapped(float, metric(true, other))
-                          for name, other in baselines.items()}}
-
-
-def measure_split(annotations, splits, split, pred, ridge_pred):
-    """`measure` for a split; for the published test split also the published protocol, and the
-    songs of artists that the model never heard."""
-    ids, known = splits[split], splits["train"] + splits["val"]
-    numbers = measure(annotations, ids, known, pred, ridge_pred, splits["train"])
-    if split == "test" and splits_digest(splits) == PUBLISHED["splits"]:
-        first = ids[:160]  # full batches held 160
-        true, found = true_values(annotations, first), predicted_values(pred, first)
-        errors = (found - true) / numbers["label_std"]
-        right = quadrant(true, 5) == quadrant(found, 5)
-        numbers["published_protocol"] = {"z_mse": float((errors**2).mean()),
-                                         "quadrants_right": int(right.sum())}
-        artists = read_artists()
-        heard = {artists[song] for song in known}
-        new = [song for song in ids if artists[song] not in heard]
-        row = measure(annotations, new, known, pred, None)
-        numbers["new_artists"] = {"songs": len(new), "metrics": row["metrics"],
-                                  "intervals": row["intervals"]}
-    return numbers
+def deviations(annotations, songs):
+    """float64[N, 2]: the annotators' standard deviations of the songs' valence and arousal."""
+    return np.array([[annotations[song].valence_std, annotations[song].arousal_std]
+                     for song in songs])
 
 
 def label_digest(annotations, splits):
@@ -168,29 +284,116 @@ def label_digest(annotations, splits):
     return json_digest({str(song): annotations[song] for song in songs_of(splits)})
 
 
-def artist_groups(ids):
-    """The artist of each song, as a number; a song whose artist is not known is its own."""
-    artists = read_artists()
-    return np.array([artists.get(song, -song) for song in ids])
+def measure(annotations, ids, pred, ridge_pred, mean_label, groups):
+    """Every number of a report that DEAM's annotations and predictions {song id: [valence,
+    arousal]} of the songs `ids` give. mean_label[2] or [N, 2]: of the songs trained on; groups[N]:
+    what is resampled, songs or artists."""
+    true, pred, ridge_pred = (true_values(annotations, ids), predicted_values(pred, ids),
+                              predicted_values(ridge_pred, ids))
+    deviation, quadrants = deviations(annotations, ids), np.bincount(quadrant(true, 5), minlength=4)
+    metrics, intervals = with_intervals(song_terms(true, pred), groups)
+    linear, linear_intervals = with_intervals(song_terms(true, ridge_pred), groups)
+    constant = all_metrics(means(song_terms(true, np.broadcast_to(mean_label, true.shape))))
+    numbers = {"metrics": metrics, "intervals": intervals, "confusion": confusion(true, pred),
+               "baselines": {"ridge": linear, "training mean": mapped(float, constant)},
+               "ridge_intervals": linear_intervals}
+    for name, (values, edges) in {
+            "less_ridge": paired_difference(true, [pred], [ridge_pred], groups),
+            "noise_ceiling": with_intervals(noise_terms(true, deviation), groups, noise_ceiling)
+            }.items():
+        numbers[name] = {"metrics": values, "intervals": edges}
+    numbers["confusion"] = numbers["confusion"].tolist()
+    numbers["quadrants"] = {
+        "largest_share": float(quadrants.max() / len(true)),
+        "noise_free_accuracy": finite(noise_free_accuracy(true, deviation)),
+        "on_a_border": float((true == 5).any(1).mean())}
+    return numbers
 
 
-def paired_difference(annotations, pred, other):
-    """Metrics of predictions {song id: [valence, arousal]} less those of `other` ones of the same
-    songs, and their intervals by resampling artists: what a claim of improvement needs."""
-    ids = list(map(int, pred))
-    true, a, b = (true_values(annotations, ids), predicted_values(pred, ids),
-                  predicted_values(other, ids))
-
-    def difference(true, a, b):
-        one, two = (all_metrics(true, each, np.ones(2)) for each in (a, b))
-        return {name: {key: one[name][key] - two[name][key]
-                       for key in ("mse", "r2", "pearson", "ccc")} for name in DIMENSIONS}
-
-    return {"metrics": difference(true, a, b),
-            "intervals": bootstrap(difference, true, a, b, groups=artist_groups(ids))}
+def finite(value):
+    return value if math.isfinite(value) else None
 
 
-def stated(numbers, name, key, form=".2f"):
+def measure_split(annotations, splits, split, pred, ridge_pred):
+    """`measure` for a split, songs resampled; z-scored errors; for the published test split also
+    the songs of artists that the model never heard."""
+    ids, known = splits[split], splits["train"] + splits["val"]
+    mean_label = true_values(annotations, splits["train"]).mean(0)
+    numbers = measure(annotations, ids, pred, ridge_pred, mean_label, np.array(ids))
+    mean, std = (value.tolist() for value in label_statistics(annotations, known))
+    numbers |= {"label_mean": mean, "label_std": std, "z_scored": {
+        name: {"mse": numbers["metrics"][name]["mse"] / scale**2,
+               "mae": numbers["metrics"][name]["mae"] / scale}
+        for name, scale in zip(DIMENSIONS, std)}}
+    if split == "test" and are_published(splits):
+        numbers["published"] = beside_published(true_values(annotations, ids),
+                                                predicted_values(pred, ids), np.array(std))
+        artists = read_artists()
+        heard = {artists[song] for song in known}
+        unseen = [song for song in ids if artists[song] not in heard]
+        terms = song_terms(true_values(annotations, unseen), predicted_values(pred, unseen))
+        metrics, intervals = with_intervals(terms, np.array(unseen))
+        numbers["unseen_artists"] = {"songs": len(unseen), "metrics": metrics,
+                                     "intervals": intervals}
+    return numbers
+
+
+def beside_published(true, pred, std):
+    """What the notebooks print of their test songs, and the same of these predictions."""
+    true, pred, content = true[:TEST_SONGS], pred[:TEST_SONGS], read_published()
+    metrics = mapped(float, all_metrics(means(song_terms(true, pred))))
+    mse, counts = [metrics[name]["mse"] for name in DIMENSIONS], confusion(true, pred)
+    z_mse = [value / scale**2 for value, scale in zip(mse, std.tolist())]
+    this_run = {"test_mse": mse, "test_z_mse_each": z_mse, "test_z_mse": sum(z_mse) / 2,
+                "quadrants_right": int(counts.trace()), "confusion": counts.tolist(),
+                "predicted_correlation": metrics["correlation"]["predicted"],
+                "true_correlation": metrics["correlation"]["true"]}
+    runs = {name: {key: value for key, value in run.items() if key not in ("columns", "epochs")}
+            for name, run in content["runs"].items()}
+    for each in runs.values():
+        each["true_correlation"] = content["labels"]["true_correlation_first_160_test"]
+    runs["this_run"] = this_run
+    for each in runs.values():
+        each["quadrants_interval"] = wilson(each["quadrants_right"], TEST_SONGS)
+    return {key: content[key] for key in ("source", "protocol", "confusion_order")} | runs
+
+
+def measure_folds(annotations, folds):
+    """`measure` for folds together, artists resampled, with the standard deviation of R² over the
+    folds and R² by year. folds: a list of (ids, predictions, ridge's, mean label of its training
+    songs[2])."""
+    ids = [song for fold in folds for song in fold[0]]
+    pred, ridge_pred = ({song: values for fold in folds for song, values in fold[n].items()}
+                        for n in (1, 2))
+    mean_label = np.concatenate([np.tile(fold[3], (len(fold[0]), 1)) for fold in folds])
+    numbers = measure(annotations, ids, pred, ridge_pred, mean_label, artist_groups(ids))
+
+    def r2(songs):
+        terms = song_terms(true_values(annotations, songs), predicted_values(pred, songs))
+        metrics = all_metrics(means(terms))
+        return {name: float(metrics[name]["r2"]) for name in DIMENSIONS}
+
+    each = [r2(fold[0]) for fold in folds]
+    numbers["r2_over_folds"] = mapped(lambda *values: float(np.std(values, ddof=1)), *each)
+    numbers["r2_by_year"] = {year: r2(songs) for year, (low, high) in YEARS.items()
+                             if len(songs := [song for song in ids if low <= song <= high]) > 1}
+    return numbers
+
+
+# ------------------------------------------------------------------------------------------- words
+
+
+
+def rounded(value, digits=".2f"):
+    """A number as reports show it: "−0.52"; two or more digits before the point need none after."""
+    if value <= -1000:
+        return "<−999"
+    digits = digits.replace(".2f", ".0f") if abs(value) >= 10 else digits
+    return f"{value:{digits.replace('.', 'z.')}}".replace("-", "−")  # z: no minus zero
+
+
+def with_interval(numbers, name, key, digits=".2f"):
     """"0.52 [0.41, 0.60]": a metric with its interval."""
-    value, (low, high) = numbers["metrics"][name][key], numbers["intervals"][name][key]
-    return f"{value:{form}} [{low:{form}}, {high:{form}}]"
+    value, edges = numbers["metrics"][name][key], numbers["intervals"][name][key]
+    low, high = (rounded(each, digits) for each in edges)
+    return f"{rounded(value, digits)} [{low}, {high}]"

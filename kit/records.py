@@ -32,7 +32,7 @@ CONFIG = {"options": {"finetune": str, "labels": LABELS, "precision": ("exact", 
                       "epochs": int, "select": ("last", "best")},
           "features": (None, DIGEST), "splits": DIGEST,
           "songs": {"train": int, "val": int, "test": int}}
-RUN = {"config": CONFIG, "digests": {"initial_model": DIGEST}, "source": str,
+RUN = {"config": CONFIG, "digests": {str: DIGEST}, "source": str,
        "features_settings": RUN_SETTINGS, "label_mean": [float, float], "label_std": [float, float]}
 MODEL = {"config": CONFIG, "settings": RUN_SETTINGS, "params": {str: object},
          "mean": torch.Tensor, "std": torch.Tensor, "state": {str: torch.Tensor},
@@ -272,8 +272,8 @@ def predictions_table(predictions, annotations):
     """The text of predictions.csv."""
     return table_text(
         ["song_id", "valence_true", "arousal_true", "valence_pred", "arousal_pred"],
-        [[song, *annotations[int(song)][::2], *(f"{value:.6f}" for value in pred)]
-         for song, pred in predictions.items()])
+        [[song, annotations[int(song)].valence, annotations[int(song)].arousal,
+          *(f"{value:.6f}" for value in pred)] for song, pred in predictions.items()])
 
 
 # ----------------------------------------------------------------------------------------- records

@@ -1,37 +1,11 @@
 """Are DEAM's labels swapped? The static ones against the means of those over time."""
 
-import math
-import re
-import statistics
-
 import numpy as np
 
 from kit.cli import UserError
-from kit.files import read_table
-from kit.metrics import correlation
+from kit.deam import dynamic_means
 
 RANGES = ((1, 1000), (1001, 2000))  # the songs of 2013 and 2014
-
-
-def dynamic_means(path):
-    """{song id: mean over time} of a dynamic annotations file; empty cells and NaN are skipped.
-    Raises UserError for any other cell that is not a finite number."""
-    means = {}
-    for line, row in enumerate(read_table(path, "a table of labels"), 1):
-        song, *cells = [cell.strip() for cell in row] or [""]
-        if line == 1 or not any([song, *cells]):
-            continue
-        try:
-            values = [value for value in map(float, filter(None, cells)) if not math.isnan(value)]
-            if not re.fullmatch(r"[0-9]{1,9}(\.0*)?", song) or not all(
-                    abs(value) <= 1000 for value in values):
-                raise ValueError
-        except ValueError:
-            raise UserError(f"{path}, line {line}: not a song id and finite numbers; take the file "
-                            "from a fresh copy of DEAM") from None
-        if values:
-            means[int(float(song))] = statistics.fmean(values)
-    return means
 
 
 def audit_labels(deam):
@@ -46,7 +20,7 @@ def audit_labels(deam):
     valence, arousal = (dynamic_means(deam.dynamic[name]) for name in ("valence", "arousal"))
     rows, generator = [], np.random.default_rng(0)
     for low, high in RANGES:
-        values = np.array([[*labels[::2], valence[song], arousal[song]]
+        values = np.array([[labels.valence, labels.arousal, valence[song], arousal[song]]
                            for song, labels in deam.annotations.items()
                            if low <= song <= high and song in valence and song in arousal])
         if len(values) < 10:
@@ -65,8 +39,9 @@ def audit_labels(deam):
 
 def correlations(values):
     """values[..., N, 4] (static valence, arousal, dynamic valence, arousal) → r[..., 2, 2]."""
-    columns = np.swapaxes(values, -1, -2)
-    return correlation(columns[..., :2, None, :], columns[..., None, 2:, :])
+    z = values - values.mean(-2, keepdims=True)
+    z = z / np.maximum(np.sqrt((z * z).mean(-2, keepdims=True)), 1e-12)  # 0 of a constant
+    return np.swapaxes(z[..., :2], -1, -2) @ z[..., 2:] / values.shape[-2]
 
 
 def evidence(r):

@@ -23,17 +23,18 @@ class Verdict:
 
     def compare(self, name, expected, actual, close=0.0, identical=0.0, any_close=False):
         """Compare two values. Numbers that differ by at most `identical` are identical, by less
-        than `close` close; with `any_close` whatever differs is close."""
+        than `close` close; with `any_close` whatever differs, of one type, is close."""
         numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool)
                       for value in (expected, actual))
         try:
             distance = abs(expected - actual) if numbers else math.nan
         except OverflowError:  # a whole number that no float holds
             distance = math.inf
-        if type(expected) is type(actual) and expected == actual or distance <= identical:
+        one_type = type(expected) is type(actual)
+        if one_type and expected == actual or distance <= identical:
             self.counts["identical"] += 1
             return
-        kind = "close" if any_close or distance < close else "different"
+        kind = "close" if any_close and one_type or distance < close else "different"
         self.counts[kind] += 1
         place, expected, actual = first_difference(expected, actual)
         shown = [f"{value:.9g}" if isinstance(value, float) else str(value)[:24]

@@ -21,7 +21,7 @@ import torchaudio
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import demo
-from common import EmotionModel, emotion_loss, network, state_above
+from common import EmotionModel, emotion_loss, network, start_from, state_above
 from kit.weights import fold_weight_norm
 from exact import Exact
 
@@ -99,7 +99,7 @@ def table(name):
             what = f"one channel {factor} times" + ", read as much smaller" * compensated
             errors[what] = [error(case[..., rest], other[..., rest]) for other in others]
     top = EmotionModel(params, LAYER, "last1")
-    top.start_from({"state": state_above(model, LAYER)}, 0)
+    start_from(top, {"state": state_above(model, LAYER)})
     clips = torch.cat(plain.split(plain.shape[1] // 4, 1)[:4])
     true = torch.randn(4, 2, generator=generator)
     plain, *others = in_three(gradients, top.eval(), clips, true)

@@ -1,6 +1,7 @@
 """Shared by all tests: the scripts called in-process, the demo and what is made of it, and a tally
 of comparisons."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from kit import cli, deam, files, records
+from kit import cli, deam, features as features_kit, files
 
 os.environ.update(cli.PINS)  # before torch is imported: for the tests of float32
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the demo runs beside; small work waits for threads
@@ -27,10 +28,12 @@ import eval as eval_script
 import extract
 import predict
 import train
+import verify
 
-SCRIPTS = (extract, train, eval_script, predict, audit)
+SCRIPTS = (extract, train, eval_script, verify, predict, audit)
 FLOAT32 = ["--precision", "float32", "--device", "cpu"]
 QUICK = ["--batch-size", "20", "--epochs", "2", "--threads", "2", *FLOAT32]
+DRAW_HISTORY = train.figures.draw_history
 tally = []
 
 
@@ -90,7 +93,7 @@ def made_features(folder, splits, noise=1.0):
     """Write a features folder without audio: of each song of the splits 4 frames of 64 channels
     from which its labels follow but for noise; of the demo's architecture, nothing above layer 12.
     As in DEAM, valence and arousal are exchanged for ids up to 1000."""
-    generator, songs, table = np.random.default_rng(0), {}, [",".join(deam.COLUMNS)]
+    generator, songs, labels = np.random.default_rng(0), {}, {}
     (folder / "songs").mkdir(parents=True)
     for song in deam.songs_of(splits):
         both = generator.normal(0, 0.7)
@@ -101,15 +104,16 @@ def made_features(folder, splits, noise=1.0):
         digest = files.tensor_digest(clip)
         songs[str(song)] = {"pcm": digest, "features": digest, "frames": len(clip)}
         valence, arousal = truth[::-1] if song <= 1000 else truth
-        table.append(f"{song},{valence},{1.2 + generator.random():.2f},{arousal},1.5")
-    table = "\n".join(table) + "\n"
+        labels[song] = valence, round(1.2 + generator.random(), 2), arousal, 1.5
+    table = features_kit.labels_table(labels)
     state = {"norm.weight": torch.ones(64), "norm.bias": torch.zeros(64)}
     manifest = {"settings": {"weights": "0" * 64, "layer": 12, "precision": "float32",
                              "store": "float32", "sample_rate": 16000, "normalize_epsilon": None},
                 "annotations": files.sha256(table.encode()), "source": {"name": "made"},
+                "params": json.loads(json.dumps(demo_script.PARAMS)),
                 "top_layers": files.state_digest(state), "swapped_labels": [[1, 1000]],
                 "songs": songs}
-    manifest["digest"] = records.manifest_digest(manifest)
+    manifest["digest"] = features_kit.manifest_digest(manifest)
     files.write_file(folder / "annotations.csv", table)
     files.write_json(folder / "splits.json", splits)
     files.write_json(folder / "manifest.json", manifest)
@@ -141,10 +145,24 @@ def features(demo, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def ids(demo):
+    """The ids of the demo's songs, ascending."""
+    return sorted(deam.songs_of(deam.read_splits(demo / "splits.json")))
+
+
+@pytest.fixture
+def own(features, tmp_path):
+    """A copy of the demo's features."""
+    return shutil.copytree(features, tmp_path / "DEAM_feats")
+
+
+@pytest.fixture(scope="session")
 def trained(features, tmp_path_factory):
     """A run of two epochs in float32. Not to be changed by a test."""
     folder = tmp_path_factory.mktemp("runs") / "last1"
-    assert call(train, "--features", features, "--run", folder, *QUICK) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.figures, "draw_history", DRAW_HISTORY)
+        assert call(train, "--features", features, "--run", folder, *QUICK) == 0
     return folder
 
 

@@ -1,17 +1,21 @@
 """The kit as a whole: the README's commands, the lock, the image, the golden result."""
 
+import ast
 import os
 import re
+import resource
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, call
+from conftest import ROOT, SCRIPTS, call, extraction
 
-from kit import cli
-from kit.files import read_json
+import common
 import extract
+from kit import cli
+from kit.features import read_manifest
+from kit.files import read_json
 
 README = (ROOT / "README.md").read_text()
 DEMO = (ROOT / "tests/demo.sh").read_text()
@@ -51,20 +55,132 @@ def test_every_option_has_a_help_line(compared):
 
 
 def test_help_needs_no_torch(compared):
+    """Each script answers within a second (of CPU time: others may use the machine)."""
     code = """
 import runpy, sys
-for script in sys.argv[1:]:
-    sys.argv = [script, "--help"]
-    try:
-        runpy.run_path(script, run_name="__main__")
-    except SystemExit as stop:
-        assert stop.code == 0
-    assert "torch" not in sys.modules, script"""
-    done = subprocess.run([sys.executable, "-c", code, *(f"{script.__name__}.py" for script in
-                          SCRIPTS)], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("usage: ") == len(SCRIPTS)
+sys.argv = [sys.argv[1], "--help"]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as stop:
+    assert stop.code == 0
+assert not {"torch", "numpy", "matplotlib"} & sys.modules.keys(), sys.argv"""
+    for script in SCRIPTS:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run([sys.executable, "-c", code, f"{script.__name__}.py"], cwd=ROOT,
+                              capture_output=True, text=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("usage: ")
+        assert sum(after[n] - before[n] for n in (0, 1)) < 1, script
     compared(len(SCRIPTS), "scripts")
+
+
+def test_commands_run_from_anywhere(tmp_path, compared):
+    """Also beside a stranger's modules of the names that the kit uses, on PYTHONPATH."""
+    for name in ("kit", "exact", "common", "train", "extract", "utils"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('a stranger')")
+    done = subprocess.run([sys.executable, ROOT / "verify.py", "--features", "none"], cwd=tmp_path,
+                          env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True,
+                          text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: cannot read a manifest")
+    compared(6, "strangers")
+
+
+# ------------------------------------------------------------------------------------------ house
+
+COMMANDS = {script.__name__ for script in SCRIPTS}
+
+
+def product():
+    """{module: (its path, its syntax tree)} of all files of the product."""
+    paths = [*ROOT.glob("*.py"), *ROOT.glob("kit/*.py"), *ROOT.glob("exact/*.py")]
+    return {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"):
+            (path, ast.parse(path.read_text())) for path in paths}
+
+
+def imports(tree):
+    """The modules that a file imports, anywhere in it: `from kit import figures` is kit.figures."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (each.name for each in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "a relative import"
+            inner = node.module in ("kit", "exact")
+            for each in node.names:
+                yield f"{node.module}.{each.name}" if inner else node.module
+
+
+def ring(module):
+    """0 exact, 1 kit, 2 common, 3 scripts; None for what is not the kit's."""
+    top = module.partition(".")[0]
+    return 3 if top in COMMANDS else {"exact": 0, "kit": 1, "common": 2}.get(top)
+
+
+def test_no_import_runs_upwards_or_in_a_circle(compared):
+    files, count = product(), 0
+    packages = {"common", "exact", "kit"}
+    assert {module for module in files if "." not in module} == {*packages, *COMMANDS}
+    edges = {}
+    for module, (_, tree) in files.items():
+        for name in imports(tree):
+            if ring(name) is None:
+                continue
+            # `from exact import Exact` names no module
+            edges.setdefault(module, set()).add(name if name in files else name.partition(".")[0])
+            assert ring(name) <= ring(module), f"{module} imports {name}"
+            assert ring(name) < 3 or module == "verify", f"{module} imports {name}"
+            count += 1
+    edges = {module: inner - {"exact"} if ring(module) == 0 else inner
+             for module, inner in edges.items()}
+    while edges:  # take away what imports nothing that is left
+        free = [module for module, inner in edges.items() if not inner & edges.keys()]
+        assert free, f"in a circle: {edges}"
+        for module in free:
+            del edges[module]
+    compared(count, "imports")
+
+
+def test_exact_imports_torch_and_numpy_alone(compared):
+    """So that its folder can be copied into another project."""
+    known, count = {"exact", "torch", "numpy", *sys.stdlib_module_names}, 0
+    for module, (path, tree) in product().items():
+        if ring(module) == 0:
+            guarded = {name for node in ast.walk(tree) if isinstance(node, ast.Try)
+                       for name in imports(node)}
+            for name in imports(tree):
+                top = name.partition(".")[0]
+                assert top in known or top == "triton" and name in guarded, f"{path}: {name}"
+                count += 1
+    compared(count, "imports")
+
+
+def test_all_seeds_come_from_one_function(compared):
+    """What is random takes its seed from common.seeds, by name; what is resampled has a constant
+    one; a sample of songs to check has none."""
+    named, constant, free = [], [], []
+    for module, (_, tree) in product().items():
+        if ring(module) == 0:
+            continue  # its dropout draws its seeds from torch's generator
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+                continue
+            argument = ast.unparse(node.args[0]) if node.args else ""
+            if node.func.attr in ("manual_seed", "manual_seed_all", "seed"):
+                named.append(re.fullmatch(r"seeds\(.*\)\['(\w+)'\]", argument)[1])
+            elif node.func.attr in ("default_rng", "RandomState"):
+                assert isinstance(node.args[0], ast.Constant), (module, argument)
+                constant.append(module)
+            elif node.func.attr in ("Random", "SystemRandom"):
+                free.append(module)
+            else:
+                name = ast.unparse(node.func)
+                assert not re.match(r"(np\.)?random\.[a-z]+$", name), (module, name)
+    assert sorted(named) == sorted(common.seeds(0))
+    assert set(constant) == {"kit.metrics", "kit.swapped"} and set(free) == {"verify"}
+    compared(len(named) + len(constant) + len(free), "seeds")
+
+
+# ---------------------------------------------------------------------------------------- commands
 
 
 @pytest.mark.parametrize("redirect", [">&-", "2>&- >&-", "| head -c 1"])
@@ -110,14 +226,16 @@ def test_the_pins_hold_before_torch_is_loaded(compared):
     compared(len(cli.PINS), "environment variables")
 
 
-def test_exact_features_need_no_pins(clone, compared):
+def test_exact_features_need_no_pins(clone, tmp_path, compared):
     """The demo was extracted without the pins, on one thread; here with them, on two."""
     folder, threads = clone[0] / "demo", torch.get_num_threads()
     manifest = folder / "DEAM_feats/manifest.json"
     songs = sorted(read_json(manifest, "")["songs"])[:2]
     torch.set_num_threads(2)
-    assert call(extract, "--verify", manifest, "--deam", folder / "DEAM", "--weights",
-                folder / "backbone", "--songs", *songs) == 0
+    features = tmp_path / "f"
+    assert call(extract, *extraction(folder, features, "--songs", *songs)) == 0
+    assert read_manifest(features / "manifest.json")["songs"] == {
+        song: entry for song, entry in read_manifest(manifest)["songs"].items() if song in songs}
     torch.set_num_threads(threads)
     compared(len(songs), "songs")
 

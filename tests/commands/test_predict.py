@@ -37,7 +37,7 @@ def predicted(demo, trained, tmp_path):
 def test_a_song_of_the_corpus_gets_what_eval_gave_it(demo, features, trained, predicted, tmp_path,
                                                      monkeypatch, compared):
     """From the audio file to six decimals what its stored features give."""
-    monkeypatch.setattr("figures.draw_report", lambda *_: None)
+    monkeypatch.setattr("kit.figures.draw_report", lambda *_: None)
     run = shutil.copytree(trained, tmp_path / "run")
     assert call(eval_script, run, "--features", features, "--device", "cpu") == 0
     stored = read_json(run / "eval-test/metrics.json", "")["predictions"]

@@ -482,9 +482,9 @@ def test_training_gives_one_digest(elsewhere, compared):
 
 def test_nesting_inference_and_eval(compared):
     layer = nn.TransformerEncoderLayer(64, 4, 96, batch_first=True).double().eval()
-    results, mode = [], Exact()
+    results, outer = [], Exact()
     for context in (torch.no_grad, torch.inference_mode, torch.enable_grad):
-        with mode, Exact(), mode, context():
+        with outer, Exact(), outer, context():
             results.append(layer(X).clone())
     assert len({digest(result) for result in results}) == 1
     outside = F.scaled_dot_product_attention(Q, K, K)

@@ -2,22 +2,16 @@
 
 import csv
 import os
-import struct
-import subprocess
-import sys
+import re
 
 import kagglehub
 import numpy as np
 import pytest
 import soundfile
-import torch
-import torchaudio
-from conftest import ROOT
 
 import extract
 from common import DEAMHandler
 from kit import deam
-from kit.audio import BadClip, read_waveform, read_windows, resample, sin_pi
 from kit.cli import UserError
 from kit.deam import STATIC, read_annotations, read_splits, songs_of
 
@@ -70,6 +64,114 @@ def test_annotations_that_are_none(tmp_path, fails, rows, says):
     (tmp_path / STATIC).write_bytes(rows if isinstance(rows, bytes) else rows.encode())
     assert says in fails(extract, "--deam", tmp_path, "--features", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+TABLE = HEADER + "2,3.1,0.94,3,0.63\n3,3.5,1.75,3.3,1.62\n"
+SEMICOLONS = TABLE.replace(",", ";")
+COMMAS = SEMICOLONS.replace(".", ",")  # decimal ones
+QUOTED = re.sub(r"[^,\n]+", r'"\g<0>"', TABLE)
+
+
+@pytest.mark.parametrize("content", [
+    SEMICOLONS, COMMAS, TABLE.replace(",", "\t"), COMMAS.replace(";", "\t"),
+    "sep=;\r\n" + COMMAS.replace("\n", "\r\n"), "sep=,\n" + TABLE, '"SEP=;",,\n' + SEMICOLONS,
+    "sep=|\n" + TABLE.replace(",", "|"), "sep=\t\n" + COMMAS.replace(";", "\t"),
+    TABLE.encode("utf-16"), b"\xfe\xff" + COMMAS.encode("utf-16-be"), TABLE.encode("utf-32"),
+    COMMAS.replace(";", "\t").encode("utf-16"), TABLE.encode("utf-8-sig"),
+    QUOTED, QUOTED.replace(",", ", "), QUOTED.replace(",", ";").replace(".", ","),
+    TABLE.replace("\n", ",,,\n"), COMMAS.replace("\n", ";;\n") + ";;;;\n\n",
+    ",,,,\n\n" + TABLE, TABLE.replace("\n", "\r"), TABLE.strip(), COMMAS.replace("3,1", "3,1E+00"),
+    SEMICOLONS.replace("\n", ";a note, of 2.5 words\n")])
+def test_tables_that_a_spreadsheet_saved(tmp_path, compared, content):
+    (tmp_path / STATIC).write_bytes(content.encode() if isinstance(content, str) else content)
+    assert read_annotations(tmp_path / STATIC) == {2: (3.1, 0.94, 3, 0.63),
+                                                   3: (3.5, 1.75, 3.3, 1.62)}
+    compared(8, "label values")
+
+
+@pytest.mark.parametrize("content, says", [
+    *((TABLE.replace(",", mark), f"which '{re.escape(mark)}' separates") for mark in "|: "),
+    *((TABLE.replace("3.1", cell), r"line 2: .*labels from 1 to 9.*\(2, ") for cell in (
+        "1.Mai", "05-Jan", "2024-05-01", "04.05", "3_1", "٣.1", "−3.1", "31%", "#N/A", "",
+        '"3,100"', "3'100", "3\u00a0100")),
+    *((TABLE.replace("1.75", cell), "line 3: .*standard deviations") for cell in ("1750", "1e400")),
+    (COMMAS.replace("3,1", "3.100,0"), "line 2: "), (COMMAS.replace("3,1", "1.Mai"), "line 2: "),
+    (COMMAS.replace("3,5", "3.5"), "line 3: decimal commas and decimal points"),
+    (COMMAS.replace("3;3", "1.003;3"), "line 3: decimal commas and decimal points"),
+    (SEMICOLONS.replace("2;3", "1,002;3"), "line 2: decimal commas and decimal points"),
+    (COMMAS.replace("2;3", "2,0;3"), "line 2: not a song id"),
+    (TABLE.replace(".", ","), "line 2: 8 cells under 5 columns"),
+    (TABLE.replace("3.5", "3,5"), "line 3: 6 cells under 5 columns"),
+    (TABLE.replace("3,3.5", '3,"3.5'), "line 3: unexpected end"),
+    (TABLE.replace("2,3.1", '2,"3.1').replace("3,3.5", '3",3.5'), "line 2: a quote"),
+    (TABLE.replace("song_id,", "song_id,valence_mean,"), "two columns valence_mean"),
+    (TABLE.encode("utf-16-le"), "UTF-16 without a byte order mark"),
+    (TABLE.replace("3.1", "3\0.1"), "zero bytes"), (b"PK\3\4" + bytes(100), "save it as CSV"),
+    (("Grüße," + TABLE).encode("latin-1"), "save it as UTF-8"),
+    ("<!DOCTYPE html>\n<html>", "in its header, '<!DOCTYPE html>'"), ("x" * 200_000, "not a table")])
+def test_tables_that_would_be_read_wrongly(tmp_path, content, says):
+    """Dates, separators of thousands, marks in two meanings: each is named, with its line."""
+    (tmp_path / STATIC).write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(UserError, match=says):
+        read_annotations(tmp_path / STATIC)
+
+
+DYNAMIC = "song_id,sample_15000ms,sample_15500ms\n2,0.1,0.2\n3,-0.5,0.034\n"
+
+
+@pytest.mark.parametrize("content", [
+    DYNAMIC.replace(",", ";"), DYNAMIC.replace(",", ";").replace(".", ","), "sep=,\n" + DYNAMIC,
+    DYNAMIC.replace(",", "\t").replace(".", ",").encode("utf-16"), DYNAMIC.replace("\n", ",,\n")])
+def test_dynamic_tables_that_a_spreadsheet_saved(tmp_path, compared, content):
+    path = tmp_path / "valence.csv"
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    assert deam.dynamic_means(path) == {2: pytest.approx(0.15), 3: pytest.approx(-0.233)}
+    compared(2, "means")
+
+
+@pytest.mark.parametrize("content, says", [
+    (DYNAMIC.replace("0.034", "34"), "line 3: not a song id and numbers from -1 to 1"),
+    (DYNAMIC.replace("\n2,", "\n1.000,"), "line 2: not a song id"),
+    (DYNAMIC.replace("0.1", "1.Mai"), "line 2: not"), (DYNAMIC + "2,0.3,0.4\n", "line 4: song 2 "),
+    (DYNAMIC.replace(".", ","), "line 2: 5 cells"), (DYNAMIC[8:], "no column song_id"),
+    (DYNAMIC.replace(",", "|"), "which '|' separates".replace("|", r"\|"))])
+def test_dynamic_tables_that_would_be_read_wrongly(tmp_path, content, says):
+    (tmp_path / "valence.csv").write_text(content)
+    with pytest.raises(UserError, match=says):
+        deam.dynamic_means(tmp_path / "valence.csv")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_splits_with_a_byte_order_mark(tmp_path, compared, encoding):
+    (tmp_path / "s.json").write_text('{"train": [1], "val": [2], "test": [3]}', encoding=encoding)
+    assert songs_of(read_splits(tmp_path / "s.json")) == [1, 2, 3]
+    compared(3, "songs")
+
+
+def test_of_two_tables_that_differ_none_is_taken(tmp_path, compared):
+    """Both are named; copies with the same labels are fine, whatever their separator."""
+    for folder in ("AAA_old", "annotations/song_level", "__MACOSX/annotations"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "annotations/song_level" / STATIC).write_text(TABLE)
+    (tmp_path / "__MACOSX/annotations" / f"._{STATIC}").write_bytes(b"a resource fork")
+    copy = tmp_path / "AAA_old" / STATIC
+    copy.write_text(COMMAS)
+    assert DEAMHandler(tmp_path).annotations[2] == (3.1, 0.94, 3, 0.63)
+    copy.write_text(TABLE.replace("3.1", "3.2"))
+    with pytest.raises(UserError) as error:
+        DEAMHandler(tmp_path)
+    assert all(f"{folder}/{STATIC}" in str(error.value) for folder in ("old", "song_level"))
+    copy.unlink()
+    for folder in ("b/dynamic", "a/dynamic (per second annotations)"):
+        (tmp_path / folder).mkdir(parents=True)
+        for name in ("valence", "arousal", "._valence"):
+            (tmp_path / folder / f"{name}.csv").write_text(DYNAMIC)
+    found = DEAMHandler(tmp_path).dynamic
+    assert {path.parent.parent.name for path in found.values()} == {"a"} and len(found) == 2
+    (tmp_path / "b/dynamic/arousal.csv").write_text(DYNAMIC.replace("0.1", "0.15"))
+    with pytest.raises(UserError, match=r"differ: .*/a/dynamic .*arousal.csv and .*/b/dynamic/"):
+        DEAMHandler(tmp_path)
+    compared(2, "refusals")
 
 
 @pytest.mark.parametrize("audio, labels", [
@@ -125,134 +227,31 @@ def test_no_deam(tmp_path, fails, monkeypatch):
         assert handle.endswith("/versions/1")  # a bare handle asks for the latest
         raise ConnectionError("Max retries exceeded\nand more")
 
+    monkeypatch.setenv("KAGGLEHUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(kagglehub, "dataset_download", offline)
     message = fails(extract, "--features", tmp_path / "f")
     assert "cannot download DEAM" in message and "--deam" in message
     assert not (tmp_path / "f").exists()
 
 
-@pytest.mark.parametrize("suffix, tolerance", [
-    (".wav", 1e-3), (".flac", 1e-3), (".ogg", 0.02), (".mp3", 0.02)])
-def test_a_tone_keeps_length_and_level(tmp_path, compared, suffix, tolerance):
-    """Stereo at 44.1 kHz → 16 kHz mono of the same duration, frequency and level."""
-    tone = 0.5 * np.sin(2 * np.pi * 440 * np.arange(2 * 44100) / 44100)
-    soundfile.write(tmp_path / f"tone{suffix}", np.stack([tone, 0.5 * tone], 1), 44100)
-    waveform, digest = read_waveform(tmp_path / f"tone{suffix}", 16000)
-    assert abs(len(waveform) - 32000) <= (0.08 * 16000 if suffix == ".mp3" else 0)
-    middle = waveform[8000:24000]  # one second, so that a bin of its spectrum is one Hz
-    assert middle.square().mean().sqrt().item() == pytest.approx(0.375 / 2**0.5, rel=tolerance)
-    assert torch.fft.rfft(middle).abs().argmax().item() == 440
-    assert read_waveform(tmp_path / f"tone{suffix}", 16000)[1] == digest
-    compared(len(middle), "samples")
-
-
-def test_bad_clips_are_named(tmp_path, compared):
-    for name, values in (("whole.wav", np.zeros((44100, 2))), ("whole.mp3", NOISE),
-                         ("whole.flac", NOISE[:44100])):
-        soundfile.write(tmp_path / name, values, 44100)
-    soundfile.write(tmp_path / "short.wav", np.zeros(399), 16000)
-    soundfile.write(tmp_path / "nan.wav", np.full(16000, np.nan), 16000, subtype="FLOAT")
-    soundfile.write(tmp_path / "slow.wav", np.zeros(16000), 3999)
-    soundfile.write(tmp_path / "fast.wav", np.zeros(16000), 384_001)
-    whole = (tmp_path / "whole.wav").read_bytes()
-    content = {"empty.mp3": b"", "text.mp3": b"not audio " * 100}
-    for kind in ("AIFF", "AU", "W64", "RF64", "CAF", "OGG", "WAV"):
-        soundfile.write(tmp_path / "whole", np.zeros(44100), 44100, format=kind)
-        read_waveform(tmp_path / "whole", 16000)
-        half = (tmp_path / "whole").read_bytes()
-        content[f"cut.{kind.lower()}"] = half[:len(half) // 2]
-    content |= {"cut.flac": (tmp_path / "whole.flac").read_bytes()[:30000],
-                "cut.mp3": (tmp_path / "whole.mp3").read_bytes()[:20000]}
-    for name, data in content.items():
-        (tmp_path / name).write_bytes(data)
-    expected = {"short.wav": "too short", "nan.wav": "NaN", "empty.mp3": "empty file",
-                "text.mp3": "not readable", "cut.mp3": "truncated",
-                **{name: "truncated|malformed" for name in content if name.startswith("cut.")},
-                "cut.flac": "not readable|truncated", "slow.wav": "3999 Hz: convert it to 44100",
-                "fast.wav": "384001 Hz: convert it to 44100", "none.wav": "not readable"}
-    for name, says in expected.items():
-        with pytest.raises(BadClip, match=says):
-            read_waveform(tmp_path / name, 16000)
-    streamed = bytearray(whole)  # what a program writes that pipes a WAV and cannot know its length
-    struct.pack_into("<I", streamed, streamed.index(b"data") + 4, 0xFFFFFFFF)
-    (tmp_path / "streamed.wav").write_bytes(streamed)
-    assert len(read_waveform(tmp_path / "streamed.wav", 16000)[0]) == 16000
-    compared(len(expected) + 1, "files")
-
-
-@pytest.mark.parametrize("claimed", [0, 2**36 - 1])
-def test_a_flac_of_any_claimed_length(tmp_path, compared, claimed):
-    """A stream says 0 frames, for unknown; a damaged header says anything: neither takes memory."""
-    soundfile.write(tmp_path / "song.flac", NOISE, 44100)
-    expected = read_waveform(tmp_path / "song.flac", 16000)[0]
-    data = bytearray((tmp_path / "song.flac").read_bytes())
-    data[21] = data[21] & 0xF0 | claimed >> 32  # 36 bits in the middle of STREAMINFO
-    struct.pack_into(">I", data, 22, claimed & 0xFFFFFFFF)
-    (tmp_path / "song.flac").write_bytes(data)
-    if claimed:
-        with pytest.raises(BadClip, match="truncated"):
-            read_waveform(tmp_path / "song.flac", 16000)
-        with pytest.raises(BadClip, match="truncated"):
-            list(read_windows(tmp_path / "song.flac", 16000, 1, 0.1))
-    else:
-        assert torch.equal(read_waveform(tmp_path / "song.flac", 16000)[0], expected)
-        assert len(list(read_windows(tmp_path / "song.flac", 16000, 1, 0.5))) > 1
-    compared(2, "readings")
-
-
-@pytest.mark.parametrize("rate, new", [
-    (44100, 16000), (48000, 16000), (22050, 16000), (11025, 16000), (8000, 16000), (32000, 16000),
-    (96000, 16000), (4000, 16000), (384_000, 16000), (44100, 48000)])
-def test_resampling_is_torchaudios(compared, rate, new):
-    waveform = np.random.default_rng(rate).normal(size=rate // 2 + 17)
-    expected = torchaudio.functional.resample(torch.from_numpy(waveform), rate, new).numpy()
-    found = resample(waveform, rate, new)
-    assert found.shape == expected.shape
-    assert np.linalg.norm(found - expected) < 1e-12 * np.linalg.norm(expected)
-    compared(len(found), "samples")
-
-
-def test_the_resamplers_sine_is_numpys(compared):
-    x = np.linspace(-7, 7, 100_001)  # its kernel looks no further than 6
-    assert np.abs(sin_pi(x) - np.sin(np.pi * x)).max() < 4e-15
-    assert not sin_pi(np.arange(-9.0, 9)).any()
-    compared(len(x), "sines")
-
-
-def test_odd_rates_take_no_more_memory_than_others(tmp_path, compared):
-    """A second each, at rates without a common factor with 16 kHz; by the process's own peak."""
-    rates = (44101, 15999, 4001, 383_999, 384_000)
-    for rate in rates:
-        soundfile.write(tmp_path / f"{rate}.wav", np.zeros(rate), rate)
-    script = ("import sys, resource; sys.path.insert(0, sys.argv[1]); from kit.audio import read_waveform; before = "
-              "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-              "for path in sys.argv[2:]:\n"
-              "    assert len(read_waveform(path, 16000)[0]) == 16000\n"
-              "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)")
-    done = subprocess.run([sys.executable, "-c", script, ROOT, *(
-        tmp_path / f"{rate}.wav" for rate in rates)], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 1e6  # kB
-    compared(len(rates), "sample rates")
-
-
 def test_the_demo_is_like_deam(demo, splits, compared):
-    deam, own = DEAMHandler(demo / "DEAM"), read_splits(demo / "splits.json")
+    handler, own = DEAMHandler(demo / "DEAM"), read_splits(demo / "splits.json")
     songs = [splits[name][:n] for name, n in (("train", 40), ("val", 10), ("test", 10))]
     assert [own[name] for name in ("train", "val", "test")] == songs
     assert "synthetic" in own["source"]
     songs = sum(songs, [])
-    assert sorted(deam.annotations) == sorted(deam.audio) == sorted(songs)
-    info = soundfile.info(deam.audio[songs[0]])
+    assert sorted(handler.annotations) == sorted(handler.audio) == sorted(songs)
+    info = soundfile.info(handler.audio[songs[0]])
     assert (info.samplerate, info.channels, info.subtype) == (44100, 2, "PCM_16")
     raw = next(demo.rglob(STATIC)).read_bytes()
     assert raw.startswith(", ".join(deam.COLUMNS).encode() + b"\r\n") and raw.count(b"\r\n") == 61
     for name, column in (("valence", 0), ("arousal", 2)):
-        header, *rows = csv.reader(deam.dynamic[name].open())
+        header, *rows = csv.reader(handler.dynamic[name].open())
         assert header[1].startswith("sample_") and len(rows) == 60
         moving = {int(song): np.mean([float(cell) for cell in cells if cell])
                   for song, *cells in rows}
-        still = [deam.annotations[song][column] for song in songs]
+        still = [handler.annotations[song][column] for song in songs]
         assert np.corrcoef([moving[song] for song in songs], still)[0, 1] > 0.95
-        spread = [deam.annotations[song][column + 1] for song in songs]
+        spread = [handler.annotations[song][column + 1] for song in songs]
         assert np.mean(spread) == pytest.approx(1.5, abs=0.1)
     compared(len(songs), "songs")

@@ -1,11 +1,8 @@
-"""Extraction: what may not change a bit, what is resumed, stopped, shared, checked and verified."""
+"""Extraction: what may not change a bit, what is resumed, stopped, shared and repaired."""
 
 import builtins
 import contextlib
-import functools
-import operator
 import os
-import re
 import shutil
 import signal
 import socket
@@ -18,41 +15,16 @@ import torch
 from conftest import ROOT, call, extraction
 
 import extract
-from common import DEAMHandler
-from kit.cli import UserError
-from kit.deam import read_splits, songs_of
-from kit.files import read_json, tensor_digest, write_json
-from kit.records import manifest_digest, read_manifest
+import verify
+from common import Backbone, DEAMHandler
+from kit.features import read_manifest
+from kit.files import tensor_digest
 
 FLOAT32 = ["--precision", "float32"]
 
 
 def songs_in(folder):
     return read_manifest(folder / "manifest.json")["songs"]
-
-
-def edited(folder, place, *value):
-    """A folder's manifest with another value at a place, or nothing there; its digest is that of
-    what it holds, where it can be computed."""
-    manifest, (*outer, key) = read_json(folder / "manifest.json", ""), place
-    inner = functools.reduce(operator.getitem, outer, manifest)
-    inner.pop(key)
-    inner.update({key: each for each in value})
-    if key != "digest":
-        with contextlib.suppress(KeyError):
-            manifest["digest"] = manifest_digest(manifest)
-    return manifest
-
-
-@pytest.fixture(scope="session")
-def ids(demo):
-    return sorted(songs_of(read_splits(demo / "splits.json")))
-
-
-@pytest.fixture
-def own(features, tmp_path):
-    """A copy of the demo's features."""
-    return shutil.copytree(features, tmp_path / "DEAM_feats")
 
 
 @pytest.fixture
@@ -130,7 +102,7 @@ def test_stopped_and_resumed(demo, features, ids, tmp_path, fails, compared):
     assert redone == {first, second}  # the others stayed as they were
     assert songs_in(folder) == {song: entry for song, entry in songs_in(features).items()
                                 if int(song) in ids}
-    assert call(extract, "--check", folder) == 0
+    assert call(verify, "--features", folder) == 0
     compared(len(ids), "songs, resumed three times")
 
 
@@ -149,12 +121,30 @@ def test_a_bad_song_does_not_cost_the_others(demo, features, ids, corpus, tmp_pa
     for song in ids[1:3]:
         expected.pop(str(song))
     assert songs_in(tmp_path / "f") == expected
-    assert call(extract, "--check", tmp_path / "f") == 0
+    assert call(verify, "--features", tmp_path / "f") == 0
     for song in ids[1:3]:  # put right, they alone are extracted
         shutil.copy(demo / "DEAM" / audio[song].relative_to(corpus), audio[song])
     capsys.readouterr()
     assert call(extract, *command) == 0 and "5 songs, 2 to do" in capsys.readouterr().out
     compared(len(expected), "songs done beside two bad ones")
+
+
+def test_nan_in_features_is_a_failed_song(demo, features, ids, tmp_path, monkeypatch, capsys,
+                                          compared):
+    """A backbone that gives NaN: the song is named, not stored, and tried again."""
+    command = extraction(demo, tmp_path / "f", *FLOAT32, "--songs", *ids[:3])
+    with monkeypatch.context() as patch:
+        computed = iter(range(3))
+        patch.setattr(Backbone, "hidden_states", lambda self, waveforms, states=(
+            Backbone.hidden_states): states(self, waveforms).fill_(
+                torch.nan if next(computed) == 1 else 1))
+        assert call(extract, *command) == 1
+    assert f"failed: song {ids[1]}: NaN or infinity" in capsys.readouterr().out
+    assert list(songs_in(tmp_path / "f")) == [str(ids[0]), str(ids[2])]
+    assert not (tmp_path / f"f/songs/{ids[1]}.pt").exists()
+    assert call(extract, *command) == 0 and "3 songs, 1 to do" in capsys.readouterr().out
+    assert songs_in(tmp_path / "f")[str(ids[1])] == songs_in(features)[str(ids[1])]
+    compared(3, "songs")
 
 
 def test_missing_audio_and_labels_stop_before_any_work(demo, ids, corpus, tmp_path, fails,
@@ -201,50 +191,15 @@ def test_several_processes_share_the_songs(demo, features, ids, corpus, tmp_path
     # repaired: the first process, with nothing to do, does not take the old failure for a new one
     shutil.copy(DEAMHandler(demo / "DEAM").audio[ids[1]], DEAMHandler(corpus).audio[ids[1]])
     with subprocess.Popen([sys.executable, ROOT / "extract.py", *map(str, two)], text=True,
-                          stdout=subprocess.PIPE, env={**os.environ, "WORLD_SIZE": "2"}) as first:
+                          stdout=subprocess.PIPE,
+                          env={**os.environ, "RANK": "0", "WORLD_SIZE": "2"}) as first:
         assert "8 songs, 0 to do" in first.stdout.readline()
-        monkeypatch.setattr(extract, "RANK", 1)
-        monkeypatch.setattr(extract, "PROCESSES", 2)
+        monkeypatch.setenv("RANK", "1")
+        monkeypatch.setenv("WORLD_SIZE", "2")
         assert call(extract, *two) == 0
         assert "8 songs, " in first.stdout.read() and first.wait() == 0
     assert len(songs_in(tmp_path / "two")) == 8
     compared(8, "songs")
-
-
-def test_check_names_every_damage(own, features, ids, capsys, fails, compared):
-    """Ten bytes flipped in turn, and files missing, of other types or of other songs."""
-    assert call(extract, "--check", features) == 0
-    assert "60 of 60 songs are as the manifest says" in capsys.readouterr().out
-    path = own / "songs" / f"{ids[0]}.pt"
-    whole, value = path.read_bytes(), torch.load(path, weights_only=True)
-    data = whole.index(value.numpy().tobytes()[:64])  # the rest is the zip's own
-    flipped = [bytearray(whole) for _ in range(10)]
-    for n, each in enumerate(flipped):
-        each[data + n * value.numel() * 4 // 10] ^= 1
-    contents = [*map(bytes, flipped), b"", b"text", whole[:-100], None,
-                (own / "songs" / f"{ids[1]}.pt").read_bytes()]
-    for content in contents:
-        path.write_bytes(content) if content is not None else path.unlink()
-        assert call(extract, "--check", own) == 1
-        output = capsys.readouterr().out
-        assert str(path) in output and "59 of 60 songs" in output
-    for other in (value.bfloat16(), value[0], value * torch.nan, [value], {"a": value},
-                  value.to_sparse(), value.to("meta")):
-        torch.save(other, path)
-        assert call(extract, "--check", own) == 1
-        assert str(path) in capsys.readouterr().out
-    path.write_bytes(whole)
-    for name, content in (("annotations.csv", b"song_id\n"), ("splits.json", b"{}"),
-                          ("top_layers.pt", b"text")):
-        kept = (own / name).read_bytes()
-        (own / name).write_bytes(content)
-        assert call(extract, "--check", own) == 1 and name in capsys.readouterr().out
-        (own / name).write_bytes(kept)
-    for change in ((("songs", str(ids[0]), "frames"), 7), (("settings", "store"), "float16")):
-        write_json(own / "manifest.json", edited(features, *change))
-        assert call(extract, "--check", own) == 1 and str(path) in capsys.readouterr().out
-    assert "cannot read a manifest" in fails(extract, "--check", own / "songs")
-    compared(len(contents) + 13, "damaged folders")
 
 
 def test_a_damaged_file_is_extracted_again(demo, own, features, ids, capsys, compared):
@@ -257,61 +212,8 @@ def test_a_damaged_file_is_extracted_again(demo, own, features, ids, capsys, com
     paths[5].write_bytes(b"")
     assert call(extract, *extraction(demo, own, *FLOAT32)) == 0
     assert "60 songs, 6 to do" in capsys.readouterr().out
-    assert songs_in(own) == songs_in(features) and call(extract, "--check", own) == 0
+    assert songs_in(own) == songs_in(features) and call(verify, "--features", own) == 0
     compared(len(paths), "damaged files")
-
-
-def test_verify(demo, features, ids, tmp_path, capsys, fails, compared):
-    """Songs drawn at random, or named; whatever does not fit is said by name, and exit code 1."""
-    path, (first, second) = tmp_path / "manifest.json", map(str, ids[3:5])
-    command = ["--deam", demo / "DEAM", "--weights", demo / "backbone", "--device", "cpu",
-               "--verify", path]
-    shutil.copy(features / "manifest.json", path)
-    assert call(extract, *command, "--sample", 2) == 0
-    output = capsys.readouterr().out
-    assert "2 of the 60 songs whose audio is here, drawn with seed " in output
-    assert "REPRODUCED: PCM and features of 2 of 60 songs, float32" in output
-    assert call(extract, *command, "--songs", *re.findall(r"--songs (\d+) (\d+)", output)[0]) == 0
-    assert "has no song 3" in fails(extract, *command, "--songs", 3)
-    table = demo / "DEAM/DEAM_Annotations"  # annotations without audio: nothing can be verified
-    assert f"no audio of songs {ids[0]}, " in fails(extract, *command, "--deam", table)
-    tampered = {f"song {first}: pcm": (("songs", first, "pcm"), "0" * 64),
-                f"song {second}: features": (("songs", second, "features"), "0" * 64),
-                f"song {second}: frames": (("songs", second, "frames"), 298),
-                "weights": (("settings", "weights"), "0" * 64),
-                "normalize epsilon": (("settings", "normalize_epsilon"), 1e-7)}
-    for name, change in tampered.items():
-        write_json(path, edited(features, *change))
-        capsys.readouterr()
-        assert call(extract, *command, "--songs", first, second) == 1
-        output = capsys.readouterr().out
-        assert "13 identical, 0 close, 1 different" in output and "NOT REPRODUCED" in output
-        assert re.findall(r"^  (\S.*?)  .*DIFFERENT", output, re.M) == [name]
-    write_json(path, edited(features, ("digest",), "0" * 64))
-    assert "does not match its own digest" in fails(extract, *command)
-    compared(len(tampered) + 4, "manifests and songs")
-
-
-def test_no_manifest_ends_in_a_traceback(features, tmp_path, compared):
-    """Every key removed and retyped, its digest put right: only what may be there is taken."""
-    manifest, path = read_json(features / "manifest.json", ""), tmp_path / "m.json"
-    song, tried, taken = next(iter(manifest["songs"])), 0, set()
-    places = [*((key,) for key in manifest if key != "environment"), ("source", "name"),
-              *(("settings", key) for key in manifest["settings"]), ("songs", song),
-              *(("songs", song, key) for key in manifest["songs"][song])]
-    for place in places:
-        for value in ((), (None,), ([],), ({},), ("x",), (-1.5,), (True,)):
-            write_json(path, edited(features, place, *value))
-            try:
-                read_manifest(path)
-                taken.add((place[-1], *map(str, value)))
-            except UserError as error:
-                assert str(path) in str(error)
-            tried += 1
-    assert taken == {(song,), ("songs", "{}"), ("name", "x"), ("swapped_labels", "None"),
-                     ("swapped_labels", "[]"), ("normalize_epsilon", "None"),
-                     ("normalize_epsilon", "-1.5")}
-    compared(tried, "manifests")
 
 
 def test_a_complete_folder_may_be_for_reading_only(demo, own, ids, monkeypatch, capsys, fails,
@@ -327,7 +229,7 @@ def test_a_complete_folder_may_be_for_reading_only(demo, own, ids, monkeypatch, 
     monkeypatch.setattr(builtins, "open", refuse)
     before = {path: path.stat().st_mtime_ns for path in own.rglob("*")}
     assert call(extract, *command) == 0 and "60 songs, 0 to do" in capsys.readouterr().out
-    assert call(extract, "--check", own) == 0
+    assert call(verify, "--features", own) == 0
     assert before == {path: path.stat().st_mtime_ns for path in own.rglob("*")}
     (own / "songs" / f"{ids[0]}.pt").unlink()
     message = fails(extract, *command)

@@ -12,10 +12,10 @@ import audit
 import eval as eval_script
 import extract
 import train
-from common import DEAMFeatHandler
-from kit.swapped import audit_labels, dynamic_means
+from common import DEAMFeatHandler, DEAMHandler
 from kit.deam import STATIC, read_annotations, read_splits
 from kit.files import read_json
+from kit.swapped import audit_labels, dynamic_means, swapped_ranges
 
 
 def deam(folder, seed, swapped, noise):
@@ -27,7 +27,7 @@ def deam(folder, seed, swapped, noise):
     static = truth + generator.normal(0, noise, truth.shape)
     annotations = {song: (a, 1, v, 1) if swapped(song) else (v, 1, a, 1)
                    for song, (v, a) in zip(ids, static)}
-    for name, values in zip(("valence", "arousal"), (truth.T - 5) / 4):
+    for name, values in zip(("valence", "arousal"), (truth.T - 5) / 10):
         rows = "".join(f"{song},{value},,\n" for song, value in zip(ids, values))
         (folder / f"{name}.csv").write_text("song_id,sample_15000ms,sample_15500ms,\n" + rows)
     return SimpleNamespace(root=folder, annotations=annotations, dynamic={
@@ -72,8 +72,8 @@ def test_damaged_dynamic_annotations(demo, tmp_path, fails, capsys, compared, ro
     file = next(root.rglob("valence.csv"))
     lines = file.read_text().splitlines()
     file.write_text("\n".join([lines[0], row, *lines[2:]]))
-    assert "valence.csv, line 2: not a song id and finite numbers" in fails(audit, root)
-    assert extract.swapped_ranges(extract.DEAMHandler(root)) is None
+    assert "valence.csv, line 2: not a song id and numbers from -1 to 1" in fails(audit, root)
+    assert swapped_ranges(DEAMHandler(root)) is None
     assert "--labels corrected will not be possible" in capsys.readouterr().out
     compared(1, "damaged rows")
 
@@ -108,8 +108,8 @@ def test_what_the_audit_says(demo, features, swapped, capsys, compared):
 
 def test_corrected_labels_exchange_what_the_audit_says(features, swapped, tmp_path, capsys,
                                                        monkeypatch, compared):
-    monkeypatch.setattr("figures.draw_history", lambda *_: None)
-    monkeypatch.setattr("figures.draw_report", lambda *_: None)
+    monkeypatch.setattr("kit.figures.draw_history", lambda *_: None)
+    monkeypatch.setattr("kit.figures.draw_report", lambda *_: None)
     made, clean = swapped / "f", read_annotations(features / "annotations.csv")
     shipped = read_annotations(made / "annotations.csv")
     for song, (v, s, a, b) in clean.items():

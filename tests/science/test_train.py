@@ -1,84 +1,59 @@
-"""The model, the loss, the schedule, what a training run leaves behind, and what it refuses."""
+"""Training: what trains, the schedule, what a run leaves behind, and what it refuses."""
 
 import csv
 import io
+import itertools
+import json
+import math
+import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 import torchaudio
-from conftest import FLOAT32, QUICK, ROOT, call
-from torch import nn
+from conftest import FLOAT32, QUICK, ROOT, call, few, made_features
 
 import common
-import eval as eval_script
 import train
-from common import DEAMFeatHandler, EmotionModel, emotion_loss, quadrant_weights
+from common import DEAMFeatHandler, EmotionModel, start_from
 from kit import deam, files, machine, records
 from kit.cli import UserError
+from kit.features import manifest_digest
 from kit.files import load_tensors, read_json, state_digest, write_json, write_tensors
 
 BASE = {**torchaudio.pipelines.WAV2VEC2_BASE._params, "aux_num_out": None}
 
 
-@pytest.fixture
-def undrawn(monkeypatch):
-    """Pictures take most of a short run's time."""
-    monkeypatch.setattr(train.figures, "draw_history", lambda *_: None)
-
-
-def test_parameter_counts(compared):
-    expected = {"last1": 8_008_450, "frozen": 919_042, "last2": 15_096_322, "all": 15_096_322}
-    for finetune, trainable in expected.items():
-        model = EmotionModel(BASE, 10, finetune)
-        sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
-        assert sum(size for size, trains in sizes if trains) == trainable
-        assert sum(size for size, _ in sizes) == 15_096_322
-    compared(2 * len(expected), "counts")
+def new_training(features, *options):
+    """A Training of train.py, on the CPU."""
+    args = train.parser().parse_args(["--features", str(features), "--device", "cpu",
+                                      *map(str, options)])
+    arithmetic = machine.Arithmetic(args.precision, args.device, args.threads)
+    data = train.open_data(args)
+    return train.Training(train.configuration(args, data, arithmetic), data, arithmetic)
 
 
 @pytest.mark.parametrize("finetune, layers", [("frozen", []), ("last1", [1]), ("lastN", [0, 1])])
-def test_each_mode_trains_what_it_names_and_nothing_else(features, tmp_path, undrawn, compared,
+def test_each_mode_trains_what_it_names_and_nothing_else(features, tmp_path, no_histories, compared,
                                                          finetune, layers):
     run = tmp_path / "run"
     assert call(train, "--features", features, "--run", run, "--finetune", finetune, *QUICK) == 0
     top = DEAMFeatHandler(features).top_layers
     start = EmotionModel(top["params"], 10, finetune)
     end = load_tensors(run / "model.pt", "")["state"]
-    start.start_from(top, 0)
+    start_from(start, top)
     parts = ["valence.", "arousal.", *(["norm."] if layers else []),
              *(f"layers.{n}." for n in layers)]
     for name, before in start.state_dict().items():
         # the attention's key bias gets no gradient: softmax does not see it
         assert name.startswith(tuple(parts)) != torch.equal(before, end[name]) or (
             name.endswith("k_proj.bias")), name
-    model = EmotionModel(top["params"], 8, "last1").train()
-    assert [layer.training for layer in model.layers] == [False, False, False, True]
     compared(len(end), "tensors")
-
-
-def test_another_head_trains_and_predicts(features, tmp_path, monkeypatch, undrawn, compared):
-    """As README says: change `Head`, nothing else. Here it begins with a norm and is nested."""
-
-    def head(dimension):
-        return nn.Sequential(nn.LayerNorm(dimension), nn.Sequential(nn.Linear(dimension, 8),
-                                                                    nn.GELU()), nn.Linear(8, 1))
-
-    monkeypatch.setattr(common, "Head", head)
-    run = tmp_path / "run"
-    for finetune in ("frozen", "last1"):
-        command = ["--features", features, "--finetune", finetune, *QUICK]
-        assert call(train, *command, "--run", run / finetune) == 0
-    assert call(eval_script, run / "last1", "--features", features) == 0
-    monkeypatch.setattr(common, "Head", lambda _: nn.GRU(64, 1))
-    with pytest.raises(NotImplementedError, match="say here how a GRU starts"):
-        call(train, *command, "--run", run / "other")
-    compared(3, "heads")
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -88,15 +63,12 @@ def test_exact_training_is_the_same_kept_or_recomputed_on_any_threads(features, 
     digests = []
     for threads, keep in ((1, "cpu"), (2, None)):
         torch.set_num_threads(threads)
-        arithmetic = machine.Arithmetic("exact", "cpu")
-        args = train.parser().parse_args(["--features", str(features), "--batch-size", "4",
-                                          "--micro-batch", "2"])
-        data = train.open_data(args)
-        training = train.Training(train.configuration(args, data, arithmetic), data, arithmetic)
+        training = new_training(features, "--batch-size", 4, "--micro-batch", 2)
         training.model.recompute = recompute
         training.train.dataset.keep = keep and torch.device(keep)
-        steps = training.one_epoch()
-        digests.append([(next(steps).item(), training.digest()) for _ in range(2)])
+        steps = [training.train_step(*batch)[0].tolist() for batch in
+                 itertools.islice(training.train, 2)]
+        digests.append((steps, training.digest()))
     torch.set_num_threads(2)
     assert digests[0] == digests[1]
     DIGESTS.append(digests[0])
@@ -107,82 +79,44 @@ def test_exact_training_is_the_same_kept_or_recomputed_on_any_threads(features, 
 DIGESTS = []  # of the test above, over its parameters
 
 
-# ------------------------------------------------------------------------------- loss and schedule
-
-
-def numpy_loss(pred, true, corr_target, weights):
-    """The formula, written a second time."""
-    squared = ((pred - true) ** 2).mean(axis=1)
-    target = np.corrcoef(true.T)[0, 1] if corr_target == "true" else 0.0
-    corr = 0.05 * (np.corrcoef(pred.T)[0, 1] - target) ** 2
-    if weights is not None:
-        return float((weights * squared).mean() + corr)
-    spread = sum((np.var(pred[:, d]) - 1) ** 2 for d in range(2))
-    return float(squared.mean() + corr + 0.05 * spread)
-
-
-@pytest.mark.parametrize("corr_target", ["true", "zero"])
-@pytest.mark.parametrize("weighted", [False, True])
-def test_loss_and_gradient(compared, corr_target, weighted):
-    generator = np.random.default_rng(0)
-    pred, true = generator.normal(size=(12, 2)), generator.normal(size=(12, 2)) + 0.2
-    per_song = None
-    if weighted:
-        quadrants = [(v >= 0, a >= 0) for v, a in true]
-        inverse = np.array([1 / quadrants.count(q) for q in quadrants])
-        per_song = inverse / inverse.mean()
-    x, y = torch.tensor(pred, requires_grad=True), torch.tensor(true)
-    loss = emotion_loss(x, y, corr_target=corr_target,
-                        weights=quadrant_weights(y) if weighted else None)
-    loss.backward()
-    rest = (true, corr_target, per_song)
-    assert loss.item() == pytest.approx(numpy_loss(pred, *rest), rel=1e-12)
-    for index in np.ndindex(pred.shape):
-        step = np.zeros_like(pred)
-        step[index] = 1e-6
-        slope = (numpy_loss(pred + step, *rest) - numpy_loss(pred - step, *rest)) / 2e-6
-        assert x.grad[index].item() == pytest.approx(slope, rel=1e-5, abs=1e-8)
-    compared(1 + pred.size, "values")
-
-
-def test_constant_predictions_have_a_finite_gradient():
-    x = torch.zeros(4, 2, requires_grad=True)
-    emotion_loss(x, torch.randn(4, 2)).backward()
-    assert x.grad.isfinite().all()
+def test_dropout_follows_the_seed(features, compared):
+    """The same model on the same clip, in training: one prediction for each seed."""
+    predictions, state = {}, None
+    for seed in (0, 0, 5):
+        training = new_training(features, *QUICK, "--seed", seed)
+        state = state or training.model.state_dict()
+        training.model.load_state_dict(state)
+        clip = training.model.train().run_frozen(training.data.datasets["train"][0][0])
+        predictions.setdefault(seed, []).append(training.model([clip]))
+    first, again, other = *predictions[0], *predictions[5]
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert torch.equal(training.model.eval()([clip]), training.model([clip]))
+    compared(3, "seeds")
 
 
 def test_the_schedules(compared):
-    config = {"lr": 3e-5, "max_lr": 1e-3, "schedule": "triangular2", "step_size_up": 100}
+    options = SimpleNamespace(lr=3e-5, max_lr=1e-3, schedule="triangular2", step_size_up=100)
     optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=3e-5)
     reference = torch.optim.lr_scheduler.CyclicLR(optimizer, 3e-5, 1e-3, step_size_up=100,
                                                   mode="triangular2", cycle_momentum=False)
     for step in range(860):
         rate = optimizer.param_groups[0]["lr"]
-        assert train.learning_rate(step, 860, config) == pytest.approx(rate, rel=1e-9)
+        assert train.learning_rate(step, 860, options) == pytest.approx(rate, rel=1e-9)
         optimizer.step()
         reference.step()
-    cosine = [train.learning_rate(step, 50, {**config, "schedule": "cosine"}) for step in range(50)]
-    assert cosine[0] == pytest.approx(1e-3) and cosine[-1] == pytest.approx(3e-5)
-    assert cosine == sorted(cosine, reverse=True)
-    assert train.learning_rate(7, 50, {**config, "schedule": "constant"}) == 3e-5
-    assert train.learning_rate(5001, 9999, {**config, "step_size_up": 1}) == 3e-5  # 2^2500 is none
-    compared(911, "rates")
+    options.schedule = "cosine"
+    cosine = [train.learning_rate(step, 50, options) for step in range(50)]
+    for step, rate in enumerate(cosine):  # half a period, from the highest to the lowest
+        assert rate == pytest.approx(3e-5 + 9.7e-4 * (1 + math.cos(math.pi * step / 49)) / 2)
+    assert train.learning_rate(0, 1, options) == 1e-3
+    options.schedule = "constant"
+    assert train.learning_rate(7, 50, options) == 3e-5
+    options.schedule, options.step_size_up = "triangular2", 1
+    assert train.learning_rate(5001, 9999, options) == 3e-5  # 2^2500 is none
+    compared(913, "rates")
 
 
-# --------------------------------------------------------------------- data, runs, interruption
-
-
-def test_label_statistics_and_loaders(features, splits, compared):
-    data = DEAMFeatHandler(features, batch_size=16)
-    assert [len(data.ids[name]) for name in ("train", "val", "test")] == [40, 10, 10]
-    assert data.ids["test"] == splits["test"][:10]
-    known = np.array([data.annotations[song][::2] for song in data.ids["train"] + data.ids["val"]])
-    np.testing.assert_allclose(data.mean, known.mean(0))
-    np.testing.assert_allclose(data.std, known.std(0))
-    batches = list(data.train)  # the partial one is dropped
-    assert [len(clips) for clips, _ in batches] == [16, 16] and batches[0][1].shape == (16, 2)
-    assert not torch.equal(batches[0][1], data.datasets["train"].labels[:16])  # shuffled
-    compared(len(known), "labels")
+# ------------------------------------------------------------------------- runs, interruption
 
 
 def test_what_a_run_leaves(trained, compared):
@@ -191,7 +125,7 @@ def test_what_a_run_leaves(trained, compared):
     assert {path.name for path in trained.iterdir() if path.name[0] != "."} == names
     rows = list(csv.DictReader(open(trained / "history.csv")))
     assert [row["epoch"] for row in rows] == ["1", "2"]
-    digests = train.read_digests(trained)
+    digests = records.read_digests(trained)
     assert [row[:2] for row in digests] == [[1, 1], [1, 2], [1, 2], [2, 4]]
     found = read_json(trained / "config.json", "")["digests"]["model"]
     state = load_tensors(trained / "model.pt", "")["state"]
@@ -211,20 +145,23 @@ def wait_for(condition, process, seconds=90):
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("finetune, precision", [("last1", "float32"), ("frozen", "exact")])
-def test_a_killed_run_resumes_to_the_undisturbed_one(features, tmp_path, undrawn, compared,
-                                                     finetune, precision):
-    base = ["--features", features, "--finetune", finetune, *QUICK, "--precision", precision,
-            "--epochs", 5, "--select", "best"]
+@pytest.mark.parametrize("finetune, more", [
+    ("last1", ["--frozen-dropout", "--epochs", 3]), ("frozen", ["--precision", "exact"])])
+def test_a_killed_run_resumes_to_the_undisturbed_one(features, splits, tmp_path, no_histories,
+                                                     compared, finetune, more):
+    if finetune == "frozen":
+        features = made_features(tmp_path / "f", few(splits))
+    base = ["--features", features, "--finetune", finetune, *QUICK, "--epochs", 9, "--select",
+            "best", *more]
     call(train, *base, "--run", tmp_path / "a")
     killed = python("train.py", *base, "--run", tmp_path / "b")
     wait_for((tmp_path / "b/last.pt").exists, killed)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
+    assert not (tmp_path / "b/model.pt").exists()
     call(train, *base, "--run", tmp_path / "b", "--resume")
-    shorter = [*base, "--run", tmp_path / "c", "--epochs", 3]
-    call(train, *shorter)
-    call(train, *shorter, "--resume", "--epochs", 5)  # more epochs
+    call(train, *base, "--run", tmp_path / "c", "--epochs", 2)
+    call(train, *base, "--run", tmp_path / "c", "--resume")  # more epochs
     results = [(read_json(tmp_path / name / "config.json", "")["digests"],
                 *[(tmp_path / name / f"{file}.csv").read_text() for file in ("history", "digests")])
                for name in "abc"]
@@ -316,7 +253,7 @@ def test_layers_above_that_do_not_fit(features, tmp_path, fails, compared):
         manifest = read_json(copy / "manifest.json", "")
         manifest["top_layers"] = state_digest(edit.get("state", state))
         write_json(copy / "manifest.json", {
-            **manifest, "digest": records.manifest_digest(manifest)})
+            **manifest, "digest": manifest_digest(manifest)})
         fails(train, "--features", copy, "--run", tmp_path / "r", *QUICK)
     compared(len(edits), "edits")
 
@@ -331,6 +268,93 @@ def test_options_that_contradict_each_other(features, tmp_path, fails, options, 
     assert says in fails(train, "--features", features, "--run", tmp_path / "r", *QUICK, *options)
 
 
+RANGES = {  # of each option that decides a result: values that a user may give
+    "--finetune": ["frozen", "last1", "last2", "all", "lastN"], "--epochs": [1, 20, 10**6],
+    "--lr": [1e-5, 3e-5, 0.1, 1 / 3], "--max-lr": [0.5, 1, 10], "--step-size-up": [1, 10**9],
+    "--schedule": ["triangular2", "cosine", "constant"], "--batch-size": [2, 32],
+    "--micro-batch": [1, 4], "--attention-dropout": [0, 0.1, 0.99], "--frozen-dropout": [None],
+    "--weight-decay": [0, 1e-4], "--lambda-corr": [0, 0.05, 1e6], "--lambda-var": [0, 0.05, 2.5],
+    "--corr-target": ["true", "zero"], "--weight-loss": [None], "--grad-clip": [1e-3, 1e9],
+    "--fold": [0, 9], "--seed": [0, 2**32 - 3], "--select": ["last", "best"],
+    "--labels": ["shipped", "corrected"], "--precision": ["exact", "float32"], "--threads": [1, 8]}
+
+
+def test_options_are_read_back_as_they_were_written(compared):
+    """Options → config.json → options → config.json is the identity; through JSON, for some
+    hundred sets of options. Those that contradict each other are refused."""
+    draw, count = random.Random(0), 0
+    data = SimpleNamespace(digest="0" * 64, ids={"train": [2], "val": [3], "test": [4]})
+    arithmetic = SimpleNamespace(device=torch.device("cpu"))
+    parser = train.parser()
+    for _ in range(400):
+        chosen = draw.sample(sorted(RANGES), draw.randrange(len(RANGES)))
+        words = [word for name in chosen for word in (name, draw.choice(RANGES[name]))]
+        args = parser.parse_args([str(word) for word in words if word is not None])
+        try:
+            config = train.configuration(args, data, arithmetic)
+        except UserError as error:
+            assert "leave out" in str(error) or "below --lr" in str(error)
+            continue
+        read = train.parser().read(json.loads(json.dumps(config["options"])), "config.json")
+        assert train.configuration(read, data, arithmetic) == config
+        for name, value in config["options"].items():
+            assert getattr(read, name) == value and type(getattr(read, name)) is type(value)
+        count += 1
+    assert {name[2:].replace("-", "_") for name in RANGES} == config["options"].keys() - {"device"}
+    compared(count, "sets of options")
+
+
+def test_edited_options_are_one_error(trained, compared):
+    """Of another type or out of range, or no option: one line that begins with the file."""
+    options, count = read_json(trained / "config.json", "")["config"]["options"], 0
+    for name in options.keys() - {"finetune"}:  # any text, which layers_to_train reads
+        for other in ("text", "", -1.5, [], {}, {"a": 1}, "--help", "nan", "inf", 1e300):
+            with pytest.raises(UserError, match="^config.json holds options") as error:
+                train.parser().read({**options, name: other}, "config.json")
+            assert "\n" not in str(error.value), name
+            count += 1
+    for name in ("strange", "help", "-", ""):
+        with pytest.raises(UserError, match="^config.json holds options"):
+            train.parser().read({**options, name: 1}, "config.json")
+    compared(count + 4, "edits")
+
+
+def test_the_best_epoch_is_the_one_of_lowest_val_loss(splits, tmp_path, monkeypatch, no_histories,
+                                                      compared):
+    """Losses on val made up so that the second of four epochs is the best: its model is the
+    result, and its predictions. Without --select best it is the last."""
+    features, validate = made_features(tmp_path / "f", few(splits)), train.Training.validate
+    for select, epoch in (("best", 2), ("last", 4)):
+        losses, predictions = iter([0.5, 0.2, 0.4, 0.2, 9]), []
+
+        def made_up(training):
+            (_, *others), pred = validate(training)
+            predictions.append(pred)
+            return [next(losses), *others], pred
+
+        monkeypatch.setattr(train.Training, "validate", made_up)
+        run = tmp_path / select
+        assert call(train, "--features", features, "--run", run, *QUICK, "--finetune", "frozen",
+                    "--epochs", 4, "--select", select) == 0
+        ends = [row[3] for row in records.read_digests(run)[-4:]]
+        assert len(set(ends)) == 4
+        digests = read_json(run / "config.json", "")["digests"]
+        assert digests["model"] == ends[epoch - 1] == records.read_model(run / "model.pt")["digest"]
+        assert torch.equal(predictions[-1], predictions[epoch - 1])
+    compared(2, "runs")
+
+
+def test_a_diverged_run_is_one_error(splits, tmp_path, fails, compared):
+    """NaN never becomes a result."""
+    features = made_features(tmp_path / "f", few(splits))
+    message = fails(train, "--features", features, "--run", tmp_path / "r", *QUICK, "--finetune",
+                    "frozen", "--lambda-var", "1e6", "--schedule", "constant", "--lr", "10",
+                    "--epochs", "60", "--grad-clip", "1e9")
+    assert "the loss is not finite" in message
+    assert not (tmp_path / "r/model.pt").exists()
+    compared(1, "refusals")
+
+
 @pytest.mark.parametrize("options", [["--seed", str(2**32)], ["--lr", "1e300"],
                                      ["--threads", "2e9"], ["--epochs", "0"], ["--run", ""],
                                      ["--max-lr", "nan"]])
@@ -340,7 +364,7 @@ def test_options_out_of_range(options, capsys):
     assert stop.value.code == 2 and capsys.readouterr().err.startswith("error: ")
 
 
-# -------------------------------------------------------------------------------- damage, verdicts
+# -------------------------------------------------------------------------------- damage
 
 
 def edits(value, path=()):
@@ -374,28 +398,29 @@ def test_every_edited_file_of_a_run_is_one_error(features, trained, tmp_path, fi
         count += 1
         try:
             if file == "last.pt":
-                state = train.to_resume(train.parser().parse_args(
-                    ["--run", str(run), "--resume", "--epochs", "2"]), whole["config"])
-                assert state is not None
+                assert records.read_checkpoint(run, whole["config"], True) is not None
             else:
-                _, content, _ = eval_script.read_run(run)
+                content, _ = records.read_run(run)
                 assert content["digest"] == expected
         except UserError:
             pass
     compared(count, f"edits of {file}")
 
 
-@pytest.mark.parametrize("file", ["model.pt", "last.pt"])
+SCHEMAS = {"model.pt": "MODEL", "last.pt": "CHECKPOINT"}
+
+
+@pytest.mark.parametrize("file", SCHEMAS)
 def test_flipped_bits_are_noticed(trained, tmp_path, file, compared):
     whole, noticed = bytearray((trained / file).read_bytes()), 0
-    form, path = (eval_script.MODEL if file == "model.pt" else train.CHECKPOINT), tmp_path / file
-    original = files.read_tensors(trained / file, "", form)
+    schema, path = getattr(records, SCHEMAS[file]), tmp_path / file
+    original = files.read_tensors(trained / file, "", schema)
     for place in range(0, len(whole), len(whole) // 60):
         damaged = bytearray(whole)
         damaged[place] ^= 4
         path.write_bytes(damaged)
         try:
-            same = files.read_tensors(path, "", form)  # in what the zip does not need
+            same = files.read_tensors(path, "", schema)  # in what the zip does not need
             assert str(same) == str(original)
         except UserError:
             noticed += 1
@@ -403,31 +428,8 @@ def test_flipped_bits_are_noticed(trained, tmp_path, file, compared):
     compared(61, f"flipped bits, {noticed} of them noticed")
 
 
-def test_a_verified_run(features, trained, tmp_path, compared, capsys):
-    run = shutil.copytree(trained, tmp_path / "run")
-    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
-    command = ["--verify", run, "--features", features, "--device", "cpu"]
-    assert call(train, *command) == call(train, *command, "--steps", 1) == 0
-    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
-    table = (run / "digests.csv").read_text()
-    rows = table.splitlines()
-    for changed in (table.replace(rows[1].split(",")[2], "0.5"),
-                    table.replace(rows[2][-5:], "00000"),
-                    "\n".join([rows[0], *rows[2:]]) + "\n"):
-        (run / "digests.csv").write_text(changed)
-        assert call(train, *command, "--steps", 2) == 1
-        assert "NOT REPRODUCED" in capsys.readouterr().out
-    compared(3, "changed tables of digests")
-
-
-def test_verifying_asks_for_the_songs_of_its_steps(features, trained, tmp_path, fails):
-    few = shutil.copytree(features, tmp_path / "f", ignore=shutil.ignore_patterns("1*.pt"))
-    message = fails(train, "--verify", trained, "--features", few, "--steps", 1, "--device", "cpu")
-    assert "have no features" in message and "run its extract.py command with --songs" in message
-    assert "--steps is for --verify" in fails(train, "--features", features, "--steps", 1)
-
-
 def test_torchrun_is_refused(features, fails, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "one process" in fails(train, "--features", features)
 

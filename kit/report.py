@@ -1,0 +1,232 @@
+"""What eval.py prints, within 80 columns: what a reader looks for first, details below."""
+
+import textwrap
+
+import numpy as np
+
+from kit.deam import DIMENSIONS
+from kit.metrics import (perfect_correlation, rounded, true_values, with_interval)
+from kit.published import TEST_SONGS, run_like
+
+WIDTH = 80
+
+
+def say(text, indent=""):
+    """Print a text, its lines broken between words."""
+    print(textwrap.fill(text, WIDTH, subsequent_indent=indent, break_long_words=False,
+                        break_on_hyphens=False))
+
+
+def print_evaluation(evaluation):
+    """What was evaluated, the numbers, and what a reader should know about them."""
+    content, numbers = evaluation.content, evaluation.content["numbers"]
+    runs = content.get("runs", {content["run"]: content})
+    title = content["run"] if len(runs) == 1 else f"{len(runs)} runs"
+    labels = f"{content['labels']} labels"
+    if content["labels"] != content["trained_on_labels"]:
+        labels += f" (trained on {content['trained_on_labels']} ones)"
+    say(f"{title}: {content['finetune']}, {content['split']} split, n = {content['songs']}, "
+        f"{labels}, {content['precision']}")
+    print()
+    for name in DIMENSIONS:
+        print(main_metrics(numbers, name))
+    print(f"V − A   R² {with_interval(numbers, 'difference', 'r2')}")
+    say(f"95% intervals resample {'artists' if len(runs) > 1 else 'songs'}; the trained models are "
+        "fixed: other seeds and training songs vary them as much again.")
+    print_details(numbers)
+    say(ridge_verdict(numbers["less_ridge"]))
+    print_quadrants(numbers)
+    print_correlation(evaluation)
+    if "published" in numbers:
+        print_published(evaluation)
+    print()
+    for note in evaluation.data.notes():
+        say(note, "  ")
+    print(f"features {content['features']}")
+    for name, each in runs.items():
+        print(f"model    {each['model']}" if len(runs) == 1 else
+              f"model    {each['model'][:16]}  {name}")
+
+
+def main_metrics(numbers, name, digits=".2f"):
+    """One line: R², r and CCC of a dimension with their intervals."""
+    cells = [f"{label} {with_interval(numbers, name, key, digits):20}"
+             for label, key in (("R²", "r2"), ("r", "pearson"), ("CCC", "ccc"))]
+    return " ".join([f"{name:7}", *cells]).rstrip()
+
+
+def print_details(numbers):
+    """A table of both dimensions: what R² is to be compared with, and the errors."""
+    def row(title, cell):
+        print(f"{title:24}" + "".join(f"{cell(name):28}" for name in DIMENSIONS).rstrip())
+
+    ridge = {"metrics": numbers["baselines"]["ridge"], "intervals": numbers["ridge_intervals"]}
+    mean = numbers["baselines"]["training mean"]
+    print()
+    row("", str)
+    for title, each, digits in (("R², noise ceiling", numbers["noise_ceiling"], ".2f"),
+                                ("R², ridge regression", ridge, ".2f"),
+                                ("R², network less ridge", numbers["less_ridge"], "+.2f")):
+        row(title, lambda name: with_interval(each, name, "r2", digits))
+    row("R², mean training label", lambda name: rounded(mean[name]["r2"]))
+    for year, r2 in numbers.get("r2_by_year", {}).items():
+        row(f"R², songs of {year}", lambda name: rounded(r2[name]))
+    if "r2_over_folds" in numbers:
+        row("R², sd over folds", lambda name: rounded(numbers["r2_over_folds"][name]))
+    if "unseen_artists" in numbers:
+        row("R², unseen artists", lambda name: with_interval(numbers["unseen_artists"], name, "r2"))
+    row("MSE, RMSE, MAE", lambda name: ", ".join(
+        f"{numbers['metrics'][name][key]:.3f}" for key in ("mse", "rmse", "mae")))
+    if "z_scored" in numbers:
+        row("z-scored MSE, MAE", lambda name: ", ".join(
+            f"{numbers['z_scored'][name][key]:.3f}" for key in ("mse", "mae")))
+    if "unseen_artists" in numbers:
+        say(f"Unseen artists: {numbers['unseen_artists']['songs']} songs, too few to compare "
+            "models by.")
+
+
+def ridge_verdict(less_ridge):
+    """Whether the network beats ridge regression on the same features."""
+    verdicts = []
+    for name in DIMENSIONS:
+        low, high = less_ridge["intervals"][name]["r2"]
+        verdicts.append("beats ridge" if low > 0 else "loses to ridge" if high < 0 else
+                        "ties with ridge")
+    if len(set(verdicts)) == 1:
+        return f"The network {verdicts[0]} in both dimensions."
+    return "The network " + " and ".join(map(" in ".join, zip(verdicts, DIMENSIONS))) + "."
+
+
+def print_quadrants(numbers):
+    share = numbers["quadrants"]
+    free = share["noise_free_accuracy"]
+    print()
+    say(f"Quadrants right: {with_interval(numbers, 'quadrant', 'accuracy', '.0%')}, macro F1 "
+        f"{numbers['metrics']['quadrant']['macro_f1']:.2f}. The most frequent quadrant alone gives "
+        f"{share['largest_share']:.0%}"
+        + (f"; the true values would give {free:.0%}, since labels are noisy (Gaussian model)"
+           if free else "") + f". {share['on_a_border']:.1%} of the songs lie on a border.")
+
+
+# ------------------------------------------------------------------------ correlation and collapse
+
+
+def collapsed(metrics, intervals):
+    """Whether predicted valence and arousal are nearly one number, beyond what is true of the
+    labels: both must hold over the whole interval."""
+    low, high = intervals["correlation"]["predicted"]
+    return min(abs(low), abs(high)) >= 0.9 and low * high > 0 and (
+        intervals["correlation"]["excess"][0] > 0)
+
+
+def print_correlation(evaluation):
+    """The correlation of valence with arousal, and whether it is a collapse, for the network and
+    ridge alike."""
+    numbers = evaluation.content["numbers"]
+    ridge = {"metrics": numbers["baselines"]["ridge"], "intervals": numbers["ridge_intervals"]}
+    network = {key: numbers[key] for key in ("metrics", "intervals")}
+    print("\nCorrelation of valence with arousal\n"
+          f"  labels   {rounded(numbers['metrics']['correlation']['true'])}")
+    for name, each in (("network", network), ("ridge", ridge)):
+        print(f"  {name:8} {with_interval(each, 'correlation', 'predicted')}"
+              + (", a collapse: nearly one number" if collapsed(**each) else ""))
+    swapped = evaluation.data.manifest["swapped_labels"]
+    if swapped and evaluation.content["trained_on_labels"] == "shipped":
+        print_exchange(evaluation.data, swapped)
+
+
+def print_exchange(data, swapped):
+    """How much of a collapse comes from the labels themselves."""
+    songs = [song for ids in data.splits.values() if isinstance(ids, list) for song in ids]
+    exchanged = np.array([any(low <= song <= high for low, high in swapped) for song in songs])
+    values = true_values(data.annotations, songs)
+    if data.labels == "shipped":  # back to their places
+        values = np.where(exchanged[:, None], values[:, ::-1], values)
+    say(f"In the shipped labels valence and arousal are exchanged for {exchanged.sum()} of "
+        f"{len(songs)} songs. Nothing tells a model which, so that even a perfect one's "
+        f"predictions would correlate at {perfect_correlation(values, exchanged.mean()):.3f}.")
+
+
+# ---------------------------------------------------------------------------------- published runs
+
+ROWS = (("MSE of valence", "test_mse", 0), ("MSE of arousal", "test_mse", 1),
+        ("z-scored MSE of valence", "test_z_mse_each", 0),
+        ("z-scored MSE of arousal", "test_z_mse_each", 1),
+        ("z-scored MSE", "test_z_mse", None),
+        ("correlation, labels", "true_correlation", None),
+        ("correlation, predicted", "predicted_correlation", None))
+
+
+def print_published(evaluation):
+    """Beside each number that was published of the first test songs, the same of this run."""
+    content, config = evaluation.content, evaluation.config
+    print()
+    if content["labels"] != "shipped":
+        say("The published numbers are about the shipped labels: --labels shipped compares.")
+        return
+    everything = content["numbers"]["published"]
+    published, own = everything[run_like(config)], everything["this_run"]
+    for line in published_table(published, own, content["predictions"]):
+        print("{:28}{:>18}{:>18}".format(*line).rstrip())
+    seconds = published["seconds_an_epoch"]
+    say(f"Published: {published['notebook']}, {published['options']}; {published['gpu']}"
+        + (f", {seconds} s an epoch" if seconds else ""))
+
+
+def published_table(published, own, predictions):
+    """(title, published, this run), a line each."""
+    def number(value, place):
+        value = value[place] if place is not None and value else value
+        return "–" if value is None else f"{value:.4f}".replace("-", "−")
+
+    def right(run):
+        low, high = run["quadrants_interval"]
+        return f"{run['quadrants_right']} [{100 * low:.0f}, {100 * high:.0f}] %"
+
+    yield f"first {TEST_SONGS} test songs", "published", "this run"
+    for title, key, place in ROWS:
+        yield title, number(published.get(key), place), number(own[key], place)
+    yield "quadrants right", right(published), right(own)
+    for song, values in published["predictions"].items():
+        yield (f"song {song}: valence, arousal",
+               *("{:.2f}, {:.2f}".format(*each) for each in (values, predictions[song])))
+
+
+# ------------------------------------------------------------------------------------ several runs
+
+
+def print_runs(evaluations, same_settings):
+    """One row a run; the mean and standard deviation (of the sample) over runs that differ in the
+    seed alone."""
+    def cells(content):
+        metrics = content["numbers"]["metrics"]
+        return [*(metrics[name][key] for name in DIMENSIONS for key in ("r2", "pearson", "ccc")),
+                metrics["correlation"]["predicted"], metrics["quadrant"]["accuracy"]]
+
+    rows = {each.content["run"]: cells(each.content) for each in evaluations}
+    table = np.array(list(rows.values()))
+    if same_settings:
+        rows |= {"mean": table.mean(0), "standard deviation": table.std(0, ddof=1)}
+    print(f"\n{'':20}{'valence':>21}{'arousal':>21}{'r(V, A)':>9}{'quadr.':>8}\n{'run':20}"
+          + f"{'R²':>7}{'r':>7}{'CCC':>7}" * 2 + f"{'pred.':>9}{'right':>8}")
+    for name, row in rows.items():
+        print(f"{name[:19]:20}" + "".join(f"{rounded(value):>7}" for value in row[:6])
+              + f"{rounded(row[6]):>9}{rounded(row[7]):>8}")
+
+
+def print_difference(first, second, values, intervals):
+    """What two sides' models differ by. first, second: contents of metrics.json, one a model."""
+    def side(contents):
+        return contents[0]["run"] + (f" and {len(contents) - 1} more" if contents[1:] else "")
+
+    trained = [contents[0]["trained_on_labels"] for contents in (first, second)]
+    print()
+    say(f"{side(first)} less {side(second)}, n = {first[0]['songs']}, "
+        f"{first[0]['labels']} labels"
+        + (f" (trained on {trained[0]} and {trained[1]} ones)" if len(set(trained)) > 1 else ""))
+    for name in DIMENSIONS:
+        print(main_metrics({"metrics": values, "intervals": intervals}, name, "+.2f"))
+    say("95% intervals resample artists" + (
+        " and models." if max(len(first), len(second)) > 1 else
+        "; the trained models are fixed. An interval without 0 is necessary for a claim, and not "
+        "sufficient: give several seeds a side."))
