@@ -73,6 +73,13 @@ def use(module):
     gpu.load = lambda device: (module, None)
 
 
+def int_mm(a, b):
+    """torch._int_mm as on a GPU: a CPU's may saturate."""
+    assert a.dtype == b.dtype == torch.int8 and len(a) > 16 and b.stride(0) == 1
+    assert a.shape[1] % 8 == b.shape[1] % 8 == 0 and a.shape[1] < 43690
+    return a.int() @ b.int()
+
+
 def in_interpreter():
     """The names of those CASES whose bits the kernels give, in Triton's interpreter."""
     from triton.runtime import interpreter
@@ -84,15 +91,17 @@ def in_interpreter():
     interpreter._patch_lang_tensor = patched
     from exact import kernels
 
-    kernels.LONGEST = 128
+    kernels.LONGEST, torch._int_mm = 128, int_mm
     same = []
     for name, case in CASES.items():
         results = []
-        for module in (kernels, None):
+        for module, in_triton in ((kernels, True), (kernels, False), (None, True)):
             use(module)
+            kernels.has_int8_products = lambda device: in_triton  # else torch._int_mm
             found = case()
             results.append(found if isinstance(found, tuple) else (found,))
-        if all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(*results)):
+        if all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) and torch.equal(
+                c.nan_to_num(7), b.nan_to_num(7)) for a, c, b in zip(*results)):
             same.append(name)
     return same
 
