@@ -52,7 +52,8 @@ def exponentials(device):
     high = p >> torch.arange(3, 25)[:, None]
     low = ((1 << 26) - ((j * (726817 - ((j * 123) >> 7))) >> 12)) | 1
     with torch.inference_mode(False):
-        return (high.flatten().double() * 2.0**-6).to(device), (low.double() * 2.0**-26).to(device)
+        return tuple((table.flatten().double() * unit).to(device)
+                     for table, unit in ((high, 2.0**-6), (low, 2.0**-26)))
 
 
 def integers(x, bits, dim):
@@ -158,9 +159,9 @@ def backward_by_kernels(module, dout, q, k, v, out, top, sums, p, scale, seed):
         return module.gradient(of, a, b, ag, bg, columns, unit_columns, factors, unit_k,
                                unit * scale, bad, seed, p)
 
-    return (gradient("q", rows_q, rows_k, rows_g, rows_v, k, 23),
-            gradient("k", rows_k, rows_q, rows_v, rows_g, q * scale * unit, 23),
-            gradient("v", rows_k, rows_q, rows_v, rows_g, g, 20))
+    dv = gradient("v", rows_k, rows_q, rows_v, rows_g, g, 20)
+    dq = gradient("q", rows_q, rows_k, rows_g, rows_v, k, 23)
+    return dq, gradient("k", rows_k, rows_q, rows_v, rows_g, q * scale * unit, 23), dv
 
 
 def attention_forward(q, k, v, mask, causal, p, scale, seed):
