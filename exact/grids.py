@@ -57,8 +57,8 @@ def elementwise(function):
 
 def bits_for(count):
     """Bits for each factor, such that a sum of `count` products is an integer of at most 2^53; and
-    at most 22, which three signed bytes hold (exact/kernels.py)."""
-    return min(22, (53 - (count - 1).bit_length()) // 2)
+    at most 23, which three signed bytes hold (exact/kernels.py)."""
+    return min(23, (53 - (count - 1).bit_length()) // 2)
 
 
 def magnitude(x, dims):
@@ -72,11 +72,13 @@ def power_of_two(exponent):
 
 
 def grid(top, bits):
-    """Powers of two (up, down, rest) for numbers of magnitude up to `top`: |x·up| <= 2^bits and
-    up·down·rest = 1. `down` is kept within 2^±200, lest a product of two is out of range; what that
-    leaves, nearly always 1, is `rest`. A `top` below 2^(bits - 1023) counts as that. If it is NaN
-    or infinity, `rest` is NaN: so is what is computed with any of these numbers."""
-    exponent = top.contiguous().view(torch.int64) & -(1 << 52)  # float64 without its fraction
+    """Powers of two (up, down, rest) for numbers of magnitude up to `top`: |x·up| <= 2^bits · (1 -
+    2^-7), at 23 bits the largest integer of three signed bytes, and up·down·rest = 1. `down` is
+    kept within 2^±200, lest a product of two is out of range; what that leaves, nearly always 1, is
+    `rest`. A `top` below 2^(bits - 1023) counts as that. If it is NaN or infinity, `rest` is NaN:
+    so is what is computed with any of these numbers."""
+    # float64 without its fraction, if that is below 1 - 2^-6, else the next power of two
+    exponent = top.contiguous().view(torch.int64).add(1 << 46) & -(1 << 52)
     down = exponent.view(torch.float64).clamp_(2.0 ** (bits - 1023), 2.0**1023)
     down.mul_(2.0 ** (1 - bits))
     near = down.clamp(2.0**-200, 2.0**200)

@@ -1,6 +1,6 @@
 """The rules of products, norms and GELU as single Triton kernels, products on int8 matrix units.
 
-A number on a grid is an integer q of at most 22 bits times a power of two. q = d2·65536 + d1·256 +
+A number on a grid is an integer q of at most 23 bits times a power of two. q = d2·65536 + d1·256 +
 d0, with digits from -128 to 127, so that a product of two such matrices is nine products of int8
 matrices, which int32 adds up without rounding: at most 3K terms of 2^14 share an accumulator. There
 are five, one for each weight of digits, joined in int64 at the end. That is the integer which
@@ -39,10 +39,10 @@ def bits_of(x):
 @triton.jit
 def grid(top, bits):
     """grids.grid: (up, down, rest) for the bits_of the largest number."""
-    exponent = top >> 52
+    exponent = (top + (1 << 46)) >> 52
     down = tl.minimum(tl.maximum(exponent, bits), 2046) + (1 - bits)
     near = tl.minimum(tl.maximum(down, 823), 1223)
-    rest = tl.where(exponent == 2047, float("nan"), power_of_two(down - near + 1023))
+    rest = tl.where(top >> 52 == 2047, float("nan"), power_of_two(down - near + 1023))
     return power_of_two(2046 - down), power_of_two(near), rest
 
 
@@ -54,7 +54,7 @@ def nearest(x):
 
 @triton.jit
 def three_digits(q):
-    """int32 of at most 22 bits → int8 digits of weight 1, 256 and 65536."""
+    """int32 of at most 23 bits → int8 digits of weight 1, 256 and 65536."""
     d0 = ((q + 128) & 255) - 128
     q = (q - d0) >> 8
     d1 = ((q + 128) & 255) - 128
