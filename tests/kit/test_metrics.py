@@ -350,7 +350,8 @@ def test_folds_together(compared):
 
 @pytest.mark.parametrize("value, digits, text", [
     (-0.123, ".2f", "−0.12"), (-0.001, ".2f", "0.00"), (0.05, "+.2f", "+0.05"),
-    (-12.34, ".2f", "−12"), (-1234.5, ".2f", "<−999"), (0.596, ".0%", "60%")])
+    (-12.34, ".2f", "−12"), (-1234.5, ".2f", "<−999"), (1e6, ".3f", ">999"),
+    (0.596, ".0%", "60%")])
 def test_numbers_as_reports_show_them(value, digits, text, compared):
     assert metrics.rounded(value, digits) == text
     compared(1, "number")
