@@ -5,7 +5,7 @@ import textwrap
 import numpy as np
 
 from kit.deam import DIMENSIONS
-from kit.metrics import (perfect_correlation, rounded, true_values, with_interval)
+from kit.metrics import perfect_correlation, rounded, true_values, with_interval
 from kit.published import TEST_SONGS, run_like
 
 WIDTH = 80
