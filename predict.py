@@ -87,6 +87,9 @@ def check_outputs(args, files):
         real = Path(os.path.realpath(file))
         if real.suffix.lower() not in endings:
             raise UserError(f"{name} {file}: its name must end in {' or '.join(endings)}")
+        existing = next(place for place in (real, *real.parents) if place.exists())
+        if real.is_dir() or not os.access(existing, os.W_OK):
+            raise UserError(f"{name} {file}: cannot be written there; choose another place")
         if str(real) in map(os.path.realpath, files):
             raise UserError(f"{name} {file} is a file to read: name another")
         if real.is_relative_to(os.path.realpath(args.run)):

@@ -386,8 +386,8 @@ def measure_folds(annotations, folds):
 
 def rounded(value, digits=".2f"):
     """A number as reports show it: "−0.52"; two or more digits before the point need none after."""
-    if value <= -1000:
-        return "<−999"
+    if abs(value) >= 1000:
+        return "<−999" if value < 0 else ">999"
     digits = digits.replace(".2f", ".0f") if abs(value) >= 10 else digits
     return f"{value:{digits.replace('.', 'z.')}}".replace("-", "−")  # z: no minus zero
 

@@ -5,7 +5,7 @@ import textwrap
 import numpy as np
 
 from kit.deam import DIMENSIONS
-from kit.metrics import (perfect_correlation, rounded, true_values, with_interval)
+from kit.metrics import perfect_correlation, rounded, true_values, with_interval
 from kit.published import TEST_SONGS, run_like
 
 WIDTH = 80
@@ -76,10 +76,10 @@ def print_details(numbers):
     if "unseen_artists" in numbers:
         row("R², unseen artists", lambda name: with_interval(numbers["unseen_artists"], name, "r2"))
     row("MSE, RMSE, MAE", lambda name: ", ".join(
-        f"{numbers['metrics'][name][key]:.3f}" for key in ("mse", "rmse", "mae")))
+        rounded(numbers["metrics"][name][key], ".3f") for key in ("mse", "rmse", "mae")))
     if "z_scored" in numbers:
         row("z-scored MSE, MAE", lambda name: ", ".join(
-            f"{numbers['z_scored'][name][key]:.3f}" for key in ("mse", "mae")))
+            rounded(numbers["z_scored"][name][key], ".3f") for key in ("mse", "mae")))
     if "unseen_artists" in numbers:
         say(f"Unseen artists: {numbers['unseen_artists']['songs']} songs, too few to compare "
             "models by.")
