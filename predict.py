@@ -87,6 +87,9 @@ def check_outputs(args, files):
         real = Path(os.path.realpath(file))
         if real.suffix.lower() not in endings:
             raise UserError(f"{name} {file}: its name must end in {' or '.join(endings)}")
+        existing = next(place for place in (real, *real.parents) if place.exists())
+        if real.is_dir() or not os.access(existing, os.W_OK):
+            raise UserError(f"{name} {file}: cannot be written there; choose another place")
         if str(real) in map(os.path.realpath, files):
             raise UserError(f"{name} {file} is a file to read: name another")
         if real.is_relative_to(os.path.realpath(args.run)):
@@ -172,7 +175,7 @@ def run(args):
             write_csv(args.csv, SONGS, rows)
         if args.figure:
             figures.draw_song(starts + seconds / 2, values, deviation, args.figure.parent,
-                              args.figure.stem, f"{printable(file.name)} · model "
+                              args.figure.stem, f"{printable(file.name)}\nmodel "
                               f"{args.run.name} · windows of {seconds:.0f} s")
             bar.say(f"written: {args.figure.with_suffix('.png')} and .pdf")
     if not args.csv and not args.figure:

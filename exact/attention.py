@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from exact.dropout import dropped, new_seed
 from exact.gpu import kernels
-from exact.grids import bits_for, div, grid, in_slices, magnitude, power_of_two, reciprocal, sqrt
+from exact.grids import bits_for, div, grid, in_slices, magnitude, reciprocal, sqrt
 from exact.sums import sum_bits
 
 STEPS = 2.0**18  # of 2^-x, from x to x + 1; it ends at 22
@@ -33,7 +33,7 @@ aten = torch.ops.aten
 
 def column_bits(bits, count):
     """Bits of columns of `count` numbers, to be multiplied with integers of `bits` bits."""
-    return min(22, 53 - bits - (count - 1).bit_length())
+    return min(23, 53 - bits - (count - 1).bit_length())
 
 
 @functools.cache
@@ -52,7 +52,8 @@ def exponentials(device):
     high = p >> torch.arange(3, 25)[:, None]
     low = ((1 << 26) - ((j * (726817 - ((j * 123) >> 7))) >> 12)) | 1
     with torch.inference_mode(False):
-        return (high.flatten().double() * 2.0**-6).to(device), (low.double() * 2.0**-26).to(device)
+        return tuple((table.flatten().double() * unit).to(device)
+                     for table, unit in ((high, 2.0**-6), (low, 2.0**-26)))
 
 
 def integers(x, bits, dim):
@@ -76,7 +77,8 @@ def in_range(unit):
 def score_factors(q, k, scale):
     """q and k as factors whose products are, exactly, minus the scores in steps of 2^-18; and for
     each row of q 0, or NaN where it or any of k is not finite."""
-    (q, unit_q), (k, unit_k) = (integers(x, bits_for(q.shape[-1]), -1) for x in (q * (scale * LOG2_E), k))
+    (q, unit_q), (k, unit_k) = (integers(x, bits_for(q.shape[-1]), -1)
+                                for x in (q * (scale * LOG2_E), k))
     (unit_q, bad_q), (unit_k, bad_k) = in_range(unit_q), in_range(unit_k)
     return q.mul_(unit_q * -STEPS), k.mul_(unit_k), bad_q + bad_k.sum(1, keepdim=True)
 
@@ -96,7 +98,8 @@ def attention_weights(minus_q, k, mask, causal, rows, top=None):
     x = minus_q[:, rows] @ k.mT
     if mask is not None:
         part = mask[:, rows]
-        x = x.masked_fill_(~part, math.inf) if part.dtype == torch.bool else x.sub_(part * (STEPS * LOG2_E))
+        x = (x.masked_fill_(~part, math.inf) if part.dtype == torch.bool
+             else x.sub_(part * (STEPS * LOG2_E)))
     if causal:
         columns = torch.arange(x.shape[2], device=x.device)
         own = torch.arange(rows.start, rows.stop, device=x.device)
@@ -158,9 +161,9 @@ def backward_by_kernels(module, dout, q, k, v, out, top, sums, p, scale, seed):
         return module.gradient(of, a, b, ag, bg, columns, unit_columns, factors, unit_k,
                                unit * scale, bad, seed, p)
 
-    return (gradient("q", rows_q, rows_k, rows_g, rows_v, k, 23),
-            gradient("k", rows_k, rows_q, rows_v, rows_g, q * scale * unit, 23),
-            gradient("v", rows_k, rows_q, rows_v, rows_g, g, 20))
+    dv = gradient("v", rows_k, rows_q, rows_v, rows_g, g, 20)
+    dq = gradient("q", rows_q, rows_k, rows_g, rows_v, k, 23)
+    return dq, gradient("k", rows_k, rows_q, rows_v, rows_g, q * scale * unit, 23), dv
 
 
 def attention_forward(q, k, v, mask, causal, p, scale, seed):
@@ -198,14 +201,13 @@ def inner_products(dout, out, sums, p):
 
 
 def row_scales(squares_g, squares_v, unit_g, unit_v, inner):
-    """For each row: `up`, a power of two, times which |G Vᵀ - inner| is less than 8 by a hundredth,
-    so that times a weight of at most 2^20 three digits hold it; `inner` in that unit; the unit.
-    |G Vᵀ| is at most the product of the norms, whose squares are given."""
+    """For each row: `up`, a power of two, times which G Vᵀ - inner, times a weight of at most 2^20,
+    has at most 23 bits; `inner` in that unit; the unit. |G Vᵀ| is at most the product of the norms,
+    whose squares are given."""
     unit = unit_g * unit_v
     inner = inner.nan_to_num(0.0, 0.0, 0.0) * torch.where(unit > 0, reciprocal(unit), 0.0)
     bound = sqrt(squares_g) * sqrt(squares_v.amax(1, keepdim=True)) + inner.abs()
-    bound = bound.mul_(1 + 2.0**-7).clamp_(1.0, LARGEST)
-    up = power_of_two(2048 - (bound.view(torch.int64) >> 52))
+    up, _, _ = grid(bound.clamp_(1.0, LARGEST) * 2.0**20, 23)
     return up, inner.mul_(up), unit / up
 
 

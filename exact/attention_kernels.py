@@ -17,8 +17,6 @@ import triton.language as tl
 from exact.kernels import (LONGEST, OPTIONS, bits_of, grid, joined_long, nine,
                            store_digits, three_digits, to_digits, tops)
 
-# in Triton's interpreter the bounds of a loop must be Python's numbers
-LENGTH = tl.constexpr if triton.knobs.runtime.interpret else tl.int32
 ROWS, COLUMNS, WARPS = 64, 32, 4  # of a block of scores
 
 # ------------------------------------------------------------------------------------------- parts
@@ -32,9 +30,7 @@ def integer_product(a0, a1, a2, b, plane):
     c0, c1, c2, c3, c4 = nine(a0, a1, a2, tl.load(b), tl.load(b + plane), tl.load(b + 2 * plane),
                               zero, zero, zero, zero, zero)
     high, low = (c4 << 8) + c3, (c1 << 8) + c0
-    c = (high.to(tl.int64) << 24) + (c2.to(tl.int64) << 16) + low.to(tl.int64)
-    # the last place of 1.5 · 2^52 is 1: quicker than a conversion of 64 bits
-    return (c + 0x4338000000000000).to(tl.float64, bitcast=True) - 6755399441055744.0
+    return ((high.to(tl.int64) << 24) + (c2.to(tl.int64) << 16) + low.to(tl.int64)).to(tl.float64)
 
 
 @triton.jit
@@ -85,7 +81,7 @@ def dropped(SEED, THRESHOLD, row, keys, start, COUNT: tl.constexpr, FLIP: tl.con
 # ------------------------------------------------------------------------------------------ kernels
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def rows_kernel(X, TOP, DIGITS, UNIT, BAD, SQUARES, rows, FACTOR: tl.constexpr,
                 SMALLEST: tl.constexpr, LARGEST: tl.constexpr, K: tl.constexpr,
                 PADDED: tl.constexpr, BITS: tl.constexpr, OWN: tl.constexpr, BM: tl.constexpr):
@@ -111,9 +107,9 @@ def rows_kernel(X, TOP, DIGITS, UNIT, BAD, SQUARES, rows, FACTOR: tl.constexpr,
     tl.store(SQUARES + row, tl.sum(q * q, 1).to(tl.float64), mask=r < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["SEED", "THRESHOLD", "T", "S"])
 def forward_kernel(Q, UNIT_Q, K, UNIT_K, V, UNIT_V, BAD, OUT, TOP, SUMS, SEED: tl.int64,
-                   THRESHOLD, T: LENGTH, S: LENGTH, padded, D: tl.constexpr, E: tl.constexpr,
+                   THRESHOLD, T, S, padded, D: tl.constexpr, E: tl.constexpr,
                    WIDTH: tl.constexpr, DROP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     """Twice over the columns: the row's largest score; then weights, their sum, and the product of
     those that dropout leaves with V, whose digits lie transposed: [3, N, E, padded]."""
@@ -156,9 +152,9 @@ def forward_kernel(Q, UNIT_Q, K, UNIT_K, V, UNIT_V, BAD, OUT, TOP, SUMS, SEED: t
     tl.store(OUT + row[:, None] * E + e[None, :], out, mask=(m < T)[:, None] & (e < E)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["SEED", "THRESHOLD", "M", "L"])
 def gradient_kernel(A, B, AG, BG, C, UNIT_Q, TOP, UNIT_K, UP, INNER, UNIT_C, UNIT, BAD,
-                    OUT, SEED: tl.int64, THRESHOLD, M: LENGTH, L: LENGTH, padded, D: tl.constexpr,
+                    OUT, SEED: tl.int64, THRESHOLD, M, L, padded, D: tl.constexpr,
                     E: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, OF: tl.constexpr,
                     DROP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     """OF "q": N K; "k": Nᵀ Q; "v": W'ᵀ G. Scores are A·B, what N takes from the output AG·BG: for q

@@ -50,9 +50,6 @@ def table(name, device):
         values = np_exp(np.arange(256) * (0.6931471805599453 / 256))
     elif name == "log":  # of the middles of 256 steps from 1 to 2
         values = np_log(1 + (np.arange(256) + 0.5) / 256)
-    elif name == "attention":  # e^-x in steps of 2^-16 to 16, as integers of 20 bits: the last is 0
-        values = np.rint(np_exp(-(np.arange(1 << 20) + 0.5) / 65536) * 2.0**20)
-        values[0], values[-1] = 2.0**20, 0
     else:  # of -8.5, … 8.5 in steps of 2^-8; beyond, the distribution is 0 or 1
         x = np.arange(-2176, 2177) / 256
         inside = np.abs(x) < 8.5

@@ -62,7 +62,8 @@ def read_windows(path, sample_rate, window=None, hop=None):
                 raise BadClip(f"too short: {length} samples at {rate} Hz, one frame needs "
                               f"{math.ceil(SHORTEST * rate / sample_rate)}")
     except soundfile.LibsndfileError as error:
-        raise BadClip(f"not readable as audio ({error.error_string})") from None
+        problem = error.error_string if error.code != 7 else "Format not recognised."  # "a pipe?"
+        raise BadClip(f"not readable as audio ({problem})") from None
     except (OSError, TypeError, ValueError, UnicodeError) as error:
         raise BadClip(f"not readable as audio ({error})") from None
 

@@ -19,18 +19,18 @@ ENDINGS = {*(f".{name.lower()}" for name in soundfile.available_formats() if nam
     " .webm .mka .ape .wv .mpc .mpp .ac3 .dts .dsf .dff .tta .tak .amr .ra .spx .shn").split()}
 FOREIGN_AUDIO = {  # not readable here, by the first bytes
     b"....ftypM4": "MPEG-4 audio (m4a)", rb"\xff[\xf0\xf1\xf8\xf9]|ADIF": "AAC audio",
-    rb"\x30\x26\xb2\x75\x8e\x66\xcf\x11": "Windows Media (wma)", b"MAC ": "Monkey's Audio (ape)",
-    b"wvpk": "WavPack audio", rb"MPCK|MP\+": "Musepack audio", b"TTA[12]": "TTA audio",
-    rb"\x0b\x77": "AC-3 audio", rb"\x7f\xfe\x80\x01": "DTS audio", b"DSD |FRM8": "DSD audio",
-    b"#!AMR": "AMR audio", rb"\.RMF|\.ra\xfd": "RealAudio"}
+    rb"\x30\x26\xb2\x75\x8e\x66\xcf\x11": "Windows Media (wma)", b"wvpk": "WavPack audio",
+    rb"MAC .[\x0c-\x10]": "Monkey's Audio (ape)", rb"MPCK|MP\+": "Musepack audio",
+    b"TTA[12]": "TTA audio", rb"\x0b\x77": "AC-3 audio", rb"\x7f\xfe\x80\x01": "DTS audio",
+    rb"DSD \x1c|FRM8": "DSD audio", b"#!AMR": "AMR audio", rb"\.RMF|\.ra\xfd": "RealAudio"}
 FOREIGN = {
     **FOREIGN_AUDIO, b"....(ftyp|moov|mdat|wide)": "MPEG-4 or QuickTime",
-    rb"(\xef\xbb\xbf)?\s*<(!doctype html|html|head|body)": "an HTML page", rb"\s*<\?xml": "XML",
-    rb"\x1a\x45\xdf\xa3": "Matroska or WebM", b"MThd": "a MIDI file", b"FLV": "a Flash film",
-    b"RIFF....AVI ": "an AVI film", rb"PK\x03\x04": "a zip archive",
-    rb"\x1f\x8b": "a gzip archive", b"Rar!": "a rar archive", rb"7z\xbc\xaf": "a 7z archive",
-    b"%PDF": "a PDF file", rb"\x89PNG": "a PNG picture", rb"\xff\xd8\xff": "a JPEG picture",
-    rb"\x00\x05\x16[\x00\x07]": "a companion file of macOS (._)", rb"\s*\{\s*\"": "JSON",
+    rb"(?i:(\xef\xbb\xbf)?\s*<(!doctype html|html|head|body))": "an HTML page",
+    rb"\s*<\?xml": "XML", rb"\s*\{\s*\"": "JSON", rb"\x1a\x45\xdf\xa3": "Matroska or WebM",
+    b"MThd": "a MIDI file", b"FLV": "a Flash film", b"RIFF....AVI ": "an AVI film",
+    rb"PK\x03\x04": "a zip archive", rb"\x1f\x8b": "a gzip archive", b"Rar!": "a rar archive",
+    rb"7z\xbc\xaf": "a 7z archive", b"%PDF": "a PDF file", rb"\x89PNG": "a PNG picture",
+    rb"\xff\xd8\xff": "a JPEG picture", rb"\x00\x05\x16[\x00\x07]": "a companion of macOS (._)",
     b"version https://git-lfs": "a Git LFS pointer (git lfs pull fetches the file)"}
 CONTAINERS = re.compile(rb"(?s)(?:RIFF|RIFX|RF64|BW64)....WAVE|FORM....AIF[FC]|caff|\.snd")
 
@@ -54,7 +54,7 @@ def looks_like_audio(path):
 def named(head, kinds):
     """What a file with these first bytes is, of FOREIGN; None for none of these."""
     return next((name for pattern, name in kinds.items()
-                 if re.match(pattern, head, re.IGNORECASE | re.DOTALL)), None)
+                 if re.match(pattern, head, re.DOTALL)), None)
 
 
 def streams_of(file):
@@ -125,28 +125,31 @@ def flac_streams(file, begin, end):
 
 
 def container_streams(file, head, begin, end):
-    """The Stream of a WAV, AIFF, AU or CAF file. Where the size of its sound is one of ENDLESS, or
-    more sound than that follows (it counts to 4 GiB only), all until the end is sound. Raises
-    BadClip where there is less than the header says."""
+    """The Streams of WAV, AIFF, AU or CAF files in a row. Where the size of the sound is one of
+    ENDLESS, or something else than chunks follows (a size is cut to 32 bits, a recording was
+    interrupted), all until the end is sound. Raises BadClip where there is less than it says."""
     chunk = sound_chunk(file, head, begin, end)
     if not chunk:
         return [Stream(file, [(begin, end)])]
     place, form, said, start, mpeg = chunk
-    left = end - start
-    chunks = "" if head.startswith(b".snd") else form[0] + "4s" + ("q" if head[:1] == b"c" else "I")
-    more = left - said > 1024 or said == 0
-    endless = any(said in sizes for sizes in ENDLESS)
-    if endless or more and not only_chunks(file, chunks, start + said, end):
+    left, following = end - start, end
+    if any(said in sizes for sizes in ENDLESS):
         said = left
+    elif left - said > 1024 or said == 0:
+        form_of_chunks = form[0] + "4s" + ("q" if head.startswith(b"caff") else "I")
+        following = head[:1] != b"." and after_chunks(file, form_of_chunks, start + said, end)
+        said, following = (said, following) if following else (left, end)
     if said > left:
         raise BadClip(f"truncated: its header says {said} bytes of sound, and {left} are there")
     if said >= (1 << 31 if head.startswith(b".snd") else 256**struct.calcsize(form)):
         raise BadClip(f"holds {said / 1e9:.1f} GB of sound, more than its format can tell: convert "
                       "it to FLAC")
-    if mpeg:
-        return mpeg_streams(file, start, start + said)
     size = struct.pack(form, said)
-    return [Stream(file, [(begin, place), size, (place + len(size), end)])]
+    parts = [(begin, place), size, (place + len(size), following)]
+    streams = mpeg_streams(file, start, start + said) if mpeg else [Stream(file, parts)]
+    if following < end:
+        streams += container_streams(file, read_at(file, following, 512), following, end)
+    return streams
 
 
 def sound_chunk(file, head, begin, end):
@@ -172,18 +175,20 @@ def sound_chunk(file, head, begin, end):
     return None
 
 
-def only_chunks(file, form, position, end):
-    """Whether chunks, a tag before them, and nothing else lie from a position to the end, which an
-    odd one may miss by a byte."""
-    if not form or position > end:
-        return False
+def after_chunks(file, form, position, end):
+    """Where the chunks end that begin at a position, or a byte behind it, or behind a tag: at the
+    end or at another file. None where something else follows. Raises BadClip for more sound."""
     for start in (position, position + 1):
         start += tag_size(read_at(file, start, 16))
         while start + struct.calcsize(form) <= end:
             name, size = struct.unpack(form, read_at(file, start, struct.calcsize(form)))
+            if CONTAINERS.match(read_at(file, start, 12)):
+                return start
+            if name in (b"data", b"SSND") and 0 < size <= end - start:
+                raise BadClip("its sound is in more than one chunk: convert it to WAV or FLAC")
             if not re.fullmatch(rb"[ -~]{4}", name) or size < 0:
                 break
             start += struct.calcsize(form) + size + (size & 1)
         if end - 8 <= start <= end + 1:
-            return True
-    return False
+            return end
+    return None

@@ -39,13 +39,15 @@ def song_terms(true, pred):
                   f"{name}_absolute": abs(error[:, n])}
     for n, name in enumerate(QUADRANTS):
         is_true, is_pred = (true_quadrant == n) * 1.0, (pred_quadrant == n) * 1.0
-        terms |= {f"{name}_true": is_true, f"{name}_pred": is_pred, f"{name}_both": is_true * is_pred}
+        terms |= {f"{name}_true": is_true, f"{name}_pred": is_pred,
+                  f"{name}_both": is_true * is_pred}
     return terms
 
 
 def ratio(a, b, none=0.0):
     """a / b; `none` where b is 0 but for rounding."""
-    return np.divide(a, b, out=np.full(np.broadcast(a, b).shape, none), where=np.asarray(b) > EQUAL)
+    out = np.full(np.broadcast(a, b).shape, none)
+    return np.divide(a, b, out=out, where=np.asarray(b) > EQUAL)
 
 
 def variance(mean, mean_square):
@@ -386,8 +388,8 @@ def measure_folds(annotations, folds):
 
 def rounded(value, digits=".2f"):
     """A number as reports show it: "−0.52"; two or more digits before the point need none after."""
-    if value <= -1000:
-        return "<−999"
+    if abs(value) >= 1000:
+        return "<−999" if value < 0 else ">999"
     digits = digits.replace(".2f", ".0f") if abs(value) >= 10 else digits
     return f"{value:{digits.replace('.', 'z.')}}".replace("-", "−")  # z: no minus zero
 

@@ -87,6 +87,7 @@ def mpeg_streams(file, begin, end):
             position += frame.size
         elif position < end:
             tag = tag_size(read_at(file, position, 16))
+            tag = tag if position + tag <= end else 0
             found = position + tag if tag else next(
                 (each for each in find_all(file, HEADER_OR_TAG, position + 1, end, 8)
                  if tag_size(read_at(file, each, 16)) or starts_frames(file, each, end)), end)

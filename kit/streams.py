@@ -111,8 +111,8 @@ def truncated(said, length):
 def untagged(file):
     """(begin, end) of a file without ID3v2 in front and ID3v1, Lyrics3 and APE behind."""
     begin, end = 0, file.seek(0, os.SEEK_END)
-    while size := tag_size(read_at(file, begin, 16)):
-        begin = min(begin + size, end)
+    while 0 < (size := tag_size(read_at(file, begin, 16))) <= end - begin:
+        begin += size
     while end > begin:
         tail = read_at(file, max(begin, end - 128), min(128, end - begin))
         lyrics = re.search(rb"(\d{6})LYRICS200$", tail)

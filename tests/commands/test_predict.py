@@ -15,6 +15,7 @@ from conftest import ROOT, call
 import eval as eval_script
 import predict
 from common import DEAMHandler
+from kit import figures
 from kit.audio import read_windows
 from kit.files import read_json
 from safetensors.torch import load_file, save_file
@@ -62,14 +63,20 @@ def test_any_file_and_bad_ones_beside_them(demo, trained, tmp_path, compared):
     for name in ("stereo.flac", "stereo.mp3", "short.ogg"):
         soundfile.write(music / name, NOISE[:48000], 48000)
     shutil.copy(music / "stereo.flac", os.fsencode(music) + b"/caf\xe9.flac")
+    soundfile.write(music / "old.aifc", NOISE[:48000], 48000, format="AIFF")
+    shutil.copy(music / "stereo.mp3", music / "an MP3 without ending")
+    soundfile.write(music / "cancels.wav", NOISE[:48000, :1] * [1, -1], 48000)
     good = len(os.listdir(music))
     soundfile.write(music / "tiny.wav", NOISE[:100], 16000)
-    bad = {"tiny.wav": "too short", "text.mp3": "not readable", "._x.mp3": "not readable",
-           "pcm.raw": "not readable", "x.m4a": ".m4a is not readable here: convert it",
+    bad = {"tiny.wav": "too short", "noise.mp3": "not readable as audio",
+           "._x.mp3": "a companion of macOS", "page.mp3": "an HTML page, which is not",
+           "x.m4b": "MPEG-4 audio (m4a), which is not readable here: find or convert it",
            "empty.wav": "empty file", "pipe.wav": "not a regular file",
            "dangling.wav": "a broken link", "nowhere.wav": "no such file"}
-    for name in ("text.mp3", "._x.mp3", "pcm.raw", "x.m4a", "notes.txt"):
-        (music / name).write_bytes(b"\x00\x05\x16\x07 not audio" * 100)
+    for name, data in (("noise.mp3", np.random.default_rng(1).bytes(5000)),
+                       ("._x.mp3", b"\x00\x05\x16\x07" * 100), ("notes.txt", b"not audio" * 100),
+                       ("page.mp3", b"<!doctype html>"), ("x.m4b", b"\0\0\0\x20ftypM4B ")):
+        (music / name).write_bytes(data)
     (music / "empty.wav").touch()
     os.mkfifo(music / "pipe.wav")
     (music / "dangling.wav").symlink_to(music / "nothing")
@@ -84,6 +91,7 @@ def test_any_file_and_bad_ones_beside_them(demo, trained, tmp_path, compared):
     lines = done.stdout.splitlines()
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert sum(line.startswith("failed: ") for line in lines) == len(bad)
+    assert [("cancels.wav" in line) for line in lines if "its channels cancel" in line] == [True]
     for name, reason in bad.items():
         assert any(line.startswith("failed: ") and f"/{name}: " in line and reason in line
                    for line in lines), name
@@ -126,53 +134,51 @@ def test_long_files_are_streamed(tmp_path, compared):
     compared(windows, "windows")
 
 
-def test_tables_and_figure_of_a_long_song(predicted, tmp_path, compared):
+def test_table_and_figure_of_a_long_song(predicted, tmp_path, monkeypatch, compared):
     """A tenth of the default windows, and of a song for them."""
     defaults = predict.parser().parse_args(["run", "song"])
     assert (defaults.window, defaults.hop) == (45, 15)
     song = tmp_path / os.fsdecode(b"caf\xe9 \xc3\xa9 $x$.flac")
     with open(song, "wb") as file:
         soundfile.write(file, NOISE[:80_000], 8000, format="FLAC")
+    drawn = []
+    draw = figures.draw_song
+    monkeypatch.setattr(figures, "draw_song", lambda *args: (drawn.append(args), draw(*args)))
     code, [row] = predicted(song, "--window", 4.5, "--hop", 1.5, "--figure",
-                            tmp_path / "figures/song.png", "--windows-csv",
-                            tmp_path / "tables/windows.csv")
-    windows = list(csv.DictReader(open(tmp_path / "tables/windows.csv")))
+                            tmp_path / "figures/song.png")
     assert code == 0 and row["windows"] == "5"
-    assert [float(each["start"]) for each in windows] == [0, 1.5, 3, 4.5, 5.5]
-    for name in ("valence", "arousal"):
-        values = [float(each[name]) for each in windows]
+    [(centres, windows, *_)] = drawn
+    assert (centres - 2.25).tolist() == [0, 1.5, 3, 4.5, 5.5]
+    for name, values in zip(("valence", "arousal"), windows.T):
         assert float(row[name]) == pytest.approx(np.mean(values), abs=2e-6)
-        assert float(row[f"{name}_spread"]) == pytest.approx(np.std(values), abs=2e-6) != 0
+        assert float(row[f"{name}_std"]) == pytest.approx(np.std(values), abs=2e-6) != 0
     assert (tmp_path / "figures/song.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "figures/song.pdf").read_bytes().startswith(b"%PDF")
     compared(len(windows), "windows")
 
 
 def test_rows_are_on_disk_as_they_are_done(demo, predicted, tmp_path, monkeypatch, compared):
-    songs, there = list(DEAMHandler(demo / "DEAM").audio.values())[:3], []
+    songs, lines = list(DEAMHandler(demo / "DEAM").audio.values())[:3], []
 
     def predict_song(*_):
-        there.append((tmp_path / "songs.csv").read_text().count("\n"))
-        return np.zeros(1), np.full((1, 2), 5.0), 6
+        table = tmp_path / "songs.csv"
+        lines.append(table.read_text().count("\n") if table.exists() else 0)
+        return np.zeros(1), np.full((1, 2), 5.0), 6, None
 
     monkeypatch.setattr(predict, "predict_song", predict_song)
-    assert predicted(*songs)[0] == 0 and there == [1, 2, 3]
+    assert predicted(*songs)[0] == 0 and lines == [0, 2, 3]
     compared(3, "songs")
 
 
 @pytest.mark.parametrize("option, says", [
-    (["--csv", "folder.csv"], "cannot write"), (["--csv", "song.wav"], "must end in .csv"),
-    (["--windows-csv", "/dev/null/table.csv"], "cannot write"), (["--csv", "loop.csv"], "loop"),
+    (["--csv", "song.wav"], "must end in .csv"),
     (["a.csv", "--csv", "./a.csv"], "a file to read"),
     (["--figure", "f.jpg"], "must end in .png or .pdf"), (["--csv", "run/a.csv"], "run's folder"),
-    (["--csv", "t.csv", "--windows-csv", "./t.csv"], "name one file twice"),
     (["a.wav", "b.wav", "--figure", "f.png"], "--figure draws one song, and these are 3"),
     (["--window", "nan"], "--window"), (["--hop", "0"], "--hop"), (["--csv", ""], "empty path")])
 def test_it_says_so_before_the_work(tmp_path, fails, monkeypatch, compared, option, says):
     monkeypatch.setattr(predict, "Predictor", lambda _: pytest.fail("work has begun"))
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "folder.csv").mkdir()
-    (tmp_path / "loop.csv").symlink_to("loop.csv")
     (tmp_path / "run").mkdir()
     assert says in fails(predict, "run", "song.wav", *option)
     compared(1, "command lines")

@@ -14,8 +14,10 @@ import torch
 import torchaudio
 from conftest import ROOT
 
+from common import DEAMHandler
 from kit.audio import mix_level, read_clip, read_waveform, read_windows, resample, sin_pi
 from kit.containers import looks_like_audio
+from kit.deam import STATIC
 from kit.streams import BadClip, no_stderr
 
 RATE = 44100
@@ -223,15 +225,16 @@ def test_a_header_that_says_too_little_keeps_its_delay(tmp_path, compared):
 
 
 def test_of_several_files_in_one_all_are_read(length, compared):
-    """MP3s with and without headers and with tags between them, FLAC, Ogg Vorbis, Ogg Opus."""
+    """MP3s with and without headers and with tags between them, WAV, FLAC, Ogg Vorbis and Opus."""
     a, b = mp3(2), mp3(3, mode="CONSTANT")
     flac = [encoded("FLAC", seconds) for seconds in (2, 3)]
     ogg = [encoded("OGG", seconds) for seconds in (2, 3)]
     opus = [encoded("OGG", seconds, 48000, subtype="OPUS") for seconds in (2, 3)]
+    wav = [encoded("WAV", seconds) for seconds in (2, 3)]
     cases = [a + b, headerless(a) + headerless(b), a + headerless(b), headerless(a) + b,
              PICTURE + a + ID3V1 + PICTURE + headerless(b) + APE, b"".join(flac),
              PICTURE + flac[0] + ID3V1 + PICTURE + flac[1] + ID3V1, b"".join(ogg),
-             ogg[0] + JUNK + ogg[1] + ID3V1, b"".join(opus)]
+             b"LIST\4\0\0\0abcd".join(wav), ogg[0] + JUNK + ogg[1] + ID3V1, b"".join(opus)]
     for data in cases:
         assert 4.999 < length(data) < 5.2
     compared(len(cases), "files")
@@ -240,7 +243,8 @@ def test_of_several_files_in_one_all_are_read(length, compared):
 def test_parts_that_do_not_fit_together_are_named(refused, compared):
     cases = [(mp3() + mp3(rate=48000), "44100 Hz and 2 channels to 48000 Hz and 2"),
              (headerless(mp3()) + mp3(channels=1), "to 44100 Hz and 1 after 2"),
-             (encoded("OGG") + encoded("OGG", rate=22050), "to 22050 Hz")]
+             (encoded("OGG") + encoded("OGG", rate=22050), "to 22050 Hz"),
+             (encoded("WAV") + encoded("WAV")[36:], "more than one chunk")]
     for data, says in cases:
         assert says in refused(data)
     compared(len(cases), "files")
@@ -320,7 +324,8 @@ def test_what_is_no_audio_is_named(refused, compared):
              (b'{"error": "quota"}', "JSON"), (PICTURE, "holds tags"), (b"", "empty file"),
              (b"version https://git-lfs.github.com/spec/v1", "a Git LFS pointer"),
              (b"not audio " * 100, "not readable as audio"), (JUNK, "not readable as audio"),
-             (b"\xff" * 100_000, "not readable as audio")]
+             (b"\xff" * 100_000, "not readable as audio"),
+             (b"\xff\xfb\x90\x00" * 9000, "not readable as audio (Format")]
     for data, says in cases:
         assert refused(data).startswith(says)
     compared(len(cases), "files")
@@ -339,6 +344,17 @@ def test_audio_is_known_by_its_first_bytes_too(tmp_path, compared):
     os.mkfifo(tmp_path / "pipe")
     assert not looks_like_audio(tmp_path / "pipe")  # and it does not wait for it
     compared(len(cases) + 8, "files")
+
+
+def test_deam_may_have_any_of_these_endings(tmp_path, compared):
+    columns = "song_id, valence_mean, valence_std, arousal_mean, arousal_std"
+    (tmp_path / STATIC).write_text(columns + "\n2,3.1,0.94,3,0.63\n3,3.1,0.94,3,0.63\n")
+    soundfile.write(tmp_path / "2.aifc", NOISE[:RATE], RATE, format="AIFF")
+    (tmp_path / "3.MPGA").write_bytes(mp3())
+    (tmp_path / "4.csv").touch()
+    deam = DEAMHandler(tmp_path)
+    assert sorted(deam.audio) == [2, 3] and len(deam.get_waveform(2)[0]) == 16000
+    compared(len(deam.audio), "songs")
 
 
 def test_channels_that_cancel_get_a_remark(tmp_path, compared):

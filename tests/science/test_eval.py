@@ -1,8 +1,9 @@
-"""The numbers, the report, the table of runs, and what eval refuses. Verdicts: test_record.py."""
+"""eval.py: the report, the table of runs, differences, and what is refused. Numbers themselves:
+kit/test_metrics.py; verdicts: commands/test_verify.py."""
 
 import csv
+import re
 import shutil
-import time
 
 import numpy as np
 import pytest
@@ -11,146 +12,13 @@ from conftest import FLOAT32, call, few, made_features
 
 import common
 import eval as eval_script
-import extract
-from kit import deam, metrics, records
+from kit import features as features_kit, metrics, records, report
+from kit.deam import DIMENSIONS, Labels, read_splits
 from kit.files import load_tensors, read_json, read_tensors, write_json, write_tensors
 import train
+import verify
 
-DIMENSIONS = ("valence", "arousal")
 FROZEN = ["--finetune", "frozen", "--batch-size", "20", "--epochs", "1", *FLOAT32]
-
-
-def random_labels(count=200):
-    generator = np.random.default_rng(0)
-    true = generator.normal(5, 1.3, (count, 2)).clip(1, 9).round(1)
-    return true, 0.6 * true + 2 + generator.normal(0, 0.7, (count, 2))
-
-
-# ---------------------------------------------------------------------------------------- numbers
-
-
-def test_metrics_against_textbook_formulas(compared):
-    true, pred = random_labels()
-    std, count = np.array([1.2, 1.4]), 0
-    found = metrics.all_metrics(true, pred, std)
-    for n, name in enumerate(DIMENSIONS):
-        t, p = true[:, n], pred[:, n]
-        off, cov = p - t, np.cov(t, p, ddof=0)
-        expected = {
-            "mse": np.mean(off**2), "rmse": np.mean(off**2) ** 0.5, "mae": np.mean(abs(off)),
-            "z_mse": np.mean((off / std[n]) ** 2), "z_rmse": np.mean((off / std[n]) ** 2) ** 0.5,
-            "z_mae": np.mean(abs(off / std[n])), "pearson": np.corrcoef(t, p)[0, 1],
-            "r2": 1 - np.sum(off**2) / np.sum((t - t.mean()) ** 2),
-            "ccc": 2 * cov[0, 1] / (cov[0, 0] + cov[1, 1] + (t.mean() - p.mean()) ** 2)}
-        assert found[name] == pytest.approx(expected, rel=1e-10)
-        count += len(expected)
-    mean_r2 = (found["valence"]["r2"] + found["arousal"]["r2"]) / 2
-    assert found["average"]["r2"] == pytest.approx(mean_r2)
-    assert found["valence_arousal_correlation"] == pytest.approx(
-        {"true": np.corrcoef(true.T)[0, 1], "predicted": np.corrcoef(pred.T)[0, 1]})
-    compared(count + 3, "metrics")
-
-
-def test_quadrants_and_f1_counted_by_hand(compared):
-    true = np.array([[6, 6], [6, 6], [4, 6], [4, 4], [6, 4], [5, 5]], float)  # 5 counts as high
-    pred = np.array([[6, 6], [4, 6], [4, 6], [4, 4], [6, 6], [5, 4.999]], float)
-    assert metrics.confusion(true, pred).tolist() == [
-        [1, 1, 0, 1], [0, 1, 0, 0], [0, 0, 1, 0], [1, 0, 0, 0]]
-    q = metrics.all_metrics(true, pred, np.ones(2))["quadrant"]
-    assert q["accuracy"] == 0.5 and q["macro_f1"] == pytest.approx((2 / 5 + 2 / 3 + 1) / 4)
-    assert {name: float(value) for name, value in q["f1"].items()} == pytest.approx(
-        {"HV/HA": 2 / 5, "LV/HA": 2 / 3, "LV/LA": 1.0, "HV/LA": 0.0})
-    compared(len(true), "songs")
-
-
-def metric(true, pred):
-    return metrics.all_metrics(true, pred, np.ones(2))
-
-
-def test_constant_predictions_have_numbers(compared):
-    true, _ = random_labels(20)
-    found = metric(true, np.full_like(true, 5.0))
-    assert found["valence"]["pearson"] == found["valence"]["ccc"] == 0
-    numbers = eval_script.flat(found)
-    assert all(np.isfinite(value).all() for value in numbers.values())
-    compared(len(numbers), "numbers")
-
-
-def test_bootstrap_against_a_normal_approximation(compared):
-    """For a mean over many songs the interval is mean ± 1.96 standard errors; for r Fisher's."""
-    true, pred = random_labels(1000)
-    intervals = metrics.bootstrap(metric, true, pred)
-    for n, name in enumerate(DIMENSIONS):
-        errors = (pred - true)[:, n]
-        for key, values in (("mse", errors**2), ("mae", abs(errors))):
-            mean, half = values.mean(), 1.96 * values.std() / len(values) ** 0.5
-            assert intervals[name][key] == pytest.approx([mean - half, mean + half], abs=0.1 * half)
-        z = np.arctanh(np.corrcoef(true[:, n], pred[:, n])[0, 1])
-        half = 1.96 / (len(true) - 3) ** 0.5
-        found = np.arctanh(intervals[name]["pearson"])
-        assert found == pytest.approx([z - half, z + half], abs=0.15 * half)
-    hits = (deam.quadrant(true, 5) == deam.quadrant(pred, 5)).mean()
-    half = 1.96 * (hits * (1 - hits) / len(true)) ** 0.5
-    assert intervals["quadrant"]["accuracy"] == pytest.approx([hits - half, hits + half],
-                                                              abs=0.1 * half)
-    compared(7, "intervals")
-
-
-def test_the_bootstrap_repeats_itself_and_takes_seconds(compared):
-    """10,000 resamples of 175 songs, vectorised: a loop over them would take a minute."""
-    true, pred = random_labels(175)
-    start = time.monotonic()
-    intervals = metrics.bootstrap(metric, true, pred)
-    assert time.monotonic() - start < 10
-    assert intervals == metrics.bootstrap(metric, true, pred)
-    compared(10_000, "resamples")
-
-
-def test_resampling_groups_sees_that_copies_are_not_new_songs(compared):
-    """Every song four times over: resampled as songs the interval is half as wide as it should be;
-    resampled in groups it is that of the songs without their copies."""
-    true, pred = random_labels(150)
-    copies = np.repeat(true, 4, 0), np.repeat(pred, 4, 0)
-    width = {}
-    for name, data, groups in (("once", (true, pred), None), ("copies", copies, None),
-                               ("groups", copies, np.repeat(np.arange(150), 4))):
-        low, high = metrics.bootstrap(metric, *data, groups=groups)["valence"]["mse"]
-        width[name] = high - low
-    assert width["groups"] == pytest.approx(width["once"], rel=0.1)
-    assert width["copies"] == pytest.approx(width["once"] / 2, rel=0.1)
-    compared(3, "intervals")
-
-
-def test_ceiling_of_a_constructed_case(compared):
-    """Labels that are a truth and the mean of ten noisy opinions: the truth reaches the ceiling."""
-    generator = np.random.default_rng(0)
-    truth = generator.normal(5, [1.0, 1.5], (20000, 2))
-    opinions = truth[:, None] + generator.normal(0, 1.5, (20000, 10, 2))
-    labels, spread = opinions.mean(1), opinions.std(1, ddof=1)
-    reached = 1 - ((labels - truth) ** 2).mean(0) / labels.var(0)
-    top = metrics.ceiling(labels, spread)
-    np.testing.assert_allclose([top[name] for name in DIMENSIONS], reached, atol=0.01)
-    assert top["average"] == pytest.approx((top["valence"] + top["arousal"]) / 2)
-    compared(3, "ceilings")
-
-
-def test_ridge_against_a_direct_solve(compared):
-    generator = np.random.default_rng(0)
-    x, x_val = generator.normal(3, 2, (60, 20)), generator.normal(3, 2, (30, 20))
-    weights = generator.normal(0, 0.2, (20, 2))
-    y, y_val = (rows @ weights + generator.normal(0, 1, (len(rows), 2)) for rows in (x, x_val))
-    predict, penalty = metrics.ridge(x, y, x_val, y_val)
-
-    def direct(penalty):
-        z, z_val = ((rows - x.mean(0)) / x.std(0) for rows in (x, x_val))
-        solved = np.linalg.solve(z.T @ z + penalty * np.eye(20), z.T @ (y - y.mean(0)))
-        return z_val @ solved + y.mean(0)
-
-    np.testing.assert_allclose(predict(x_val), direct(penalty), atol=1e-10)
-    grid = 10.0 ** np.arange(-2, 7.5, 0.5)
-    best = int(np.argmin([((direct(other) - y_val) ** 2).mean() for other in grid]))
-    assert penalty == grid[best] and 0 < best < len(grid) - 1
-    compared(len(grid), "penalties")
 
 
 # ------------------------------------------------------------------------------------- evaluation
@@ -194,7 +62,7 @@ FIGURES = {f"{name}.{kind}" for name in ("true_vs_predicted", "plane", "confusio
 
 def test_evaluation_on_cached_features(features, trained, tmp_path, monkeypatch, capsys, compared):
     """No backbone, no audio: neither may be touched. predictions.csv, metrics.json and the printout
-    agree; every split can be evaluated."""
+    agree."""
     for name in ("Backbone", "read_waveform"):
         monkeypatch.setattr(common, name, None)
     run = shutil.copytree(trained, tmp_path / "run")
@@ -204,23 +72,32 @@ def test_evaluation_on_cached_features(features, trained, tmp_path, monkeypatch,
     assert {path.name for path in out.iterdir()} == {"metrics.json", "predictions.csv", *FIGURES}
     heads = {"png": b"\x89PNG", "pdf": b"%PDF"}
     assert all((out / name).read_bytes().startswith(heads[name[-3:]]) for name in FIGURES)
-    found = read_json(out / "metrics.json", "", eval_script.METRICS)
+    found = read_json(out / "metrics.json", "", records.METRICS)
     songs, true, pred = read_predictions(out)
     assert found["predictions"] == dict(zip(songs, pred.tolist()))
     numbers = found["numbers"]
     assert numbers["metrics"]["valence"]["mse"] == pytest.approx(np.mean((pred - true)[:, 0] ** 2))
-    assert f"{numbers['metrics']['arousal']['ccc']:8.4f}" in output
-    assert "say nothing about DEAM" in output and "say nothing about DEAM" in found["source"]
-    assert set(numbers["baselines"]) == {"training mean", "ridge"} and found["songs"] == 10
-    assert numbers["ceiling_r2"]["valence"] > 0.8
-    assert not {"published_protocol", "new_artists"} & set(numbers)  # not the published splits
+    assert f"R² {metrics.with_interval(numbers, 'arousal', 'r2')} " in output
+    assert "say nothing about DEAM" in " ".join(output.split())
+    assert "say nothing about DEAM" in found["source"] and found["songs"] == 10
+    assert set(numbers["baselines"]) == {"training mean", "ridge"}
+    assert numbers["noise_ceiling"]["metrics"]["valence"]["r2"] > 0.8
+    assert not {"published", "unseen_artists"} & set(numbers)  # not the published splits
     r2 = {name: values["arousal"]["r2"] for name, values in numbers["baselines"].items()}
     assert r2["ridge"] > 0.4 > 0.1 > r2["training mean"]
-    monkeypatch.setattr(eval_script.figures, "draw_report", lambda *_: None)
+    known = read_splits(run / "splits.json")
+    labels = metrics.true_values(common.DEAMFeatHandler(features).annotations,
+                                 known["train"] + known["val"])
+    error = abs(pred - true)[:, 1].mean() / labels[:, 1].std()
+    assert numbers["z_scored"]["arousal"]["mae"] == pytest.approx(error)
+    compared(len(songs) + len(FIGURES), "predictions and figures")
+
+
+def test_every_split_can_be_evaluated(command, undrawn, compared):
     for split, count in (("train", 40), ("val", 10)):
         assert call(eval_script, *command, "--split", split) == 0
-        assert read_json(run / f"eval-{split}/metrics.json", "")["songs"] == count
-    compared(len(songs) + len(FIGURES), "predictions and figures")
+        assert read_json(command[0] / f"eval-{split}/metrics.json", "")["songs"] == count
+    compared(2, "splits")
 
 
 def test_other_labels_are_written_beside(command, undrawn, capsys, compared):
@@ -230,7 +107,8 @@ def test_other_labels_are_written_beside(command, undrawn, capsys, compared):
     kept = (run / "eval-test/metrics.json").read_bytes()
     capsys.readouterr()
     assert call(eval_script, *command, "--labels", "corrected") == 0
-    assert "for comparison: the run was trained on shipped labels" in capsys.readouterr().out
+    title = capsys.readouterr().out.split("\n\n")[0]
+    assert "corrected labels (trained on shipped ones)" in " ".join(title.split())
     assert (run / "eval-test/metrics.json").read_bytes() == kept
     own, other = (read_json(run / name / "metrics.json", "")
                   for name in ("eval-test", "eval-test-corrected"))
@@ -240,35 +118,108 @@ def test_other_labels_are_written_beside(command, undrawn, capsys, compared):
     compared(2, "reports")
 
 
-def test_published_protocol_and_new_artists(splits, undrawn, tmp_path, capsys, compared):
-    """On DEAM's own splits, and no others: the first 160 test songs as published, and a row of the
-    songs by artists that are not in train or val."""
-    features = made_features(tmp_path / "DEAM_feats", splits)
-    run = tmp_path / "run"
-    call(train, "--features", features, "--run", run, *FROZEN, "--labels", "corrected",
-         "--batch-size", "300")
+# ------------------------------------------------------------------------------------------ screen
+
+
+def shown(content, splits, annotations, swapped=(), labels="shipped"):
+    """An Evaluation that needs no features, to be printed."""
+    class Data:
+        manifest = {"swapped_labels": [*swapped]}
+
+        def notes(self):
+            yield f"songs: {content['source']}"
+
+    Data.splits, Data.annotations, Data.labels = splits, annotations, labels
+    return eval_script.Evaluation(None, {"lambda_corr": 0.05, "lambda_var": 0.05}, Data(), {
+        "run": "last1", "finetune": "last1", "split": "test", "labels": labels, "model": "0" * 64,
+        "trained_on_labels": labels, "precision": "exact", "songs": len(content["predictions"]),
+        "features": "0" * 64, **content})
+
+
+def evaluation_of(true, pred, ridge_pred, swapped=()):
+    """What a report says of predictions of songs 1, 2, …, a fifth of them trained on."""
+    songs = range(1, len(true) + 1)
+    annotations = {song: Labels(valence, 1.0, arousal, 1.0)
+                   for song, (valence, arousal) in zip(songs, true.tolist())}
+    cut = len(true) // 5
+    splits = {"source": "made", "train": [*songs[:cut]], "val": [], "test": [*songs[cut:]]}
+    preds = [dict(zip(map(str, splits["test"]), values[cut:].tolist()))
+             for values in (pred, ridge_pred)]
+    numbers = metrics.measure_split(annotations, splits, "test", *preds)
+    return shown({"predictions": preds[0], "numbers": numbers, "source": "made songs " * 20},
+                 splits, annotations, swapped)
+
+
+def random_labels(count=200):
+    generator = np.random.default_rng(0)
+    true = generator.normal(5, 1.3, (count, 2)).clip(1, 9).round(1)
+    return true, 0.6 * true + 2 + generator.normal(0, 0.7, (count, 2))
+
+
+def printed(evaluation, capsys):
+    """What is printed of an evaluation, no line of it wider than a terminal."""
     capsys.readouterr()
-    assert call(eval_script, run, "--features", features, "--device", "cpu") == 0
+    report.print_evaluation(evaluation)
     output = capsys.readouterr().out
-    found = read_json(run / "eval-test/metrics.json", "")
-    artists, (songs, true, pred) = deam.read_artists(), read_predictions(run / "eval-test")
-    known = splits["train"] + splits["val"]
-    labels = deam.corrected(deam.read_annotations(features / "annotations.csv"), [[1, 1000]])
-    std = np.array([labels[song][::2] for song in known]).std(0)
-    protocol = found["numbers"]["published_protocol"]
-    assert protocol["z_mse"] == pytest.approx(np.mean(((pred - true) / std)[:160] ** 2))
-    assert protocol["quadrants_right"] == ((pred >= 5) == (true >= 5)).all(1)[:160].sum()
-    assert f"z-scored MSE {protocol['z_mse']:.4f} (published 0.4945)" in output
-    heard = {artists[song] for song in known}
-    new = np.array([artists[int(song)] not in heard for song in songs])
-    row = found["numbers"]["new_artists"]
-    assert row["songs"] == new.sum() == 56
-    assert row["metrics"]["arousal"]["pearson"] == pytest.approx(
-        np.corrcoef(true[new, 1], pred[new, 1])[0, 1])
-    low, high = row["intervals"]["valence"]["r2"]
-    assert low < row["metrics"]["valence"]["r2"] < high
-    assert output.count("  56 songs by artists not in train or val: R² ") == 3
-    compared(len(songs), "test songs")
+    assert max(map(len, output.splitlines())) <= 80, output
+    return output
+
+
+@pytest.mark.parametrize("far", [0, 3, 30, 3000])
+def test_the_report_fits_80_columns_and_begins_with_what_is_looked_for(far, capsys, compared):
+    """However bad the predictions are: R², r and CCC with intervals, right below the title."""
+    true, pred = random_labels()
+    output = printed(evaluation_of(true, far - pred if far else pred, -pred, [[1, 100]]), capsys)
+    title, first, *_ = output.split("\n\n")
+    number = r"[+<−]*\d+(\.\d+)?"
+    cell = rf"{number} \[{number}, {number}\]"
+    for name, line in zip(DIMENSIONS, first.splitlines()):
+        assert re.fullmatch(rf"{name} R² {cell} +r {cell} +CCC {cell}", line), line
+    assert "-" not in re.sub("[a-z]-[a-z]", "", output)  # one minus sign everywhere
+    compared(len(output.splitlines()), "lines")
+
+
+@pytest.mark.parametrize("copy, said", [(1.0, True), (0.0, False)])
+def test_a_collapse_is_called_one_by_one_rule(capsys, compared, copy, said):
+    """Of the network and of ridge alike."""
+    true, _ = random_labels()
+    one = np.stack([true[:, 0], true[:, 0] * 0.5 + 2], 1)
+    pred = one if copy else true * 0.5 + 2
+    output = printed(evaluation_of(true, pred, one), capsys)
+    network, ridge = (re.search(rf"^  {name} .*$", output, re.M)[0]
+                      for name in ("network", "ridge"))
+    assert ("a collapse" in network) == said and "a collapse" in ridge
+    compared(2, "lines")
+
+
+def test_nearly_equal_labels_are_no_collapse(capsys, compared):
+    """Predictions that correlate because the labels do."""
+    true, _ = random_labels()
+    true = np.stack([true[:, 0], true[:, 0] + (true[:, 1] - 5) / 20], 1)
+    assert "a collapse" not in printed(evaluation_of(true, true * 0.9, true), capsys)
+    compared(1, "report")
+
+
+def test_exchanged_labels_are_named_as_a_cause(capsys, compared):
+    """Only for a run that was trained on them."""
+    true, pred = random_labels()
+    evaluation = evaluation_of(true, pred, pred, [[1, 100]])
+    words = " ".join(printed(evaluation, capsys).split())
+    assert "exchanged for 100 of 200 songs" in words and "would correlate at 1.000" in words
+    corrected = evaluation._replace(content={**evaluation.content,
+                                             "trained_on_labels": "corrected"})
+    assert "exchanged" not in printed(corrected, capsys)
+    compared(2, "reports")
+
+
+def test_the_verdict_on_ridge(capsys, compared):
+    true, pred = random_labels()
+    mixed = np.stack([true[:, 0], np.full(len(true), 3.0)], 1)  # better in valence alone
+    for ridge_pred, says in ((pred, "ties with ridge in both"), (true, "loses to ridge in both"),
+                             (mixed, "loses to ridge in valence and beats ridge in arousal")):
+        output = printed(evaluation_of(true, pred, ridge_pred), capsys)
+        assert f"\nThe network {says}" in output
+    compared(3, "verdicts")
 
 
 # ------------------------------------------------------------------------------------------ table
@@ -281,28 +232,25 @@ def table_of(small, names, capsys):
                 "--device", "cpu") == 0
     lines = capsys.readouterr().out.splitlines()
     start = max(n for n, line in enumerate(lines) if line.startswith("run "))
-    return {line[:20].strip(): line[20:].split() for line in lines[start:]}, lines
+    return {line[:20].strip(): line[20:].replace("−", "-").split() for line in lines[start:]}, lines
 
 
 def test_mean_and_deviation_over_seeds_alone(small, undrawn, capsys, compared):
-    rows, _ = table_of(small, ("seed0", "seed1"), capsys)
+    rows, lines = table_of(small, ("seed0", "seed1"), capsys)
     numbers = np.array([rows["seed0"], rows["seed1"]], float)
-    assert rows["run"][-2:] == ["pred.", "r"] and numbers.shape == (2, 10)
-    mean, std = (np.array(rows["mean ± std"][n::3], float) for n in (0, 2))
-    np.testing.assert_allclose(mean, numbers.mean(0), atol=2e-4)
-    np.testing.assert_allclose(std, numbers.std(0, ddof=1), atol=2e-4)
-    assert len(rows["ridge"]) == 10 and len(rows["ceiling"]) == 2  # of R² alone
-    found = read_json(small[1][0] / "eval-test/metrics.json", "")["numbers"]
-    assert rows["ridge"][-1] == \
-        f"{found['baselines']['ridge']['valence_arousal_correlation']['predicted']:.4f}"
-    assert rows["ceiling"][0] == f"{found['ceiling_r2']['valence']:.4f}"
-    compared(numbers.size + 22, "numbers")
+    assert rows["run"] == ["R²", "r", "CCC", "R²", "r", "CCC", "pred.", "right"]
+    mean, std = (np.array(rows[name], float) for name in ("mean", "standard deviation"))
+    np.testing.assert_allclose(mean, numbers.mean(0), atol=0.011)
+    np.testing.assert_allclose(std, numbers.std(0, ddof=1), atol=0.011)
+    found = read_json(small[1][0] / "eval-test/metrics.json", "")["numbers"]["metrics"]
+    assert float(rows["seed0"][5]) == round(found["arousal"]["ccc"], 2)
+    assert max(len(line) for line in lines if not line.startswith(("written", "next"))) <= 80
+    compared(numbers.size, "numbers")
 
 
 def test_no_mean_over_runs_that_differ_otherwise(small, undrawn, capsys, compared):
-    rows, lines = table_of(small, ("seed0", "lr"), capsys)
-    assert "the runs differ in lr: no mean over them" in lines and "mean ± std" not in rows
-    assert {"seed0", "lr", "ridge", "ceiling"} <= set(rows)
+    rows, _ = table_of(small, ("seed0", "lr"), capsys)
+    assert {"seed0", "lr"} <= set(rows) and "mean" not in rows
     compared(2, "runs")
 
 
@@ -310,42 +258,65 @@ def test_files_are_read_once_for_several_runs(small, undrawn, monkeypatch, compa
     """Train and val once, for ridge; of the test split once more a run: its layers differ."""
     features, runs = small
     read = []
-    monkeypatch.setattr(common, "COMPARED", set())
+    monkeypatch.setattr(features_kit.FeatureReader, "compared", set())
     monkeypatch.setattr(eval_script, "POOLED", {})
-    monkeypatch.setattr(common, "load_tensors",
+    monkeypatch.setattr(features_kit, "load_tensors",
                         lambda path, what: read.append(path.stem) or load_tensors(path, what))
     call(eval_script, *runs, "--features", features, "--device", "cpu")
-    splits = deam.read_splits(features / "splits.json")
+    splits = read_splits(features / "splits.json")
     assert sorted(each for each in read if int(each) not in splits["test"]) == sorted(
         map(str, splits["train"] + splits["val"]))
     compared(len(read), "reads")
 
 
-def numbers_of(true, pred, ridge_pred):
-    """What a report says of predictions of songs 1, 2, …"""
-    labels = np.insert(true, [1, 2], 1, axis=1)
-    annotations = dict(enumerate(labels.tolist(), 1))
-    preds = [dict(zip(map(str, annotations), values.tolist())) for values in (pred, ridge_pred)]
-    return metrics.measure(annotations, list(annotations), list(annotations), *preds)
+# ------------------------------------------------------------------------------------- differences
 
 
-@pytest.mark.parametrize("copy, said", [(1.0, True), (0.0, False)])
-def test_a_collapse_is_called_one(capsys, compared, copy, said):
-    true, _ = random_labels(50)
-    pred = np.stack([true[:, 0], copy * true[:, 0] + (1 - copy) * true[:, 1]], 1) * 0.5 + 2
-    eval_script.print_numbers(numbers_of(true, pred, pred), 50)
-    assert ("a collapse" in capsys.readouterr().out) == said
-    compared(1, "line")
+def difference(capsys, *command):
+    """(what is compared, numbers by dimension, what is said of the intervals)."""
+    capsys.readouterr()
+    assert call(eval_script, *command, "--device", "cpu") == 0
+    text = capsys.readouterr().out.split("\n\n")[-1].split("\nnext: ")[0]
+    start = text.index("valence R²")
+    rows = [re.findall(r"[+−][\d.]+", line) for line in text[start:].splitlines()[:2]]
+    assert all(len(line) <= 80 for line in text.splitlines())
+    return (" ".join(text[:start].split()),
+            np.array([[float(cell.replace("−", "-")) for cell in row] for row in rows]),
+            " ".join(" ".join(text[start:].splitlines()[2:]).split()))
 
 
-def test_where_ridge_does_better_a_line_says_so(capsys, compared):
-    true, pred = random_labels(50)
-    better = np.stack([true[:, 0], np.full(50, 3.0)], 1)  # in valence alone
-    eval_script.print_numbers(numbers_of(true, pred, better), 50)
-    output = capsys.readouterr().out
-    assert "ridge on the same features does better than the network for valence (R² 1.00" in output
-    assert "arousal (R²" not in output and ", ridge's 0.0000" in output  # its predicted correlation
-    compared(2, "dimensions")
+def test_the_difference_to_other_seeds(small, undrawn, capsys, fails, compared):
+    features, (first, second, other) = small
+    base = "--features", features
+    title, numbers, note = difference(capsys, first, "--against", first, *base)
+    assert title == "seed0 less seed0, n = 10, shipped labels" and not numbers.any()
+    assert numbers.shape == (2, 9) and "the trained models are fixed" in note
+    title, _, note = difference(capsys, first, second, "--against", other, *base)
+    assert title.startswith("seed0 and 1 more less lr,") and "artists and models" in note
+    assert "differ in lr" in fails(eval_script, first, "--against", second, other, *base,
+                                   "--device", "cpu")
+    compared(18, "numbers")
+
+
+def test_the_difference_between_labels_names_the_truth(small, undrawn, tmp_path, capsys, fails,
+                                                       compared):
+    """Runs that were trained on different labels are compared where --labels says on which."""
+    features, (first, *_) = small
+    corrected, base = tmp_path / "corrected", ("--features", features)
+    call(train, *base, "--run", corrected, *FROZEN, "--labels", "corrected")
+    assert "say with --labels which" in fails(eval_script, first, "--against", corrected, *base,
+                                              "--device", "cpu")
+    numbers = {}
+    for labels in ("shipped", "corrected"):
+        title, numbers[labels], _ = difference(capsys, first, "--against", corrected, *base,
+                                               "--labels", labels)
+        assert title.endswith(f"{labels} labels (trained on shipped and corrected ones)")
+    assert (numbers["shipped"] != numbers["corrected"]).any()
+    call(eval_script, corrected, *base, "--device", "cpu")
+    r2 = [read_json(folder / "metrics.json", "")["numbers"]["metrics"]["valence"]["r2"]
+          for folder in (first / "eval-test-corrected", corrected / "eval-test")]
+    assert numbers["corrected"][0, 0] == pytest.approx(r2[0] - r2[1], abs=0.0051)
+    compared(2, "truths")
 
 
 # --------------------------------------------------------------------------------------- refusals
@@ -359,15 +330,15 @@ class Bomb:
 def test_checkpoints_that_are_none(command, tmp_path, fails, monkeypatch, compared):
     monkeypatch.chdir(tmp_path)
     file = command[0] / "model.pt"
-    good, none = read_tensors(file, "", eval_script.MODEL), "is not a trained model"
+    good, none = read_tensors(file, "", records.MODEL), "is not a trained model"
     for content, says in ((Bomb(), none), ({**good, "extra": Bomb()}, none), ([1], "no digest"),
                           (good, "no digest"), ({**good, "digest": "0" * 64}, "is damaged")):
         torch.save(content, file)
         assert says in fails(eval_script, *command)
     assert not (tmp_path / "bomb-went-off").exists()
-    for change, says in (({"state": {"a": torch.zeros(1)}}, "not a model that train.py"),
+    for change, says in (({"state": {"a": torch.zeros(1)}}, "not of one run"),
                          ({"mean": torch.zeros(3)}, "not a model that train.py"),
-                         ({"params": {}}, none)):
+                         ({"params": {}}, "not a model that train.py")):
         write_tensors(file, {**good, **change})  # of the right digest
         assert says in fails(eval_script, *command)
     write_tensors(file, {"state": {}})
@@ -404,11 +375,11 @@ def test_features_that_are_not_the_runs(small, tmp_path, fails, compared):
     states = load_tensors(file, "")
     torch.save(states + 1, file)
     assert f"{song}.pt is damaged" in fails(eval_script, run, "--features", features)
-    assert call(extract, "--check", small[0]) == 0 and call(extract, "--check", features) == 1
+    assert call(verify, "--features", small[0]) == 0 and call(verify, "--features", features) == 1
     torch.save(states, file)
     manifest = read_json(features / "manifest.json", "")
     manifest["settings"]["precision"] = "exact"  # a manifest made so is a valid one
     write_json(features / "manifest.json",
-               {**manifest, "digest": records.manifest_digest(manifest)})
+               {**manifest, "digest": features_kit.manifest_digest(manifest)})
     assert "was trained on features" in fails(eval_script, run, "--features", features)
     compared(4, "features")

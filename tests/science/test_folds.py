@@ -2,7 +2,7 @@
 eval.py pools them; and what audit.py says of artists."""
 
 import collections
-import functools
+import re
 import shutil
 
 import numpy as np
@@ -16,6 +16,7 @@ import folds as folds_script
 from kit import deam, machine, metrics
 from kit.files import read_json
 import train
+import verify
 
 DRAW = eval_script.figures.draw_report
 QUICK = ["--finetune", "frozen", "--batch-size", "8", "--epochs", "1", *FLOAT32]
@@ -94,7 +95,7 @@ def test_training_on_a_fold_of_other_songs(pooled, folds, tmp_path, monkeypatch,
     assert set(found["val"]) <= set(folds["folds"][4])
     config = read_json(run / "config.json", "")["config"]
     assert config["splits"] == deam.splits_digest(found)
-    assert call(train, "--verify", run, "--features", features, "--device", "cpu") == 0
+    assert call(verify, run, "--features", features, "--device", "cpu") == 0
     monkeypatch.chdir(tmp_path)
     assert call(train, "--features", features, "--fold", "9", *QUICK) == 0
     assert (tmp_path / "runs/frozen-fold9/model.pt").exists()
@@ -112,7 +113,7 @@ def test_folds_that_there_are_not(fold, says, capsys, compared):
 
 def test_a_run_is_not_resumed_on_another_fold(pooled, tmp_path, fails, compared):
     run = shutil.copytree(pooled[1] / "frozen-fold3", tmp_path / "run")
-    assert "was started otherwise (splits " in fails(
+    assert "was started otherwise (fold 3 there, 4 now" in fails(
         train, "--features", pooled[0], "--run", run, "--fold", "4", "--resume", *QUICK)
     other = {"source": "songs of one artist", "train": [49], "val": [51], "test": [52]}
     features = made_features(tmp_path / "f", other)
@@ -126,19 +127,20 @@ def test_a_run_is_not_resumed_on_another_fold(pooled, tmp_path, fails, compared)
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    """No figures, and fewer resamples: they take most of an evaluation's time."""
+    """Figures take most of an evaluation's time."""
     monkeypatch.setattr(eval_script.figures, "draw_report", lambda *_: None)
-    few = functools.partial(metrics.bootstrap, resamples=1000)
-    monkeypatch.setattr(metrics, "bootstrap", few)
+
+
+def evaluate(features, *runs):
+    return call(eval_script, *runs, "--features", features, "--device", "cpu")
 
 
 def test_disjoint_runs_are_pooled(pooled, undrawn, monkeypatch, capsys, compared):
     """Every song predicted by the model that never heard its artist, one report over all of them,
-    with figures; each run's own evaluation beside."""
+    with figures; each run's own evaluation beside, without."""
     features, folder = pooled
-    monkeypatch.setattr(eval_script.figures, "draw_report", lambda *values: (
-        DRAW(*values) if "pooled" in str(values[-2]) else None))
-    assert call(eval_script, *runs_of(folder), "--features", features, "--device", "cpu") == 0
+    monkeypatch.setattr(eval_script.figures, "draw_report", DRAW)
+    assert evaluate(features, *runs_of(folder)) == 0
     output, out = capsys.readouterr().out, folder / "frozen-pooled/eval-pooled-test"
     found = read_json(out / "metrics.json", "")
     songs = deam.songs_of(deam.read_splits(features / "splits.json"))
@@ -147,20 +149,36 @@ def test_disjoint_runs_are_pooled(pooled, undrawn, monkeypatch, capsys, compared
     for each in singles:
         for kind in ("predictions", "ridge_predictions"):
             assert each[kind].items() <= found[kind].items()
-        assert found["runs"][each["run"]]["model"] == each["model"] and each["model"] in output
+        assert found["runs"][each["run"]]["model"] == each["model"]
+        assert f"{each['model'][:16]}  {each['run']}" in output
     assert "model" not in found  # there is no one model
     annotations = deam.read_annotations(features / "annotations.csv")
-    true = np.array([annotations[int(song)][::2] for song in found["predictions"]])
-    pred = np.array(list(found["predictions"].values()))
-    metrics = found["numbers"]["metrics"]
-    assert metrics["valence"]["mse"] == pytest.approx(((pred - true)[:, 0] ** 2).mean())
-    assert {"ridge"} == set(found["numbers"]["baselines"]) and found["numbers"]["ceiling_r2"]
-    low, high = found["numbers"]["intervals"]["arousal"]["mse"]
-    assert low < metrics["arousal"]["mse"] < high
-    assert f"{metrics['arousal']['ccc']:8.4f}" in output
-    assert "10 runs: frozen, pooled test split, 60 songs" in output
+    true = metrics.true_values(annotations, map(int, found["predictions"]))
+    pred, numbers = np.array(list(found["predictions"].values())), found["numbers"]
+    assert numbers["metrics"]["valence"]["mse"] == pytest.approx(((pred - true)[:, 0] ** 2).mean())
+    assert {"ridge", "training mean"} == set(numbers["baselines"])
+    low, high = numbers["intervals"]["arousal"]["mse"]
+    assert low < numbers["metrics"]["arousal"]["mse"] < high
+    assert f"arousal R² {metrics.with_interval(numbers, 'arousal', 'r2')} " in output
+    assert output.startswith("10 runs: frozen, pooled test split, n = 60, shipped labels")
+    assert "R², sd over folds" in output and "R², songs of 2014" in output
+    assert max(len(line) for line in output.splitlines()
+               if not line.startswith(("written", "next"))) <= 80
     assert len(list(out.glob("*.png"))) == len(list(out.glob("*.pdf"))) == 4
+    assert not list(folder.glob("frozen-fold*/eval-test/*.png"))
     compared(60, "songs")
+
+
+def test_three_folds_do_not_overwrite_the_report_of_ten(pooled, undrawn, compared):
+    features, folder = pooled
+    evaluate(features, *runs_of(folder))
+    file = folder / "frozen-pooled/eval-pooled-test/metrics.json"
+    kept = file.read_bytes()
+    assert evaluate(features, *runs_of(folder)[4:1:-1]) == 0
+    assert file.read_bytes() == kept
+    some = read_json(folder / "frozen-pooled-of-2-3-4/eval-pooled-test/metrics.json", "")
+    assert some["songs"] < 60 and len(some["runs"]) == 3
+    compared(2, "reports")
 
 
 def test_intervals_of_pooled_runs_resample_artists(pooled, undrawn, monkeypatch, compared):
@@ -169,12 +187,12 @@ def test_intervals_of_pooled_runs_resample_artists(pooled, undrawn, monkeypatch,
     args = eval_script.parser().parse_args([
         *map(str, runs_of(folder)[:2]), "--features", str(features), "--device", "cpu"])
     arithmetic, opened = machine.Arithmetic("exact", "cpu"), {}
-    evaluated = [eval_script.evaluate(args, run, arithmetic, opened) for run in args.runs]
-    halves = {int(song): n for n, each in enumerate(evaluated)
-              for song in each.found["predictions"]}
+    evaluations = [eval_script.evaluate(args, run, arithmetic, opened) for run in args.runs]
+    halves = {int(song): n for n, each in enumerate(evaluations)
+              for song in each.content["predictions"]}
     monkeypatch.setattr(metrics, "read_artists", lambda: halves)
-    numbers = eval_script.pool_folds(evaluated).found["numbers"]
-    alone = [each.found["numbers"]["metrics"]["valence"]["mse"] for each in evaluated]
+    numbers = eval_script.pool_folds(evaluations).content["numbers"]
+    alone = [each.content["numbers"]["metrics"]["valence"]["mse"] for each in evaluations]
     assert numbers["intervals"]["valence"]["mse"] == pytest.approx(sorted(alone))
     compared(2, "artists")
 
@@ -188,17 +206,17 @@ def test_runs_that_cannot_be_pooled(pooled, splits, undrawn, tmp_path, fails, ca
     base = "--features", features, "--device", "cpu"
     assert "differ in lr" in fails(eval_script, folder / "frozen-fold3", other, *base)
     capsys.readouterr()
-    assert call(eval_script, folder / "frozen-fold4", other, *base) == 0
-    assert "the runs differ in lr: no mean" in capsys.readouterr().out
+    assert evaluate(features, folder / "frozen-fold4", other) == 0
+    assert "\nmean " not in capsys.readouterr().out
     compared(2, "pairs")
 
 
-def test_the_difference_of_two_sets_of_runs(pooled, undrawn, tmp_path, fails, capsys, compared):
+def test_the_difference_of_two_sets_of_folds(pooled, undrawn, tmp_path, fails, capsys, compared):
     """--against: on the same songs, in the same order of runs or another; nothing to itself; the
     interval of the difference, not the difference of intervals."""
     features, folder = pooled
     base, runs = ("--features", features, "--device", "cpu"), runs_of(folder)
-    for fold, run in enumerate(runs[:3]):
+    for fold in range(3):
         call(train, "--features", features, "--run", tmp_path / f"other-fold{fold}", "--fold", fold,
              *QUICK, "--seed", "1")
     others = runs_of(tmp_path, "other")[:3]
@@ -206,28 +224,22 @@ def test_the_difference_of_two_sets_of_runs(pooled, undrawn, tmp_path, fails, ca
     def difference(*command):
         capsys.readouterr()
         assert call(eval_script, *command, *base) == 0
-        lines = capsys.readouterr().out.splitlines()
-        start = next(n for n, line in enumerate(lines) if " less " in line)
-        return lines[start], " ".join(lines[start + 1:start + 3]).replace("[", "").replace(
-            "]", "").replace(",", "").split()
+        title, valence, *_ = capsys.readouterr().out.split("\n\n")[-1].splitlines()
+        return title, [float(cell.replace("−", "-")) for cell in re.findall(r"[+−][\d.]+", valence)]
 
-    head, same = difference(*runs[:3], "--against", *runs[2::-1])
-    numbers = [float(word) for word in same if word[0] in "+-"]
-    assert len(numbers) == 24 and not any(numbers)
-    head, found = difference(*runs[:3], "--against", *others)
-    assert head.startswith("frozen-pooled less other-pooled, the same ")
-    call(eval_script, *others, *base)
-    first, second = (read_json(each / "eval-pooled-test/metrics.json", "")["numbers"]
-                     for each in (folder / "frozen-pooled", tmp_path / "other-pooled"))
-    less, low, high = map(float, found[found.index("valence") + 2:][:3])
-    assert less == pytest.approx(
-        first["metrics"]["valence"]["mse"] - second["metrics"]["valence"]["mse"], abs=6e-5)
-    edges = first["intervals"]["valence"]["mse"]
-    assert low < less < high and high - low < (edges[1] - edges[0]) / 4  # one song, two predictions
+    _, same = difference(*runs[:3], "--against", *runs[2::-1])
+    assert len(same) == 9 and not any(same)
+    title, (less, low, high, *_) = difference(*runs[:3], "--against", *others)
+    assert title.startswith("frozen-pooled-of-0-1-2 less other-pooled-of-0-1-2, n = ")
+    evaluate(features, *others)
+    first, second = (read_json(each / "eval-pooled-test/metrics.json", "")["numbers"] for each in (
+        folder / "frozen-pooled-of-0-1-2", tmp_path / "other-pooled-of-0-1-2"))
+    r2 = [each["metrics"]["valence"]["r2"] for each in (first, second)]
+    assert less == pytest.approx(r2[0] - r2[1], abs=0.0051)
+    edges = first["intervals"]["valence"]["r2"]
+    assert low <= less <= high and high - low < edges[1] - edges[0]
     assert "different songs" in fails(eval_script, runs[0], "--against", runs[1], *base)
-    assert "one run with one other" in fails(eval_script, runs[0], "--against", runs[0], runs[0],
-                                             *base)
-    compared(24, "differences")
+    compared(18, "differences")
 
 
 # ------------------------------------------------------------------------------------------ audit
