@@ -1,5 +1,6 @@
 # The base is pinned by digest (Python 3.11.16, multi-architecture index). Nothing is installed with
-# apt, so the lock file and this digest are the whole environment.
+# apt, so the lock file and this digest are the whole environment: the C compiler that Triton needs
+# on a GPU is the lock's ziglang, Python's headers are the base's.
 ARG PYTHON_IMAGE=python:3.11-slim-bookworm@sha256:0bee7276f83efd4a1ee05bbbf4281d95ed28e079220a9457f25a93e3f1e3c31b
 FROM ${PYTHON_IMAGE}
 
@@ -10,7 +11,9 @@ ENV PYTHONUNBUFFERED=1 \
     TORCH_HOME=/cache/torch \
     HF_HOME=/cache/huggingface \
     KAGGLEHUB_CACHE=/cache/kagglehub \
-    MPLCONFIGDIR=/cache/matplotlib
+    MPLCONFIGDIR=/cache/matplotlib \
+    TRITON_CACHE_DIR=/cache/triton \
+    ZIG_GLOBAL_CACHE_DIR=/cache/zig
 
 WORKDIR /kit
 

@@ -85,7 +85,8 @@ def missing(device):
 
 def first_use(device):
     """Whether a GPU's kernels are to be compiled, in a minute: Triton's cache has none."""
-    if device.type != "cuda" or not importlib.util.find_spec("triton"):
+    if (device.type != "cuda" or os.environ.get("EXACT_KERNELS") == "0"
+            or not importlib.util.find_spec("triton")):
         return False
     import triton
 

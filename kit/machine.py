@@ -4,6 +4,7 @@ import contextlib
 import os
 import platform
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import torchaudio
 from torch.utils.data import Dataset
 
 import exact
-from exact import Exact
+from exact import Exact, gpu
 from kit.cli import UserError, torchrun
 
 
@@ -33,6 +34,7 @@ class Arithmetic:
         if threads:
             torch.set_num_threads(threads)
         if precision == "exact":
+            say_of_kernels(self.device)
             try:
                 exact.check(self.device)
             except ArithmeticError as error:
@@ -47,6 +49,15 @@ class Arithmetic:
 
     def __call__(self):
         return Exact() if self.precision == "exact" else contextlib.nullcontext()
+
+
+def say_of_kernels(device):
+    """One line on stderr if exact arithmetic's GPU kernels are compiled first, or cannot run."""
+    if gpu.first_use(device):
+        print("Compiling kernels for this GPU, once, in about a minute.", file=sys.stderr)
+    if lack := gpu.missing(device):
+        print(f"This GPU could be several times faster in exact arithmetic: it lacks {lack}. The "
+              "bits are the same without.", file=sys.stderr)
 
 
 def cores():

@@ -5,10 +5,12 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from torch import library, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from exact import Exact, check, dropout, grids, mode, norms, products, sums
+from exact import Exact, check, dropout, gpu, grids, mode, norms, products, sums
 from exact.check import CASES
 
 
@@ -512,3 +514,64 @@ def test_known_answers(monkeypatch, compared):
             with pytest.raises(ArithmeticError, match=f"^{case} on cpu"):
                 check()
     compared(len(CASES), "known answers")
+
+
+def test_it_works_without_the_kit(tmp_path, compared):
+    """exact/ copied into another project trains there, and nothing of the kit is imported."""
+    root = Path(__file__).resolve().parent.parent.parent
+    shutil.copytree(root / "exact", tmp_path / "exact",
+                    ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "program.py").write_text("""
+import sys
+import torch
+from exact import Exact, check
+
+check()
+torch.manual_seed(0)
+with Exact():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.GELU(), torch.nn.Linear(8, 1))
+    optimizer = torch.optim.AdamW(model.double().parameters(), foreach=False)
+    x = torch.randn(20, 8, dtype=torch.float64)
+    for _ in range(50):
+        optimizer.zero_grad()
+        loss = (model(x)[:, 0] - x[:, 0]).square().mean()
+        loss.backward()
+        optimizer.step()
+print(loss.item(), {"kit", "common", "torchaudio"} & set(sys.modules))
+""")
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "program.py"], cwd=tmp_path, env=environment, text=True,
+                          stdout=subprocess.PIPE, check=True).stdout.split(maxsplit=1)
+    assert 0 < float(done[0]) < 1 and done[1].strip() == "set()"
+    compared(50, "steps")
+
+
+def test_emulated_float64_is_noticed(monkeypatch, compared):
+    """cuBLAS may replace float64 products by approximations: off, unless CUDA began before."""
+    assert os.environ["CUBLAS_EMULATE_DOUBLE_PRECISION"] == "0" and not gpu.emulation()
+    monkeypatch.setenv("CUBLAS_EMULATE_DOUBLE_PRECISION", "1")
+    with pytest.raises(ArithmeticError, match="CUBLAS_EMULATE_DOUBLE_PRECISION.*unset it"):
+        check("cuda")  # which asks before it computes
+    compared(1, "settings")
+
+
+def test_what_a_gpu_lacks_has_a_name(monkeypatch, compared):
+    """Without a compiler, Triton or the units for it, float64 goes on."""
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(gpu, "load", gpu.load.__wrapped__)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
+    assert "7.5" in gpu.missing(device) and gpu.kernels(device) is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    for module, what in (("triton", "Triton"), ("ziglang", "C compiler")):
+        if not gpu.importlib.util.find_spec("triton"):
+            continue
+        with monkeypatch.context() as patch:
+            find = gpu.importlib.util.find_spec
+            patch.setattr(gpu.importlib.util, "find_spec",
+                          lambda name: None if name == module else find(name))
+            patch.setattr(gpu.shutil, "which", lambda name: None)
+            patch.delenv("CC", raising=False)
+            assert what in gpu.missing(device) and gpu.kernels(device) is None
+    monkeypatch.setenv("EXACT_KERNELS", "0")
+    assert gpu.missing(device) is None and gpu.kernels(device) is None
+    compared(4, "machines")
