@@ -37,7 +37,8 @@ very unlike scale lose the small ones. In attention, weights below 2^-21 of a ro
 stretches of a clip: what is computed for an element of a batch does not depend on the others,
 except for gradients of weights, which sum over them. Of several values that are written (not added)
 to one place, torch says which one stays. NaN and infinity stay visible: all that shares a grid with
-one is NaN (which of a NaN's bit patterns is not defined). Denormal numbers count as IEEE 754 says, flush-to-zero is switched off.
+one is NaN (which of a NaN's bit patterns is not defined). Denormal numbers count as IEEE 754 says,
+flush-to-zero is switched off.
 
 Every thread of Python enters an Exact of its own. Out of scope: torch.compile, random numbers drawn
 on a GPU, what Python computes itself (check() tests the powers that Adam takes), and what is
