@@ -106,7 +106,7 @@ def draw_history(history, selected, lowest, level, folder, caption, published=No
         if selected != lowest:
             axis.axvline(lowest, color=COLOURS["grey"], linewidth=0.8, linestyle="-.",
                          label="lowest val loss")
-        axis.set(ylabel=title, xlim=(0.5, last + 0.5), ylim=(0, None))
+        axis.set(ylabel=title, xlim=(0.5, last + 0.5), ylim=(0, 1.06 * axis.dataLim.y1))
         axis.xaxis.get_major_locator().set_params(integer=True)
     axes[-1].set_xlabel("epoch")
     handles = sorted(zip(*axes[1].get_legend_handles_labels()), key=lambda each: (
@@ -122,7 +122,8 @@ def draw_true_vs_predicted(true, pred, numbers, folder, caption):
     for n, (axis, dimension) in enumerate(zip(axes, DIMENSIONS)):
         scatter(axis, true[:, n], pred[:, n], dimension)
         axis.set_title("   ".join(f"{label} {with_interval(numbers, dimension, key)}" for label, key
-                                  in (("R²", "r2"), ("r", "pearson"), ("CCC", "ccc"))), fontsize=6)
+                                  in (("R²", "r2"), ("r", "pearson"), ("CCC", "ccc"))),
+                       fontsize=5.5)
     save(figure, folder, "true_vs_predicted", caption)
 
 

@@ -1,5 +1,6 @@
-"""What was published: its facts follow from DEAM's labels and the model, and stand beside those of a
-run on the published splits; nowhere else. DEAM=FOLDER names DEAM's annotations, if you have them."""
+"""What was published: its facts follow from DEAM's labels and the model, and stand beside those of
+a run on the published splits, nowhere else. DEAM=FOLDER names DEAM's annotations, if you have them.
+"""
 
 import os
 import re
@@ -24,7 +25,7 @@ FROZEN = ["--finetune", "frozen", "--epochs", "1", "--batch-size", "300", *FLOAT
 NO_PENALTIES = ["--lambda-corr", "0", "--lambda-var", "0"]
 
 
-# ------------------------------------------------------------------------------ without any training
+# ---------------------------------------------------------------------------- without any training
 
 
 def by_quadrant(values):
@@ -185,7 +186,7 @@ def test_unseen_artists_have_a_row(runs, splits, compared):
     compared(56, "songs")
 
 
-def test_nothing_published_beside_other_labels_or_splits(runs, splits, monkeypatch, capsys, tmp_path,
+def test_nothing_published_beside_other_labels_or_splits(runs, splits, monkeypatch, capsys,
                                                          compared):
     """Corrected labels are another truth; the demo's splits, and folds, are other songs."""
     features, (folder, *_) = runs[0], runs[1]["penalties"]
