@@ -203,13 +203,16 @@ def print_runs(evaluations, same_settings):
         return [*(metrics[name][key] for name in DIMENSIONS for key in ("r2", "pearson", "ccc")),
                 metrics["correlation"]["predicted"], metrics["quadrant"]["accuracy"]]
 
-    rows = {each.content["run"]: cells(each.content) for each in evaluations}
-    table = np.array(list(rows.values()))
+    names = [each.content["run"] for each in evaluations]
+    if len(set(names)) < len(names):
+        names = [str(each.folder.parent)[-19:] for each in evaluations]
+    table = np.array([cells(each.content) for each in evaluations])
+    rows = [*zip(names, table)]
     if same_settings:
-        rows |= {"mean": table.mean(0), "standard deviation": table.std(0, ddof=1)}
+        rows += [("mean", table.mean(0)), ("standard deviation", table.std(0, ddof=1))]
     print(f"\n{'':20}{'valence':>21}{'arousal':>21}{'r(V, A)':>9}{'quadr.':>8}\n{'run':20}"
           + f"{'R²':>7}{'r':>7}{'CCC':>7}" * 2 + f"{'pred.':>9}{'right':>8}")
-    for name, row in rows.items():
+    for name, row in rows:
         print(f"{name[:19]:20}" + "".join(f"{rounded(value):>7}" for value in row[:6])
               + f"{rounded(row[6]):>9}{rounded(row[7]):>8}")
 
