@@ -230,6 +230,6 @@ def print_difference(first, second, values, intervals):
     for name in DIMENSIONS:
         print(main_metrics({"metrics": values, "intervals": intervals}, name, "+.2f"))
     say("95% intervals resample artists" + (
-        " and models." if max(len(first), len(second)) > 1 else
+        " and the models of a side that has several." if max(len(first), len(second)) > 1 else
         "; the trained models are fixed. An interval without 0 is necessary for a claim, and not "
         "sufficient: give several seeds a side."))
