@@ -301,7 +301,7 @@ def test_the_difference_to_other_seeds(small, undrawn, capsys, fails, compared):
     assert title == "seed0 less seed0, n = 10, shipped labels" and not numbers.any()
     assert numbers.shape == (2, 9) and "the trained models are fixed" in note
     title, _, note = difference(capsys, first, second, "--against", other, *base)
-    assert title.startswith("seed0 and 1 more less lr,") and "artists and models" in note
+    assert title.startswith("seed0 and 1 more less lr,") and "artists and the models" in note
     assert "differ in lr" in fails(eval_script, first, "--against", second, other, *base,
                                    "--device", "cpu")
     compared(18, "numbers")
