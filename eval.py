@@ -52,6 +52,7 @@ from kit.files import json_digest, prefetch, write_file, write_json
 from kit.machine import Arithmetic, FrozenOutputs, environment
 from kit.metrics import (artist_groups, label_digest, measure_folds, measure_split,
                          paired_difference, predicted_values, ridge, true_values)
+from kit.published import beside_evaluation
 from kit.records import flat_config, predictions_table, read_metrics, read_run
 from kit.verdict import Verdict, compare_numbers, compare_predictions
 
@@ -212,7 +213,7 @@ def compare(evaluations, others):
 
 def write_report(evaluation, device, draw=True):
     """metrics.json, predictions.csv and the figures."""
-    folder, _, data, content = evaluation
+    folder, config, data, content = evaluation
     content = {**content, "environment": environment(device)}
     write_json(folder / "metrics.json", {**content, "digest": json_digest(content)})
     write_file(folder / "predictions.csv", predictions_table(content["predictions"],
@@ -224,7 +225,7 @@ def write_report(evaluation, device, draw=True):
         songs = list(map(int, content["predictions"]))
         figures.draw_or_say(figures.draw_report, true_values(data.annotations, songs),
                             predicted_values(content["predictions"], songs), content["numbers"],
-                            folder, caption)
+                            folder, caption, beside_evaluation(content, config))
 
 
 def verify(expected, file, evaluation):

@@ -175,7 +175,7 @@ def run(args):
             write_csv(args.csv, SONGS, rows)
         if args.figure:
             figures.draw_song(starts + seconds / 2, values, deviation, args.figure.parent,
-                              args.figure.stem, f"{printable(file.name)} · model "
+                              args.figure.stem, f"{printable(file.name)}\nmodel "
                               f"{args.run.name} · windows of {seconds:.0f} s")
             bar.say(f"written: {args.figure.with_suffix('.png')} and .pdf")
     if not args.csv and not args.figure:

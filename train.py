@@ -96,6 +96,7 @@ from kit.cli import Progress, UserError, torchrun
 from kit.deam import SPLITS, fold_splits, own_splits, splits_digest
 from kit.files import lock, state_digest, tensor_digest
 from kit.machine import Arithmetic, FrozenOutputs, room_for_activations, where_to_keep
+from kit.published import published_history
 from kit.records import (HISTORY, describe_run, digest_steps, read_checkpoint, restore, shapes,
                          write_progress, write_result, write_start)
 
@@ -366,7 +367,8 @@ def report(args, training, digests):
     level = {"mse": true.square().mean().item(), "mae": true.abs().mean().item()}
     caption = figures.caption_of(args.finetune, args.labels, songs, data.splits["source"])
     figures.draw_or_say(figures.draw_history, [dict(zip(HISTORY, row)) for row in history],
-                        selected[0], lowest[0], level, args.run, caption)
+                        selected[0], lowest[0], level, args.run, caption,
+                        published_history(training.config))
     if args.select == "last" and lowest[0] <= 0.7 * len(history):
         print(f"the lowest val loss, {lowest[5]:.4f}, was that of epoch {lowest[0]}; the result is "
               f"epoch {len(history)}'s, {history[-1][5]:.4f} (--select best takes the lowest)")

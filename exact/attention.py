@@ -127,7 +127,7 @@ def kept_factor(p):
 
 def kernels_for(q, k, v, mask, causal):
     """exact.attention_kernels, where they run and hold such an attention, else None."""
-    if mask is not None or causal or kernels(q.device) is None:
+    if mask is not None or causal or not kernels(q.device) or not has_int8_products(q.device):
         return None
     module = importlib.import_module("exact.attention_kernels")
     return module if module.fit(q, k, v) else None

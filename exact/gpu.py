@@ -4,6 +4,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,6 @@ import sysconfig
 from pathlib import Path
 
 import torch
-
 
 EMULATION = "CUBLAS_EMULATE_DOUBLE_PRECISION", "CUBLAS_EMULATION_STRATEGY"
 
@@ -27,13 +27,14 @@ if not torch.cuda.is_initialized():  # else it is too late, and the check says s
 
 
 def by_zig(name, source, folder, library_dirs, include_dirs, libraries, *_):
-    """Builds Triton's launcher with the C compiler of the ziglang wheel."""
+    """Builds Triton's launcher by the C compiler of the ziglang wheel, which brings libc's headers;
+    Python's must be there."""
     library = Path(folder) / (name + sysconfig.get_config_var("EXT_SUFFIX"))
-    flags = [f"-l:{each}" if ".so" in each else f"-l{each}" for each in libraries]
     headers = [*include_dirs, folder, sysconfig.get_paths()["include"]]
     subprocess.check_call(
-        [sys.executable, "-m", "ziglang", "cc", source, "-O2", "-shared", "-fPIC", "-w", "-o",
-         str(library), *flags, *(f"-L{each}" for each in library_dirs),
+        [sys.executable, "-m", "ziglang", "cc", "-target", f"{platform.machine()}-linux-gnu.2.28",
+         source, "-O2", "-shared", "-fPIC", "-w", "-o", str(library),
+         *(f"-L{each}" for each in library_dirs), *(f"-l:{each}" for each in libraries),
          *(f"-I{each}" for each in headers if each)], stdout=subprocess.DEVNULL)
     return str(library)
 
@@ -46,39 +47,46 @@ def load(device):
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # Triton on a CPU, for tests
     if device.type != "cuda":
         return (importlib.import_module("exact.kernels") if interpreted else None), None
-    major, minor = torch.cuda.get_device_capability(device)
-    if major < 8:
-        return None, f"a GPU of compute capability 8.0 or more (this one has {major}.{minor})"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (7, 5):
+        return None, f"a GPU of compute capability 7.5 or more, this one has {capability}"
     if not importlib.util.find_spec("triton"):
-        return None, "Triton, which comes with torch on Linux (pip install triton)"
+        return None, "Triton, which comes with torch on Linux"
     import triton
 
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         if not importlib.util.find_spec("ziglang"):
-            return None, "a C compiler for Triton (gcc, clang or pip install ziglang)"
+            return None, "a C compiler for Triton: gcc, clang or `pip install ziglang`"
         triton.knobs.build.impl = by_zig
     try:
         module = importlib.import_module("exact.kernels")
         module.to_digits(torch.ones(1, 1, 1, dtype=torch.float64, device=device), 22)
-    except Exception as error:  # whatever Triton needs and does not find
+    except Exception as error:  # whatever Triton needs and does not find: Python's headers, …
         return None, f"what Triton needs to start ({type(error).__name__}: {str(error)[:200]})"
     return module, None
 
 
 def kernels(device):
-    """exact.kernels where `device` can run it, else None. EXACT_KERNELS=0 turns it off: the bits
-    stay."""
+    """exact.kernels where `device` can run it, else None. With EXACT_KERNELS=0 in the environment
+    none does: the bits stay."""
     return load(device)[0]
 
 
+def has_int8_products(device):
+    """Whether Triton compiles products of int8 matrices for a device that runs kernels."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def missing(device):
-    """What a GPU lacks to run the kernels, as a noun; None if it runs them, is not to, or is
-    none. Without them exact arithmetic is several times slower, with the same bits."""
+    """What a GPU lacks to run the kernels, as a noun, else None. Without them exact arithmetic goes
+    on in float64, with the same bits, and takes five times as long or more."""
     return load(device)[1]
 
 
-def compiled():
-    """Whether Triton's cache has the kernels: if not, the first use compiles them, in a minute."""
+def first_use(device):
+    """Whether a GPU's kernels are to be compiled, in a minute: Triton's cache has none."""
+    if device.type != "cuda" or not importlib.util.find_spec("triton"):
+        return False
     import triton
 
-    return any(Path(triton.knobs.cache.dir).glob("*/product_kernel.json"))
+    return not any(Path(triton.knobs.cache.dir).glob("*/product_kernel.json"))

@@ -12,11 +12,13 @@ fused multiply-add, and sums are those of integers. NaN and infinity make their 
 """
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from exact import grids
+from exact.gpu import has_int8_products
 
 OPTIONS = {"enable_fp_fusion": False}  # of every launch here
 LONGEST = 1 << 15  # K that five int32 accumulators hold, with room: 3 · 2^14 · K < 2^31
@@ -281,6 +283,31 @@ def multiply(a, b, bias, out, splits, m, n, row, strides):
     return out
 
 
+def multiply_by_library(a, b, bias, out, frames):
+    """The same by torch._int_mm, where Triton has no int8 products: a[3, G, rows, K], out[G, m, n]
+    of any strides, in which `frames` rows share a grid."""
+    (a, near_a, rest_a), (b, near_b, rest_b), (groups, m, n) = a, b, out.shape
+    # it takes more than 16 rows, and columns in eights
+    a, b = F.pad(a, (0, 0, 0, max(0, 17 - a.shape[2]))), F.pad(b, (0, 0, 0, -n % 8))
+    for g in range(groups):
+        total, right = 0, g % b.shape[1]
+        for start in range(0, b.shape[3], LONGEST):
+            left_digits, right_digits = (digits[:, place, :, start:start + LONGEST]
+                                         for digits, place in ((a, g), (b, right)))
+            part = 0
+            for weight in range(4, -1, -1):
+                part = (part << 8) + sum(
+                    torch._int_mm(left_digits[i], right_digits[weight - i].mT)
+                    for i in range(3) if 0 <= weight - i < 3).to(torch.int64)
+            total = total + part
+        y = total[:m, :n].to(torch.float64)
+        for rows, columns in ((near_a, near_b), (rest_a, rest_b)):
+            rows = rows.view(groups, -1)[g].repeat_interleave(frames)[:m, None]
+            y.mul_(rows).mul_(columns.view(-1, n)[right])
+        y.add_(0.0)
+        out[g] = y if bias is None else y.add_(bias.view(-1, n)[right])
+
+
 _parameters, _last = {}, {}  # digits, by what was rounded
 
 
@@ -311,8 +338,12 @@ def product(a, b, bits, bias=None):
     _, groups, _, length = a[0].shape
     programs = groups * triton.cdiv(m, BLOCK) * triton.cdiv(n, BLOCK)
     splits = max(1, triton.cdiv(length, LONGEST), min(256 // programs, length // 2048))
-    out = a[1].new_empty(groups * splits, m, n)
     bias = bias if bias is None else bias.contiguous()
+    if not has_int8_products(a[1].device):
+        out = a[1].new_empty(groups, m, n)
+        multiply_by_library(a, b, bias, out, 1)
+        return out.view(*lead, m, n)
+    out = a[1].new_empty(groups * splits, m, n)
     multiply(a, b, bias, out, splits, m, n, (m, length, 0, 1), (n, 1))
     if splits > 1:  # of integers on one grid: in any order
         out = out.view(groups, splits, m, n).sum(1)
@@ -328,7 +359,8 @@ def convolution(x, w, bias, bits, stride, padding, frames, groups, block):
         w.transpose(1, 2).reshape(1, outputs, -1), bits))
     rows, step, width, pitch = (block - 1) * stride + kernel, 1, channels, channels
     row_stride = stride * channels  # windows overlap in memory
-    if row_stride % 16:  # but where that would be slow to read: each in a row of its own
+    library = not has_int8_products(x.device)
+    if row_stride % 16 or library:  # slow to read, or not at all: each in a row of its own
         rows, step, width = block, stride, kernel * channels
         pitch = row_stride = weights.shape[-1]
     plane = triton.cdiv(len(x) * groups * blocks * rows * pitch, 16) * 16
@@ -341,10 +373,15 @@ def convolution(x, w, bias, bits, stride, padding, frames, groups, block):
         x, digits, near, rest, channels, x.shape[2], rows, width, pitch, step, block * stride,
         padding, *x.stride(), plane, bits, bf, bc, **OPTIONS)
     out = x.new_empty(len(x) * groups, outputs // groups, frames)
-    multiply((digits.as_strided((3, plane), (plane, 1)), near, rest),
-             (weights.view(3, groups, outputs // groups, -1), near_w, rest_w),
-             bias if bias is None else bias.contiguous(), out, 1, frames, outputs // groups,
-             (blocks, rows * pitch, row_stride, block), (1, frames))
+    weights = weights.view(3, groups, outputs // groups, -1), near_w, rest_w
+    bias = bias if bias is None else bias.contiguous()
+    if library:
+        shape = 3, len(out), blocks * block, pitch
+        digits = digits.as_strided(shape, (plane, blocks * block * pitch, pitch, 1)), near, rest
+        multiply_by_library(digits, weights, bias, out.mT, block)
+    else:
+        multiply((digits.as_strided((3, plane), (plane, 1)), near, rest), weights, bias, out, 1,
+                 frames, outputs // groups, (blocks, rows * pitch, row_stride, block), (1, frames))
     return out.view(len(x), outputs, frames)
 
 

@@ -7,8 +7,8 @@ colour-blind and in grey.
 import contextlib
 import io
 import os
+import re
 import sys
-import textwrap
 
 BACKEND = os.environ.pop("MPLBACKEND", None)  # a notebook's, perhaps not installed; none is used
 import matplotlib
@@ -19,6 +19,7 @@ if BACKEND is not None:  # for the notebook's own pictures
         matplotlib.rcParams["backend"] = BACKEND
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.textpath import TextPath
 
 from kit.deam import DIMENSIONS, MOODS, QUADRANTS
 from kit.files import write_file
@@ -49,44 +50,66 @@ def draw_or_say(draw, *arguments):
               "on disk", file=sys.stderr)
 
 
+CAPTION = 5.5  # points
+
+
 def save(figure, folder, name, caption):
-    width = int(24 * figure.get_figwidth())  # characters of this size in a line
-    lines = [part for line in caption.split("\n") for part in textwrap.wrap(line, width)]
-    figure.suptitle("\n".join(lines), fontsize=5.5, color=COLOURS["grey"])
+    """Write a figure as PNG and PDF; each line of its caption as far as it fits."""
+    lines = [fitted(line, 72 * figure.get_figwidth() - 8) for line in caption.split("\n")]
+    figure.suptitle("\n".join(lines), fontsize=CAPTION, color=COLOURS["grey"])
     for kind, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None})):
         image = io.BytesIO()
         figure.savefig(image, format=kind, dpi=300, metadata=metadata)
         write_file(folder / f"{name}.{kind}", image.getvalue())
 
 
-def signed(text):
-    """With the one minus sign that all figures use."""
-    return text.replace("-", "−")
+def fitted(line, width):
+    """As many whole clauses of a line as fit into a width in points; of a first one that does not
+    fit alone its beginning and "…"."""
+    def fits(text):
+        return not text.strip() or TextPath((0, 0), text, CAPTION).get_extents().width <= width
+
+    clauses = re.split(r"(?<=[,;:.])(?= )|(?= · )", line)
+    for count in range(len(clauses), 0, -1):
+        text = line if count == len(clauses) else "".join(clauses[:count]).rstrip(" ,;:.")
+        if fits(text):
+            return text
+    return next(text for count in range(len(line), -1, -1)
+                if fits(text := line[:count].rstrip() + "…"))
 
 
 @matplotlib.rc_context(STYLE)
-def draw_history(history, selected, lowest, level, folder, caption):
+def draw_history(history, selected, lowest, level, folder, caption, published=None):
     """history.png: loss, MSE and MAE over epochs; the selected epoch and that of the lowest val
-    loss marked; `level` {"mse", "mae"}: where predicting the mean label stands on val."""
+    loss marked; `level` {"mse", "mae"}: where predicting the mean label stands on val; behind them
+    the curves of a published run's history, if there is one."""
     figure = Figure((COLUMN, 4.6))
     axes = figure.subplots(3, 1, sharex=True)
     epochs = [row["epoch"] for row in history]
+    last = max(len(epochs), len(published or []))
     titles = {"loss": "loss", "mse": "MSE (z-scored)", "mae": "MAE (z-scored)"}
     for axis, (name, title) in zip(axes, titles.items()):
         for split, style in (("train", "-"), ("val", "--")):
+            if published:
+                axis.plot([row["epoch"] for row in published],
+                          [row[f"{split}_{name}"] for row in published], style, linewidth=0.5,
+                          color=COLOURS["grey"], label=f"{split}, published")
             axis.plot(epochs, [row[f"{split}_{name}"] for row in history], style, marker=".",
                       markersize=2, color=COLOURS[split], label=split)
         if name in level:
             axis.axhline(level[name], color="k", linewidth=0.6, linestyle=":",
                          label="val, predicting the mean")
-        axis.axvline(selected, color=COLOURS["grey"], linewidth=0.8, label="selected")
-        axis.axvline(lowest, color=COLOURS["grey"], linewidth=0.8, linestyle="-.",
-                     label="lowest val loss")
-        axis.set(ylabel=title, xlim=(0.5, len(epochs) + 0.5), ylim=(0, None))
+        axis.axvline(selected, color=COLOURS["grey"], linewidth=0.8, label="selected" if
+                     selected != lowest else "selected, lowest val loss")
+        if selected != lowest:
+            axis.axvline(lowest, color=COLOURS["grey"], linewidth=0.8, linestyle="-.",
+                         label="lowest val loss")
+        axis.set(ylabel=title, xlim=(0.5, last + 0.5), ylim=(0, None))
         axis.xaxis.get_major_locator().set_params(integer=True)
     axes[-1].set_xlabel("epoch")
-    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=3,
-                  columnspacing=1)
+    handles = sorted(zip(*axes[1].get_legend_handles_labels()), key=lambda each: (
+        each[1].endswith("published"), not each[1] in ("train", "val")))
+    figure.legend(*zip(*handles), loc="outside lower center", ncols=3, columnspacing=1)
     save(figure, folder, "history", caption)
 
 
@@ -95,16 +118,19 @@ def draw_true_vs_predicted(true, pred, numbers, folder, caption):
     figure = Figure((2 * COLUMN, 3.75))
     axes = figure.subplots(1, 2)
     for n, (axis, dimension) in enumerate(zip(axes, DIMENSIONS)):
-        axis.plot([1, 9], [1, 9], "k--", linewidth=0.7)
-        axis.annotate("y = x", (8.4, 8.4), textcoords="offset points", xytext=(-5, 1), ha="right",
-                      fontsize=6)
-        axis.scatter(true[:, n], pred[:, n], s=point_size(len(true)), alpha=0.6, linewidth=0,
-                     color=COLOURS[dimension], marker="os"[n])
-        axis.set(xlabel=f"true {dimension} (1–9)", ylabel=f"predicted {dimension} (1–9)", **SCALE)
-        axis.set_title(signed(f"R² {with_interval(numbers, dimension, 'r2')}   "
-                              f"r {with_interval(numbers, dimension, 'pearson')}   "
-                              f"CCC {with_interval(numbers, dimension, 'ccc')}"), fontsize=5.5)
+        scatter(axis, true[:, n], pred[:, n], dimension)
+        axis.set_title("   ".join(f"{label} {with_interval(numbers, dimension, key)}" for label, key
+                                  in (("R²", "r2"), ("r", "pearson"), ("CCC", "ccc"))), fontsize=6)
     save(figure, folder, "true_vs_predicted", caption)
+
+
+def scatter(axis, true, pred, dimension):
+    """Predicted over true values [N] of a dimension."""
+    axis.plot([1, 9], [1, 9], "k--", linewidth=0.7)
+    axis.annotate("y = x", (8.4, 8.4), textcoords="offset points", xytext=(-5, 1), ha="right")
+    axis.scatter(true, pred, s=point_size(len(true)), alpha=0.6 if len(true) < 500 else 0.4,
+                 linewidth=0, color=COLOURS[dimension], marker={"valence": "o"}.get(dimension, "s"))
+    axis.set(xlabel=f"true {dimension} (1–9)", ylabel=f"predicted {dimension} (1–9)", **SCALE)
 
 
 def point_size(count):
@@ -123,8 +149,7 @@ def prepare_plane(axis):
 
 @matplotlib.rc_context(STYLE)
 def draw_plane(true, pred, numbers, folder, caption):
-    r = {each: signed(with_interval(numbers, "correlation", each))
-         for each in ("true", "predicted")}
+    r = {each: with_interval(numbers, "correlation", each) for each in ("true", "predicted")}
     figure = Figure((COLUMN, 3.9))
     axis = figure.subplots()
     prepare_plane(axis)
@@ -138,22 +163,39 @@ def draw_plane(true, pred, numbers, folder, caption):
 
 
 @matplotlib.rc_context(STYLE)
-def draw_confusion(numbers, folder, caption):
-    counts = np.array(numbers["confusion"])
+def draw_confusion(numbers, folder, caption, published=None):
+    """confusion.png: counts and shares of each true quadrant; beside them those of a published run,
+    if there is one."""
+    panels = 2 if published else 1
+    figure = Figure((panels * COLUMN, 3.5))
+    axes = figure.subplots(1, panels, squeeze=False)[0]
+    matrix(axes[0], numbers["confusion"])
+    right = with_interval(numbers, "quadrant", "accuracy", ".0%")
+    axes[0].set_title(f"quadrants right: {right}")
+    if published:
+        matrix(axes[1], published["confusion"])
+        low, high = published["quadrants_interval"]
+        count = np.sum(published["confusion"])
+        axes[0].set_title(f"this run, n = {np.sum(numbers['confusion'])}, right: {right}")
+        axes[1].set_title(f"published, the first {count} songs, right: "
+                          f"{published['quadrants_right'] / count:.0%} [{low:.0%}, {high:.0%}]")
+    save(figure, folder, "confusion", caption)
+
+
+def matrix(axis, counts):
+    """4×4 counts, rows true, columns predicted quadrants, and each one's share of its row."""
+    counts = np.array(counts)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    figure = Figure((COLUMN, 3.3))
-    axis = figure.subplots()
     axis.grid(False)
-    image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     for row in range(4):
         for column in range(4):
-            axis.text(column, row, f"{counts[row, column]}\n{shares[row, column]:.0%}", ha="center",
-                      va="center", color="white" if shares[row, column] > 0.5 else "black")
-    axis.set(xlabel="predicted quadrant", xticks=range(4), xticklabels=QUADRANTS,
-             ylabel="true quadrant", yticks=range(4), yticklabels=QUADRANTS)
-    axis.set_title(f"quadrants right: {with_interval(numbers, 'quadrant', 'accuracy', '.0%')}")
-    figure.colorbar(image, label="share of the row", shrink=0.8)
-    save(figure, folder, "confusion", caption)
+            axis.text(column, row, f"{counts[row, column]}\n{shares[row, column]:.0%}",
+                      ha="center", va="center",
+                      color="white" if shares[row, column] > 0.5 else "black")
+    axis.set(xlabel="predicted quadrant (share of the row)",
+             ylabel="true quadrant", xticks=range(4), xticklabels=QUADRANTS,
+             yticks=range(4), yticklabels=QUADRANTS)
+    axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
 
 
 @matplotlib.rc_context(STYLE)
@@ -176,12 +218,12 @@ def caption_of(finetune, labels, songs, source):
     return f"{finetune} · {labels} labels · {songs}\n{source}"
 
 
-def draw_report(true, pred, numbers, folder, caption):
-    """The four figures of the published report; numbers: of `measure`."""
+def draw_report(true, pred, numbers, folder, caption, published=None):
+    """The four figures of a report; numbers: of `measure`; published: a run of published.json."""
     noted = caption.replace("\n", " · [95% bootstrap intervals]\n", 1)
     draw_true_vs_predicted(true, pred, numbers, folder, noted)
     draw_plane(true, pred, numbers, folder, noted)
-    draw_confusion(numbers, folder, caption)
+    draw_confusion(numbers, folder, noted, published)
     draw_histograms(true, pred, folder, caption)
 
 

@@ -39,13 +39,15 @@ def song_terms(true, pred):
                   f"{name}_absolute": abs(error[:, n])}
     for n, name in enumerate(QUADRANTS):
         is_true, is_pred = (true_quadrant == n) * 1.0, (pred_quadrant == n) * 1.0
-        terms |= {f"{name}_true": is_true, f"{name}_pred": is_pred, f"{name}_both": is_true * is_pred}
+        terms |= {f"{name}_true": is_true, f"{name}_pred": is_pred,
+                  f"{name}_both": is_true * is_pred}
     return terms
 
 
 def ratio(a, b, none=0.0):
     """a / b; `none` where b is 0 but for rounding."""
-    return np.divide(a, b, out=np.full(np.broadcast(a, b).shape, none), where=np.asarray(b) > EQUAL)
+    out = np.full(np.broadcast(a, b).shape, none)
+    return np.divide(a, b, out=out, where=np.asarray(b) > EQUAL)
 
 
 def variance(mean, mean_square):

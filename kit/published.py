@@ -33,3 +33,10 @@ def published_history(config):
         return None
     run = read_published()["runs"][run_like(config["options"])]
     return [dict(zip(run["columns"], row)) for row in run["epochs"]]
+
+
+def beside_evaluation(content, config):
+    """The published run to show beside an evaluation's `content`; None unless it is about the same
+    songs and labels."""
+    published = content["numbers"].get("published")
+    return published[run_like(config)] if published and content["labels"] == "shipped" else None

@@ -6,7 +6,7 @@ import numpy as np
 
 from kit.deam import DIMENSIONS
 from kit.metrics import perfect_correlation, rounded, true_values, with_interval
-from kit.published import TEST_SONGS, run_like
+from kit.published import TEST_SONGS, beside_evaluation
 
 WIDTH = 80
 
@@ -159,13 +159,13 @@ ROWS = (("MSE of valence", "test_mse", 0), ("MSE of arousal", "test_mse", 1),
 
 def print_published(evaluation):
     """Beside each number that was published of the first test songs, the same of this run."""
-    content, config = evaluation.content, evaluation.config
+    content = evaluation.content
+    own, published = content["numbers"]["published"]["this_run"], beside_evaluation(
+        content, evaluation.config)
     print()
-    if content["labels"] != "shipped":
+    if not published:
         say("The published numbers are about the shipped labels: --labels shipped compares.")
         return
-    everything = content["numbers"]["published"]
-    published, own = everything[run_like(config)], everything["this_run"]
     for line in published_table(published, own, content["predictions"]):
         print("{:28}{:>18}{:>18}".format(*line).rstrip())
     seconds = published["seconds_an_epoch"]

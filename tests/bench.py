@@ -4,8 +4,8 @@
   python tests/bench.py --device cpu
 
 WAV2VEC2_BASE with random weights, clips of 45 s. Every row is measured in a process of its own.
-- extract: one clip up to layer 10, decoding and writing left out. Plain: torchaudio's whole model
-  with torch's defaults.
+- extract: clips up to layer 10, one or eight together, decoding and writing left out. Plain:
+  torchaudio's whole model with torch's defaults.
 - train: a step is forward, loss, backward, clipping and AdamW on states already read. Plain: the
   top two layers and dropout in every step, all clips at once; layer 12 is trained.
 - share: useful floating point operations a second, as a part of what a large matrix product reaches
@@ -92,7 +92,7 @@ def product_rate(device, precision):
     return 2 * size**3 / timed(lambda: a @ b, device, 5, 2)
 
 
-def extract_kit(device, precision, repeat):
+def extract_kit(device, precision, clips, repeat):
     import torchaudio
 
     import common
@@ -104,25 +104,26 @@ def extract_kit(device, precision, repeat):
         file = Path(folder) / "weights.pt"
         torch.save(torchaudio.models.wav2vec2_base().state_dict(), file)
         backbone = common.Backbone(file).to(arithmetic, 10)
-    waveform = torch.randn(1, SECONDS * 16000, dtype=torch.float64)
+    waveform = torch.randn(clips, SECONDS * 16000, dtype=torch.float64)
     seconds = timed(lambda: backbone.hidden_states(waveform), arithmetic.device, repeat, 1)
-    return {"seconds": seconds, "memory": memory(arithmetic.device)}
+    return {"seconds": seconds / clips, "memory": memory(arithmetic.device)}
 
 
-def extract_plain(device, precision, repeat):
+def extract_plain(device, precision, clips, repeat):
     import torchaudio
 
     device, dtype = torch.device(device), DTYPE[precision]
     rate = product_rate(device, precision)
     with torch.device(device):
         model = torchaudio.models.wav2vec2_base().eval().to(dtype)
-    waveform = torch.randn(1, SECONDS * 16000, dtype=dtype, device=device)
+    waveform = torch.randn(clips, SECONDS * 16000, dtype=dtype, device=device)
 
     def one():
         with torch.inference_mode():
             model.extract_features(waveform, num_layers=10)
 
-    return {"seconds": timed(one, device, repeat, 1), "memory": memory(device), "rate": rate}
+    return {"seconds": timed(one, device, repeat, 1) / clips, "memory": memory(device),
+            "rate": rate}
 
 
 def step_kit(device, precision, finetune, batch, micro_batch, repeat):
@@ -136,9 +137,9 @@ def step_kit(device, precision, finetune, batch, micro_batch, repeat):
     params = {**torchaudio.pipelines.WAV2VEC2_BASE._params, "aux_num_out": None}
     model = common.EmotionModel(params, 10, finetune)
     reference = torchaudio.models.wav2vec2_model(**params)
-    model.start_from({"state": common.state_above(reference, 10)}, 0)
+    common.start_from(model, {"state": common.state_above(reference, 10)})
     model.to(arithmetic.device, arithmetic.dtype)
-    model.recompute = not common.room_for_activations(batch, FRAMES, model, arithmetic.device)
+    model.recompute = not machine.room_for_activations(batch, FRAMES, model, arithmetic.device)
     generator = torch.Generator().manual_seed(0)
     true = torch.randn(batch, 2, generator=generator).to(arithmetic.device, arithmetic.dtype)
     with arithmetic():
@@ -215,17 +216,20 @@ def main():
         return
     device, repeat = args.device, args.repeat
     print(row(machine_name, device=device)["name"] + "\n")
-    line("one clip to layer 10", "ms", "share", "GiB")
+    line("a clip to layer 10", "ms", "share", "GiB")
     line(*["---"] * 4)
     rates = {}
-    for precision in ("float32", "float64"):
-        plain = row(extract_plain, device=device, precision=precision, repeat=repeat)
-        rates[precision] = plain["rate"]
-        show(f"plain torch, {precision}", plain, work(10), plain["rate"])
-    rates["exact"] = rates["float64"]
-    for precision in ("float32", "exact"):
-        kit = row(extract_kit, device=device, precision=precision, repeat=repeat)
-        show(f"extract.py --precision {precision}", kit, work(10), rates[precision])
+    for clips in (1,) if device == "cpu" else (1, 8):
+        together = ", eight together" * (clips > 1)
+        for precision in ("float32", "float64"):
+            plain = row(extract_plain, device=device, precision=precision, clips=clips,
+                        repeat=repeat)
+            rates[precision] = plain["rate"]
+            show(f"plain torch, {precision}{together}", plain, work(10), plain["rate"])
+        rates["exact"] = rates["float64"]
+        for precision in ("float32", "exact"):
+            kit = row(extract_kit, device=device, precision=precision, clips=clips, repeat=repeat)
+            show(f"extract.py --precision {precision}{together}", kit, work(10), rates[precision])
     print()
     batch = 2 if device == "cpu" else 32
     line(f"one step of {batch} clips", "ms", "share", "GiB")

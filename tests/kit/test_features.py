@@ -88,7 +88,7 @@ def test_no_manifest_ends_in_a_traceback(features, tmp_path, compared):
                 assert str(path) in str(error)
             tried += 1
     assert taken == {(song,), ("songs", "{}"), ("name", "x"), ("swapped_labels", "None"),
-                     ("swapped_labels", "[]"), ("normalize_epsilon", "None"),
+                     ("swapped_labels", "[]"), ("params", "{}"), ("normalize_epsilon", "None"),
                      ("normalize_epsilon", "-1.5")}
     compared(tried, "manifests")
 
@@ -97,7 +97,8 @@ def test_the_manifests_digest_covers_all_that_decides(features, compared):
     """Each setting, each song's entry and the labels; not the environment."""
     manifest = read_json(features / "manifest.json", "")
     song, digests = next(iter(manifest["songs"])), {manifest["digest"]}
-    places = [("annotations",), ("top_layers",), ("swapped_labels",), ("songs", song),
+    places = [("annotations",), ("top_layers",), ("swapped_labels",), ("songs", song), ("params",),
+              ("source", "name"),
               *(("settings", key) for key in manifest["settings"]),
               *(("songs", song, key) for key in manifest["songs"][song])]
     for place in places:

@@ -231,7 +231,7 @@ def rate(opinion, deviation, generator):
     """Ten integer ratings 1–9 of each song by annotators who scatter around an opinion[N], and what
     infinitely many would give on average."""
     ratings = generator.normal(opinion[:, None], deviation, (len(opinion), 10)).round().clip(1, 9)
-    below = normal_below((np.arange(1.5, 9) - opinion[:, None]) / deviation)  # rated 1, 2, … at most
+    below = normal_below((np.arange(1.5, 9) - opinion[:, None]) / deviation)  # at most 1, 2, …
     return ratings, 9 - below.sum(1)
 
 

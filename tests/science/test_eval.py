@@ -167,7 +167,7 @@ def printed(evaluation, capsys):
 
 @pytest.mark.parametrize("far", [0, 3, 30, 3000])
 def test_the_report_fits_80_columns_and_begins_with_what_is_looked_for(far, capsys, compared):
-    """However bad the predictions are: R², r and CCC with their intervals, right below the title."""
+    """However bad the predictions are: R², r and CCC with intervals, right below the title."""
     true, pred = random_labels()
     output = printed(evaluation_of(true, far - pred if far else pred, -pred, [[1, 100]]), capsys)
     title, first, *_ = output.split("\n\n")
@@ -186,7 +186,8 @@ def test_a_collapse_is_called_one_by_one_rule(capsys, compared, copy, said):
     one = np.stack([true[:, 0], true[:, 0] * 0.5 + 2], 1)
     pred = one if copy else true * 0.5 + 2
     output = printed(evaluation_of(true, pred, one), capsys)
-    network, ridge = (re.search(rf"^  {name} .*$", output, re.M)[0] for name in ("network", "ridge"))
+    network, ridge = (re.search(rf"^  {name} .*$", output, re.M)[0]
+                      for name in ("network", "ridge"))
     assert ("a collapse" in network) == said and "a collapse" in ridge
     compared(2, "lines")
 

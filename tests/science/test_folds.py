@@ -162,7 +162,8 @@ def test_disjoint_runs_are_pooled(pooled, undrawn, monkeypatch, capsys, compared
     assert f"arousal R² {metrics.with_interval(numbers, 'arousal', 'r2')} " in output
     assert output.startswith("10 runs: frozen, pooled test split, n = 60, shipped labels")
     assert "R², sd over folds" in output and "R², songs of 2014" in output
-    assert max(len(line) for line in output.splitlines() if not line.startswith(("written", "next"))) <= 80
+    assert max(len(line) for line in output.splitlines()
+               if not line.startswith(("written", "next"))) <= 80
     assert len(list(out.glob("*.png"))) == len(list(out.glob("*.pdf"))) == 4
     assert not list(folder.glob("frozen-fold*/eval-test/*.png"))
     compared(60, "songs")

@@ -13,9 +13,9 @@ import eval as eval_script
 import extract
 import train
 from common import DEAMFeatHandler, DEAMHandler
-from kit.deam import STATIC, read_annotations, read_splits
+from kit.deam import STATIC, Labels, dynamic_means, read_annotations, read_splits
 from kit.files import read_json
-from kit.swapped import audit_labels, dynamic_means, swapped_ranges
+from kit.swapped import audit_labels, swapped_ranges
 
 
 def deam(folder, seed, swapped, noise):
@@ -25,7 +25,7 @@ def deam(folder, seed, swapped, noise):
     ids = [*range(2, 302), *range(1001, 1301)]
     truth = generator.multivariate_normal([5, 5], [[1.4, 0.8], [0.8, 1.7]], len(ids))
     static = truth + generator.normal(0, noise, truth.shape)
-    annotations = {song: (a, 1, v, 1) if swapped(song) else (v, 1, a, 1)
+    annotations = {song: Labels(a, 1, v, 1) if swapped(song) else Labels(v, 1, a, 1)
                    for song, (v, a) in zip(ids, static)}
     for name, values in zip(("valence", "arousal"), (truth.T - 5) / 10):
         rows = "".join(f"{song},{value},,\n" for song, value in zip(ids, values))
@@ -128,7 +128,7 @@ def test_corrected_labels_exchange_what_the_audit_says(features, swapped, tmp_pa
     first = (run / "eval-test/metrics.json").read_bytes()
     assert call(eval_script, run, "--features", made, "--labels", "shipped", "--device", "cpu") == 0
     output = capsys.readouterr().out
-    assert "for comparison: the run was trained on corrected labels" in output
+    assert "shipped labels (trained on corrected ones)" in output
     assert "for ids 1–1000 valence and arousal are swapped" in output
     assert (run / "eval-test/metrics.json").read_bytes() == first  # written beside
     found = read_json(run / "eval-test-shipped/metrics.json", "")

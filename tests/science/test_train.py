@@ -203,7 +203,7 @@ def test_a_notebooks_folder_without_manifest_trains(tmp_path, capsys, fails, mon
         torch.save(torch.randn(9, 768), tmp_path / "f/songs" / f"{song}.pt")
     asked, weights = [], torchaudio.models.wav2vec2_base().state_dict()
     monkeypatch.setattr(common, "find_weights", lambda name: asked.append(name) or (
-        BASE, weights, 16000, 1e-7, {"name": name}))
+        BASE, weights, 16000, 1e-7, {"name": name}, "a base network"))
     command = ["--features", tmp_path / "f", "--run", tmp_path / "r", "--allow-missing",
                "--batch-size", 2, "--epochs", 1, *FLOAT32]
     assert call(train, *command) == 0
