@@ -20,7 +20,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from exact.dropout import dropped, new_seed
-from exact.gpu import kernels
+from exact.gpu import has_int8_products, kernels
 from exact.grids import bits_for, div, grid, in_slices, magnitude, reciprocal, sqrt
 from exact.sums import sum_bits
 
