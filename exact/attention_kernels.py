@@ -1,4 +1,4 @@
-"""Attention, forward and backward, as single Triton kernels on int8 matrix units.
+"""Attention, forward and backward, as single Triton kernels on int8 matrix units; and dropout.
 
 The rules are those of attention.py, which says what the letters mean. All that is multiplied there
 are integers of at most 23 bits, so three int8 digits, and a product of two such matrices is nine
@@ -208,6 +208,18 @@ def gradient_kernel(A, B, AG, BG, C, UNIT_Q, TOP, UNIT_K, UP, INNER, UNIT_C, UNI
              mask=(m < M)[:, None] & (width < SIZE)[None, :])
 
 
+@triton.jit(do_not_specialize=["SEED", "THRESHOLD", "rows", "length"])
+def mask_kernel(KEPT, SEED: tl.int64, THRESHOLD, rows, length, BLOCK: tl.constexpr):
+    """A mask of dropout by itself, for BLOCK hashes."""
+    words = (length + 3) // 4
+    word = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    part, row, column = tl.arange(0, 4), word // words, word % words * 4
+    kept = (hash_of(word, SEED)[:, None] >> part[None, :] * 16).to(tl.int16) >= THRESHOLD
+    column = column[:, None] + part[None, :]
+    tl.store(KEPT + row[:, None] * length + column, kept.to(tl.int8),
+             mask=(row < rows)[:, None] & (column < length))
+
+
 # ------------------------------------------------------------------------------------------- launch
 
 
@@ -223,6 +235,14 @@ def fit(q, k, v):
 
 def threshold(p):
     return round(p * 65536) - 32768
+
+
+def kept_mask(seed, rows, length, p, device):
+    """bool[rows, length]: what dropout.dropped does not take."""
+    kept = torch.empty(rows, length, dtype=torch.bool, device=device)
+    mask_kernel[triton.cdiv(rows * -(-length // 4), 1024),](
+        kept.view(torch.int8), seed, threshold(p), rows, length, 1024, **OPTIONS)
+    return kept
 
 
 def by_rows(x, bits, limits, factor=1.0, one_grid=False):

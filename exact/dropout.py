@@ -1,9 +1,11 @@
 """Dropout, whose masks are a hash of the position."""
 
+import importlib
 import math
 
 import torch
 
+from exact.gpu import kernels
 from exact.grids import in_slices, rows_of
 
 
@@ -30,6 +32,9 @@ def kept_mask(shape, p, device, generator=None):
     """bool of that shape, False with probability p."""
     length = shape[-1] if len(shape) else 1
     seed, rows = new_seed(generator), math.prod(shape[:-1])
+    if kernels(device) and rows * length:
+        module = importlib.import_module("exact.attention_kernels")
+        return module.kept_mask(seed, rows, length, p, device).view(shape)
     out = torch.empty(rows, length, dtype=torch.bool, device=device)
 
     def work(part):
@@ -55,4 +60,4 @@ def dropout(x, p, train):
 
 
 def dropout_backward(dy, kept, scale):
-    return dy * (kept.to(dy.dtype) * scale)  # bool times a number would be float32
+    return torch.mul(dy, kept).mul_(scale)

@@ -19,7 +19,8 @@ if BACKEND is not None:  # for the notebook's own pictures
         matplotlib.rcParams["backend"] = BACKEND
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.textpath import TextPath
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import text_to_path
 
 from kit.deam import DIMENSIONS, MOODS, QUADRANTS
 from kit.files import write_file
@@ -50,12 +51,12 @@ def draw_or_say(draw, *arguments):
               "on disk", file=sys.stderr)
 
 
-CAPTION = 5.5  # points
+CAPTION = 5.2  # points
 
 
 def save(figure, folder, name, caption):
     """Write a figure as PNG and PDF; each line of its caption as far as it fits."""
-    lines = [fitted(line, 72 * figure.get_figwidth() - 8) for line in caption.split("\n")]
+    lines = [fitted(line, 0.94 * 72 * figure.get_figwidth()) for line in caption.split("\n")]
     figure.suptitle("\n".join(lines), fontsize=CAPTION, color=COLOURS["grey"])
     for kind, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None})):
         image = io.BytesIO()
@@ -67,7 +68,8 @@ def fitted(line, width):
     """As many whole clauses of a line as fit into a width in points; of a first one that does not
     fit alone its beginning and "…"."""
     def fits(text):
-        return not text.strip() or TextPath((0, 0), text, CAPTION).get_extents().width <= width
+        font = FontProperties(size=CAPTION)
+        return text_to_path.get_text_width_height_descent(text, font, False)[0] <= width
 
     clauses = re.split(r"(?<=[,;:.])(?= )|(?= · )", line)
     for count in range(len(clauses), 0, -1):
@@ -104,7 +106,7 @@ def draw_history(history, selected, lowest, level, folder, caption, published=No
         if selected != lowest:
             axis.axvline(lowest, color=COLOURS["grey"], linewidth=0.8, linestyle="-.",
                          label="lowest val loss")
-        axis.set(ylabel=title, xlim=(0.5, last + 0.5), ylim=(0, None))
+        axis.set(ylabel=title, xlim=(0.5, last + 0.5), ylim=(0, 1.06 * axis.dataLim.y1))
         axis.xaxis.get_major_locator().set_params(integer=True)
     axes[-1].set_xlabel("epoch")
     handles = sorted(zip(*axes[1].get_legend_handles_labels()), key=lambda each: (
@@ -120,7 +122,8 @@ def draw_true_vs_predicted(true, pred, numbers, folder, caption):
     for n, (axis, dimension) in enumerate(zip(axes, DIMENSIONS)):
         scatter(axis, true[:, n], pred[:, n], dimension)
         axis.set_title("   ".join(f"{label} {with_interval(numbers, dimension, key)}" for label, key
-                                  in (("R²", "r2"), ("r", "pearson"), ("CCC", "ccc"))), fontsize=6)
+                                  in (("R²", "r2"), ("r", "pearson"), ("CCC", "ccc"))),
+                       fontsize=5.5)
     save(figure, folder, "true_vs_predicted", caption)
 
 
@@ -231,7 +234,7 @@ def draw_report(true, pred, numbers, folder, caption, published=None):
 def draw_song(times, values, spread, folder, name, caption):
     """One song: valence and arousal over time, values[windows, 2] at `times` (seconds, the middle
     of each window), a band of ± their spread[2] over windows; and the path through the plane."""
-    figure = Figure((COLUMN, 5.6))
+    figure = Figure((COLUMN, 6.2))
     over_time, plane = figure.subplots(2, 1, height_ratios=[1, 1.6])
     for n, (dimension, style) in enumerate(zip(DIMENSIONS, ("-o", "--s"))):
         mean = values[:, n].mean()
@@ -251,5 +254,5 @@ def draw_song(times, values, spread, folder, name, caption):
             plane.annotate(word, values[place], textcoords="offset points", fontsize=6,
                            xytext=(-4 if is_left else 4, 4), ha="right" if is_left else "left")
     if len(values) > 1:
-        figure.colorbar(points, label="time (s)", shrink=0.7)
+        figure.colorbar(points, label="time (s)", location="bottom", aspect=40)
     save(figure, folder, name, caption)

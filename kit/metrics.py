@@ -194,12 +194,14 @@ def paired_difference(true, preds, others, groups):
 
 def average_of_drawn(values, generator):
     """The average over models of a metric; of its resamples [R], that of as many models drawn with
-    replacement for each."""
+    replacement for each. Drawing from n models gives (n − 1)/n of the variance that other models
+    would, so what a draw deviates by is scaled up."""
     values = np.array(values)
-    if values.ndim == 1 or len(values) == 1:
-        return values.mean(0)
-    chosen = generator.integers(0, len(values), values.shape)
-    return np.take_along_axis(values, chosen, 0).mean(0)
+    average, count = values.mean(0), len(values)
+    if values.ndim == 1 or count == 1:
+        return average
+    drawn = np.take_along_axis(values, generator.integers(0, count, values.shape), 0).mean(0)
+    return average + (drawn - average) * math.sqrt(count / (count - 1))
 
 
 # ------------------------------------------------------------------- what the labels allow to reach

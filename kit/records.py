@@ -214,7 +214,7 @@ def restore(training, state, file):
         if state["best"]:
             training.load(state["best"]["model"])  # only to see that it fits
         training.load(state["model"])
-        moments, parameters = state["optimizer"], dict(enumerate(training.trainable))
+        moments, parameters = state["optimizer"], {0: training.flat}
         if any(shapes(parameters) != shapes({n: each[name] for n, each in moments.items()})
                for name in ("exp_avg", "exp_avg_sq")):
             raise KeyError("moments of other parameters")

@@ -203,13 +203,16 @@ def print_runs(evaluations, same_settings):
         return [*(metrics[name][key] for name in DIMENSIONS for key in ("r2", "pearson", "ccc")),
                 metrics["correlation"]["predicted"], metrics["quadrant"]["accuracy"]]
 
-    rows = {each.content["run"]: cells(each.content) for each in evaluations}
-    table = np.array(list(rows.values()))
+    names = [each.content["run"] for each in evaluations]
+    if len(set(names)) < len(names):
+        names = [str(each.folder.parent)[-19:] for each in evaluations]
+    table = np.array([cells(each.content) for each in evaluations])
+    rows = [*zip(names, table)]
     if same_settings:
-        rows |= {"mean": table.mean(0), "standard deviation": table.std(0, ddof=1)}
+        rows += [("mean", table.mean(0)), ("standard deviation", table.std(0, ddof=1))]
     print(f"\n{'':20}{'valence':>21}{'arousal':>21}{'r(V, A)':>9}{'quadr.':>8}\n{'run':20}"
           + f"{'R²':>7}{'r':>7}{'CCC':>7}" * 2 + f"{'pred.':>9}{'right':>8}")
-    for name, row in rows.items():
+    for name, row in rows:
         print(f"{name[:19]:20}" + "".join(f"{rounded(value):>7}" for value in row[:6])
               + f"{rounded(row[6]):>9}{rounded(row[7]):>8}")
 
@@ -227,6 +230,6 @@ def print_difference(first, second, values, intervals):
     for name in DIMENSIONS:
         print(main_metrics({"metrics": values, "intervals": intervals}, name, "+.2f"))
     say("95% intervals resample artists" + (
-        " and models." if max(len(first), len(second)) > 1 else
+        " and the models of a side that has several." if max(len(first), len(second)) > 1 else
         "; the trained models are fixed. An interval without 0 is necessary for a claim, and not "
         "sufficient: give several seeds a side."))

@@ -130,6 +130,7 @@ def step_kit(device, precision, finetune, batch, micro_batch, repeat):
     import torchaudio
 
     import common
+    import train
     from kit import machine
 
     arithmetic = machine.Arithmetic(precision, device, 8 if precision != "exact" else None)
@@ -145,16 +146,17 @@ def step_kit(device, precision, finetune, batch, micro_batch, repeat):
         clips = [model.run_frozen(torch.randn(FRAMES, WIDTH, generator=generator))
                  for _ in range(batch)]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    foreach = False if precision == "exact" else None
-    optimizer = torch.optim.AdamW(trainable, lr=1e-4, weight_decay=1e-4, foreach=foreach)
+    flat = train.flat_parameter(trainable)
+    optimizer = torch.optim.AdamW([flat], lr=1e-4, weight_decay=1e-4, foreach=False)
     model.train()
 
     def step():
         with arithmetic():
             loss = common.emotion_loss(model(clips, micro_batch).to(arithmetic.dtype), true)
-            optimizer.zero_grad()
+            model.zero_grad()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(trainable, 1.0, foreach=foreach)
+            flat.grad = torch.cat([parameter.grad.flatten() for parameter in trainable])
+            torch.nn.utils.clip_grad_norm_(flat, 1.0, foreach=False)
             optimizer.step()
 
     seconds = timed(step, arithmetic.device, repeat, 1)

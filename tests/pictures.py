@@ -26,7 +26,7 @@ def draw(content, annotations, file):
     """1600 pixels wide, to be shown half as wide."""
     songs = list(map(int, content["predictions"]))
     true, pred = true_values(annotations, songs), predicted_values(content["predictions"], songs)
-    figure = Figure((8, 3))
+    figure = Figure((8, 2.85))
     axes, metrics = figure.subplots(1, 3), content["numbers"]["metrics"]
     for n, (axis, name) in enumerate(zip(axes, DIMENSIONS)):
         scatter(axis, true[:, n], pred[:, n], name)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import test_kernels
 from exact import Exact, attention
-from exact.dropout import dropped
+from exact.dropout import dropped, kept_mask
 
 
 def draw(*shape, seed=0):
@@ -163,11 +163,17 @@ def not_finite():
     return tensors
 
 
+def mask(*shape):
+    torch.manual_seed(1)
+    return kept_mask(shape, 0.3, torch.device("cpu")).double()
+
+
 CASES = {
     "one number": lambda: both_ways(*operands(1, 1, 1, 1)),
     "several blocks": lambda: both_ways(*operands(1, 70, 66, 20, 40), 0.1, 1 << 60),
     "edges": lambda: both_ways(*edges(), 0.5, 3), "not finite": lambda: both_ways(*not_finite()),
     "all lost": lambda: both_ways(*operands(1, 3, 6, 128, 8), 1.0, 11),
+    "masks": lambda: (mask(3, 7), mask(5, 2, 8), mask(2, 2000), mask(9)),
     "too long": lambda: both_ways(*operands(1, 2, 129, 16)),
 }
 

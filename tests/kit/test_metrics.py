@@ -208,13 +208,16 @@ def test_a_better_predictor_is_found_to_be_better(compared):
 
 
 def test_several_seeds_a_side_are_resampled_too(compared):
-    """Of two seeds a side that differ by d, a quarter of the resamples have twice the one."""
+    """Of two models that differ by a gap, a quarter of the resamples have twice the one, a quarter
+    twice the other; scaled by √2, since the variance of two draws from two is half of that of
+    other models."""
     true, pred = random_songs(1000)
     noisy = pred + np.random.default_rng(1).normal(0, 0.6, pred.shape)
     gap, _ = difference(true, [pred], [noisy])
     value, (low, high) = difference(true, [pred, noisy], [noisy])
     assert value == pytest.approx(gap / 2)
-    assert low == pytest.approx(0, abs=0.01) and high == pytest.approx(gap, rel=0.25)
+    assert low == pytest.approx(gap / 2 * (1 - 2**0.5), abs=0.05 * gap + 0.01)
+    assert high == pytest.approx(gap / 2 * (1 + 2**0.5), rel=0.25)
     _, (low, high) = difference(true, [pred] * 2, [noisy] * 2)  # alike: songs alone
     assert high - low < gap / 2
     compared(3, "intervals")

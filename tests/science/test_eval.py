@@ -254,6 +254,15 @@ def test_no_mean_over_runs_that_differ_otherwise(small, undrawn, capsys, compare
     compared(2, "runs")
 
 
+def test_runs_of_one_name_have_a_row_each(small, undrawn, tmp_path, capsys, compared):
+    features, (run, *_) = small
+    copies = [shutil.copytree(run, tmp_path / f"{n}/last1") for n in range(2)]
+    call(eval_script, *copies, "--features", features, "--device", "cpu")
+    rows = re.findall(r"^\S*([01]/last1) +[\d−]", capsys.readouterr().out, re.M)
+    assert rows == ["0/last1", "1/last1"]
+    compared(2, "rows")
+
+
 def test_files_are_read_once_for_several_runs(small, undrawn, monkeypatch, compared):
     """Train and val once, for ridge; of the test split once more a run: its layers differ."""
     features, runs = small
@@ -292,7 +301,7 @@ def test_the_difference_to_other_seeds(small, undrawn, capsys, fails, compared):
     assert title == "seed0 less seed0, n = 10, shipped labels" and not numbers.any()
     assert numbers.shape == (2, 9) and "the trained models are fixed" in note
     title, _, note = difference(capsys, first, second, "--against", other, *base)
-    assert title.startswith("seed0 and 1 more less lr,") and "artists and models" in note
+    assert title.startswith("seed0 and 1 more less lr,") and "artists and the models" in note
     assert "differ in lr" in fails(eval_script, first, "--against", second, other, *base,
                                    "--device", "cpu")
     compared(18, "numbers")

@@ -59,6 +59,27 @@ def test_threads_and_batches_change_no_bit(demo, ids, tmp_path, compared, settin
     compared(4, "songs, two ways")
 
 
+def test_clips_of_equal_length_go_together_within_a_bound(compared):
+    """Each once, up to `size` together; never more than four times as many in memory, whatever
+    their lengths; what failed is left out."""
+    for lengths in ([5] * 7, list(range(1, 40)), [1, 2, 3] * 9, []):
+        taken = []
+
+        def clips():
+            for song, length in enumerate(lengths):
+                taken.append(song)
+                yield (song, torch.zeros(length), "pcm", None)
+                yield None
+
+        given = []
+        for group in extract.equal_lengths(clips(), 2):
+            assert len(taken) - len(given) <= 4 * 2 + 1
+            assert len(group) <= 2 and len({len(clip[1]) for clip in group}) == 1
+            given += [clip[0] for clip in group]
+        assert sorted(given) == list(range(len(lengths)))
+    compared(7 + 39 + 27, "clips")
+
+
 @pytest.mark.parametrize("settings, says", [
     (["--layer", 11, "--store", "float16"], "layer 10 there, 11 now; store float32 there, float16"),
     (["--precision", "exact"], "precision float32 there, exact now")])

@@ -1,5 +1,6 @@
 """Training: what trains, the schedule, what a run leaves behind, and what it refuses."""
 
+import copy
 import csv
 import io
 import itertools
@@ -92,6 +93,57 @@ def test_dropout_follows_the_seed(features, compared):
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert torch.equal(training.model.eval()([clip]), training.model([clip]))
     compared(3, "seeds")
+
+
+def test_two_epochs_by_hand(splits, tmp_path, compared):
+    """Each step: its learning rate, the loss, clipped gradients, AdamW; each epoch: the means over
+    its steps, and val as one batch without dropout. Written a second time, in torch's float32."""
+    features = made_features(tmp_path / "f", few(splits))
+    training = new_training(features, *QUICK, "--finetune", "frozen", "--batch-size", 8, "--seed",
+                            3, "--weight-decay", 0.5, "--grad-clip", 0.3, "--lambda-corr", 0.4,
+                            "--lambda-var", 0.2, "--step-size-up", 3, "--max-lr", 0.01)
+    state, model = torch.get_rng_state(), copy.deepcopy(training.model)
+    data, step, expected = DEAMFeatHandler(features, batch_size=8, seed=3), 0, []
+    heads = [*model.valence.parameters(), *model.arousal.parameters()]
+    optimizer = torch.optim.AdamW(heads, weight_decay=0.5)
+
+    def numbers(clips, labels):
+        pred = model([model.run_frozen(clip) for clip in clips])
+        true = ((labels - data.mean) / data.std).float()
+        loss = common.emotion_loss(pred, true, 0.4, 0.2, "true")
+        return loss, (pred - true).square().mean(), (pred - true).abs().mean()
+
+    for epoch in (1, 2):
+        sums = torch.zeros(3)
+        model.train()
+        for clips, labels in data.train:
+            rate = train.learning_rate(step, 10, training.options)
+            loss, mse, mae = numbers(clips, labels)
+            for parameter, gradient in zip(heads, torch.autograd.grad(loss, heads)):
+                parameter.grad = gradient
+            norm = torch.cat([each.grad.flatten() for each in heads]).norm()
+            assert norm > 0.3  # so that it is clipped
+            for each in heads:
+                each.grad *= 0.3 / norm
+            optimizer.param_groups[0]["lr"] = rate
+            optimizer.step()
+            sums += torch.stack([loss, mse, mae]).detach() / 5
+            step += 1
+        model.eval()
+        with torch.no_grad():
+            clips, labels = zip(*data.val)
+            val = numbers(sum(clips, []), torch.cat(labels))
+        expected.append([epoch, rate, *sums.tolist(), *map(float, val)])
+    torch.set_rng_state(state)
+    history = list(training.train_until(training.steps, SimpleNamespace(update=lambda: None)))
+    for row, other in zip(history, expected, strict=True):
+        assert row == pytest.approx(other, rel=1e-4)
+    for name, value in model.state_dict().items():
+        difference = value - training.model.state_dict()[name]  # Adam's of tiny gradients is large
+        assert difference.norm() < 1e-3 * value.norm() + 1e-12, name
+    assert [row[:2] for row in training.digests] == [[1, 1], [1, 2], [1, 4], [1, 5], [2, 10]]
+    assert [row[2] for row in training.digests[3:]] == [row[2] for row in history]
+    compared(16 + len(heads), "numbers and tensors")
 
 
 def test_the_schedules(compared):
@@ -209,6 +261,7 @@ def test_a_notebooks_folder_without_manifest_trains(tmp_path, capsys, fails, mon
     assert call(train, *command) == 0
     output = capsys.readouterr().out
     assert set(asked) == {"ALM/wav2vec2-base-audioset"}
+    assert read_json(tmp_path / "r/config.json", "")["config"]["options"]["threads"] == 8
     assert "cannot be verified" in output and "8,008,450 trainable of 15,096,322" in output
     assert "4 of 1395 train, 2 of 174 val, 2 of 175 test" in output
     torch.save(torch.full((9, 768), torch.nan), tmp_path / "f/songs" / f"{ids[0]}.pt")
@@ -324,6 +377,8 @@ def test_the_best_epoch_is_the_one_of_lowest_val_loss(splits, tmp_path, monkeypa
     """Losses on val made up so that the second of four epochs is the best: its model is the
     result, and its predictions. Without --select best it is the last."""
     features, validate = made_features(tmp_path / "f", few(splits)), train.Training.validate
+    drawn = []
+    monkeypatch.setattr(train.figures, "draw_history", lambda *args: drawn.append(args[1:3]))
     for select, epoch in (("best", 2), ("last", 4)):
         losses, predictions = iter([0.5, 0.2, 0.4, 0.2, 9]), []
 
@@ -341,6 +396,9 @@ def test_the_best_epoch_is_the_one_of_lowest_val_loss(splits, tmp_path, monkeypa
         digests = read_json(run / "config.json", "")["digests"]
         assert digests["model"] == ends[epoch - 1] == records.read_model(run / "model.pt")["digest"]
         assert torch.equal(predictions[-1], predictions[epoch - 1])
+        six_decimals = (predictions[-1] * 1e6).round() / 1e6
+        assert digests["val_predictions"] == files.tensor_digest(six_decimals)
+        assert drawn.pop() == (epoch, 2)  # the result, and the lowest
     compared(2, "runs")
 
 
