@@ -270,7 +270,7 @@ class Exact(TorchDispatchMode):
                      func)
         raise NotImplementedError(
             f"no exact arithmetic for {asked}{hint if asked is func else ''}. To add it, write a "
-            "function of its arguments with the sums and products of exact.py and enter it in "
+            "function of its arguments with the sums and products of exact/ and enter it in "
             "RULES")
 
 
