@@ -332,6 +332,27 @@ RANGES = {  # of each option that decides a result: values that a user may give
     "--labels": ["shipped", "corrected"], "--precision": ["exact", "float32"], "--threads": [1, 8]}
 
 
+def test_the_defaults_are_the_published_configuration(compared):
+    """As DEAM's published system was trained: see README."""
+    data = SimpleNamespace(digest="0" * 64, ids={"train": [2], "val": [3], "test": [4]})
+    config = train.configuration(train.parser().parse_args([]), data,
+                                 SimpleNamespace(device=torch.device("cpu")))
+    assert config["options"] == {
+        "finetune": "last1", "epochs": 20, "lr": 3e-5, "max_lr": 1e-3, "schedule": "triangular2",
+        "step_size_up": 100, "batch_size": 32, "micro_batch": 4, "attention_dropout": None,
+        "frozen_dropout": False, "weight_decay": 1e-4, "lambda_corr": 0.05, "lambda_var": 0.05,
+        "corr_target": "true", "weight_loss": False, "grad_clip": 1.0, "fold": None, "seed": 0,
+        "select": "last", "labels": "shipped", "precision": "exact", "threads": None}
+    assert config["songs"] == {"train": 1, "val": 1, "test": 1}
+    compared(len(config["options"]), "options")
+
+
+def test_splits_without_val_are_refused(splits, tmp_path, fails, compared):
+    features = made_features(tmp_path / "f", {**few(splits), "val": []})
+    assert "no song to validate on" in fails(train, "--features", features, *QUICK)
+    compared(1, "refusals")
+
+
 def test_options_are_read_back_as_they_were_written(compared):
     """Options → config.json → options → config.json is the identity; through JSON, for some
     hundred sets of options. Those that contradict each other are refused."""
