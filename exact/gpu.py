@@ -60,7 +60,8 @@ def load(device):
         triton.knobs.build.impl = by_zig
     try:
         module = importlib.import_module("exact.kernels")
-        module.to_digits(torch.ones(1, 1, 1, dtype=torch.float64, device=device), 22)
+        x = torch.ones(2, 2, dtype=torch.float64, device=device)
+        module.product(x, x, 22)
     except Exception as error:  # whatever Triton needs and does not find: Python's headers, …
         return None, f"what Triton needs to start ({type(error).__name__}: {str(error)[:200]})"
     return module, None
@@ -90,4 +91,4 @@ def first_use(device):
         return False
     import triton
 
-    return not any(Path(triton.knobs.cache.dir).glob("*/product_kernel.json"))
+    return not any(Path(triton.knobs.cache.dir).glob("*/row_digits_kernel.json"))
