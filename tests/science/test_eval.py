@@ -230,7 +230,7 @@ def test_exchanged_labels_are_named_as_a_cause(capsys, compared):
 def test_the_verdict_on_ridge(capsys, compared):
     true, pred = random_labels()
     mixed = np.stack([true[:, 0], np.full(len(true), 3.0)], 1)  # better in valence alone
-    alike = pred + np.random.default_rng(1).normal(0, 0.05, pred.shape)
+    alike = 0.6 * true + 2 + np.random.default_rng(1).normal(0, 0.7, pred.shape)
     for ridge_pred, says in ((alike, "ties with ridge in both"), (true, "loses to ridge in both"),
                              (mixed, "loses to ridge in valence and beats ridge in arousal")):
         output = printed(evaluation_of(true, pred, ridge_pred), capsys)
