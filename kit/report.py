@@ -111,7 +111,7 @@ def print_quadrants(numbers):
 # ------------------------------------------------------------------------ correlation and collapse
 
 
-def collapsed(metrics, intervals):
+def collapsed(intervals):
     """Whether predicted valence and arousal are nearly one number, beyond what is true of the
     labels: both must hold over the whole interval."""
     low, high = intervals["correlation"]["predicted"]
@@ -124,12 +124,11 @@ def print_correlation(evaluation):
     ridge alike."""
     numbers = evaluation.content["numbers"]
     ridge = {"metrics": numbers["baselines"]["ridge"], "intervals": numbers["ridge_intervals"]}
-    network = {key: numbers[key] for key in ("metrics", "intervals")}
     print("\nCorrelation of valence with arousal\n"
           f"  labels   {rounded(numbers['metrics']['correlation']['true'])}")
-    for name, each in (("network", network), ("ridge", ridge)):
+    for name, each in (("network", numbers), ("ridge", ridge)):
         print(f"  {name:8} {with_interval(each, 'correlation', 'predicted')}"
-              + (", a collapse: nearly one number" if collapsed(**each) else ""))
+              + (", a collapse: nearly one number" if collapsed(each["intervals"]) else ""))
     swapped = evaluation.data.manifest["swapped_labels"]
     if swapped and evaluation.content["trained_on_labels"] == "shipped":
         print_exchange(evaluation.data, swapped)

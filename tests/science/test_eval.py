@@ -200,12 +200,27 @@ def test_nearly_equal_labels_are_no_collapse(capsys, compared):
     compared(1, "report")
 
 
+def test_what_may_be_less_than_a_collapse_is_none(compared):
+    """The whole interval lies beyond 0.9, on one side, and above what is true of the labels."""
+    for predicted, excess, expected in (([0.91, 0.95], [0.1, 0.2], True),
+                                        ([-0.95, -0.91], [0.1, 0.2], True),
+                                        ([0.85, 0.95], [0.1, 0.2], False),
+                                        ([-0.95, 0.95], [0.1, 0.2], False),
+                                        ([0.91, 0.95], [-0.01, 0.2], False)):
+        intervals = {"correlation": {"predicted": predicted, "excess": excess}}
+        assert report.collapsed(intervals) == expected
+    compared(5, "intervals")
+
+
 def test_exchanged_labels_are_named_as_a_cause(capsys, compared):
     """Only for a run that was trained on them."""
     true, pred = random_labels()
-    evaluation = evaluation_of(true, pred, pred, [[1, 100]])
-    words = " ".join(printed(evaluation, capsys).split())
-    assert "exchanged for 100 of 200 songs" in words and "would correlate at 1.000" in words
+    true[:, 1] = 3 + true[:, 1] / 4
+    labels = np.where(np.arange(200)[:, None] < 60, true[:, ::-1], true)
+    evaluation = evaluation_of(labels, pred, pred, [[1, 60]])
+    words, best = " ".join(printed(evaluation, capsys).split()), 0.7 * true + 0.3 * true[:, ::-1]
+    assert "exchanged for 60 of 200 songs" in words
+    assert f"would correlate at {np.corrcoef(best.T)[0, 1]:.3f}" in words
     corrected = evaluation._replace(content={**evaluation.content,
                                              "trained_on_labels": "corrected"})
     assert "exchanged" not in printed(corrected, capsys)
@@ -215,7 +230,8 @@ def test_exchanged_labels_are_named_as_a_cause(capsys, compared):
 def test_the_verdict_on_ridge(capsys, compared):
     true, pred = random_labels()
     mixed = np.stack([true[:, 0], np.full(len(true), 3.0)], 1)  # better in valence alone
-    for ridge_pred, says in ((pred, "ties with ridge in both"), (true, "loses to ridge in both"),
+    alike = 0.6 * true + 2 + np.random.default_rng(1).normal(0, 0.7, pred.shape)
+    for ridge_pred, says in ((alike, "ties with ridge in both"), (true, "loses to ridge in both"),
                              (mixed, "loses to ridge in valence and beats ridge in arousal")):
         output = printed(evaluation_of(true, pred, ridge_pred), capsys)
         assert f"\nThe network {says}" in output

@@ -205,6 +205,8 @@ def test_runs_that_cannot_be_pooled(pooled, splits, undrawn, tmp_path, fails, ca
     call(train, "--features", features, "--run", other, "--fold", 4, *QUICK, "--lr", "4e-5")
     base = "--features", features, "--device", "cpu"
     assert "differ in lr" in fails(eval_script, folder / "frozen-fold3", other, *base)
+    renamed = shutil.copytree(folder / "frozen-fold3", tmp_path / "x/frozen-fold4")
+    assert "have one name" in fails(eval_script, folder / "frozen-fold4", renamed, *base)
     capsys.readouterr()
     assert evaluate(features, folder / "frozen-fold4", other) == 0
     assert "\nmean " not in capsys.readouterr().out
