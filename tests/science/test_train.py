@@ -95,22 +95,27 @@ def test_dropout_follows_the_seed(features, compared):
     compared(3, "seeds")
 
 
-def test_two_epochs_by_hand(splits, tmp_path, compared):
+@pytest.mark.parametrize("options, target", [(["--lambda-var", 0.2], "true"),
+                                             (["--lambda-var", 0.2, "--corr-target", "zero"],
+                                              "zero"), (["--weight-loss"], "true")])
+def test_two_epochs_by_hand(splits, tmp_path, compared, options, target):
     """Each step: its learning rate, the loss, clipped gradients, AdamW; each epoch: the means over
     its steps, and val as one batch without dropout. Written a second time, in torch's float32."""
     features = made_features(tmp_path / "f", few(splits))
     training = new_training(features, *QUICK, "--finetune", "frozen", "--batch-size", 8, "--seed",
                             3, "--weight-decay", 0.5, "--grad-clip", 0.3, "--lambda-corr", 0.4,
-                            "--lambda-var", 0.2, "--step-size-up", 3, "--max-lr", 0.01)
+                            "--step-size-up", 3, "--max-lr", 0.01, *options)
     state, model = torch.get_rng_state(), copy.deepcopy(training.model)
     data, step, expected = DEAMFeatHandler(features, batch_size=8, seed=3), 0, []
     heads = [*model.valence.parameters(), *model.arousal.parameters()]
     optimizer = torch.optim.AdamW(heads, weight_decay=0.5)
+    weights = common.quadrant_weights(data.z_scored(data.datasets["train"].labels))
+    weights = weights if options == ["--weight-loss"] else None
 
     def numbers(clips, labels):
         pred = model([model.run_frozen(clip) for clip in clips])
         true = ((labels - data.mean) / data.std).float()
-        loss = common.emotion_loss(pred, true, 0.4, 0.2, "true")
+        loss = common.emotion_loss(pred, true, 0.4, 0.2, target, weights)
         return loss, (pred - true).square().mean(), (pred - true).abs().mean()
 
     for epoch in (1, 2):
@@ -144,6 +149,12 @@ def test_two_epochs_by_hand(splits, tmp_path, compared):
     assert [row[:2] for row in training.digests] == [[1, 1], [1, 2], [1, 4], [1, 5], [2, 10]]
     assert [row[2] for row in training.digests[3:]] == [row[2] for row in history]
     compared(16 + len(heads), "numbers and tensors")
+
+
+def test_attention_dropout_reaches_the_layers_that_train(features, compared):
+    model = new_training(features, *QUICK, "--attention-dropout", 0.4).model
+    assert [layer.attention.dropout for layer in model.layers] == [0.1, 0.4]
+    compared(2, "layers")
 
 
 def test_the_schedules(compared):
