@@ -196,7 +196,8 @@ def tops(x):
     return top
 
 
-@triton.jit(do_not_specialize=["length", "frames", "width", "step", "hop", "padding", "batch_stride",
+@triton.jit(do_not_specialize=["length", "frames", "width", "step", "hop", "padding",
+                               "batch_stride",
                                "channel_stride", "bits"])
 def window_digits_kernel(X, D, NEAR, REST, channels, length, frames, width, pitch, step, hop,
                          padding, batch_stride, channel_stride, stride, plane, bits,

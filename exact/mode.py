@@ -135,8 +135,8 @@ isfinite eq ne lt le gt ge equal logical_and logical_or logical_not logical_xor 
 """.split())
 # those of them that only look at the same memory: called so often that nothing else is asked
 VIEWS = set("""
-view _unsafe_view _reshape_alias as_strided t transpose permute squeeze unsqueeze expand select slice
-split split_with_sizes unbind detach alias
+view _unsafe_view _reshape_alias as_strided t transpose permute squeeze unsqueeze expand select
+slice split split_with_sizes unbind detach alias
 """.split())
 # those of them that may give a zero either sign, as the CPU's vectors fall: here it is always +
 EITHER_ZERO = {"relu", "threshold", "hardtanh", "clamp", "clamp_min", "clamp_max", "maximum",

@@ -144,7 +144,7 @@ def test_masks_scales_and_groups_of_heads(compared):
     compared(len(calls) + 2, "calls")
 
 
-# ------------------------------------------------------------------- kernels, by test_kernels' means
+# ----------------------------------------------------------------- kernels, by test_kernels' means
 
 
 def edges():

@@ -108,7 +108,8 @@ def test_tables_that_a_spreadsheet_saved(tmp_path, compared, content):
     (TABLE.encode("utf-16-le"), "UTF-16 without a byte order mark"),
     (TABLE.replace("3.1", "3\0.1"), "zero bytes"), (b"PK\3\4" + bytes(100), "save it as CSV"),
     (("Grüße," + TABLE).encode("latin-1"), "save it as UTF-8"),
-    ("<!DOCTYPE html>\n<html>", "in its header, '<!DOCTYPE html>'"), ("x" * 200_000, "not a table")])
+    ("<!DOCTYPE html>\n<html>", "in its header, '<!DOCTYPE html>'"),
+    ("x" * 200_000, "not a table")])
 def test_tables_that_would_be_read_wrongly(tmp_path, content, says):
     """Dates, separators of thousands, marks in two meanings: each is named, with its line."""
     (tmp_path / STATIC).write_bytes(content.encode() if isinstance(content, str) else content)

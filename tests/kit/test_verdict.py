@@ -97,7 +97,8 @@ def test_predictions_may_be_close_in_float32_alone(compared):
     made = {"predictions": {"2": [5.0, 6.0]}, "ridge_predictions": {"2": [5.0, 6.0]},
             "ridge_penalty": 100.0}
     for precision, kind in (("float32", "close"), ("exact", "different")):
-        for key, change, expected in (("predictions", 1e-6, kind), ("predictions", 0.02, "different"),
+        for key, change, expected in (("predictions", 1e-6, kind),
+                                      ("predictions", 0.02, "different"),
                                       ("ridge_predictions", 1e-6, "identical"),
                                       ("ridge_predictions", 1e-5, "different")):
             other = copy.deepcopy(made)

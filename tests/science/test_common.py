@@ -1,4 +1,4 @@
-"""What a method section would say, by hand: seeds, the states, pooling, heads, loss, the dataset."""
+"""What a method section would say, by hand: seeds, states, pooling, heads, loss, dataset."""
 
 import math
 
@@ -311,7 +311,8 @@ def test_a_pooling_with_parameters_trains(features, splits, tmp_path, monkeypatc
     if finetune == "frozen":
         layer, features = 12, made_features(tmp_path / "f", few(splits))
     monkeypatch.setattr(common, "Pooling", AttentionPooling)
-    starts = [EmotionModel(PARAMS, layer, finetune, seed).pooling.score.weight for seed in (0, 0, 1)]
+    starts = [EmotionModel(PARAMS, layer, finetune, seed).pooling.score.weight
+              for seed in (0, 0, 1)]
     assert torch.equal(*starts[:2]) and not torch.equal(*starts[1:])
     assert starts[0].abs().max() <= 1 / 8 and starts[0].requires_grad
     run = tmp_path / "run"
