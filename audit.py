@@ -6,8 +6,9 @@
 
 Compares the static labels with the means of the annotations over time, by range of ids. DEAM was
 collected a year at a time, and an exchange of columns happens to a whole batch. Correlation cannot
-tell which of the two files is exchanged; docs/results.md says what speaks for the static one. Then counts the
-test songs whose artist is also in train or val: a model can have learned the artist's sound.
+tell which of the two files is exchanged; docs/results.md says what speaks for the static one. Then
+counts the test songs whose artist is also in train or val: a model can have learned the artist's
+sound.
 """
 
 import os
