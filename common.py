@@ -25,7 +25,7 @@ from kit.deam import (SPLITS, corrected, download_deam, dynamic_annotations, fil
                       label_statistics, labels_of, own_splits, quadrant, read_annotations,
                       songs_of, static_annotations)
 from kit.features import NOTEBOOK_MANIFEST, FeatureReader, read_manifest
-from kit.files import prefetch, read_tensors, sha256, shortened, state_digest
+from kit.files import plain_json, prefetch, read_tensors, sha256, shortened, state_digest
 from kit.schema import check_schema
 from kit.weights import find_weights, fold_weight_norm, misfit
 
@@ -34,7 +34,8 @@ from kit.weights import find_weights, fold_weight_norm, misfit
 
 def seeds(seed):
     """Every seed of a run, by what it seeds: the first values of the heads, the order of the
-    training songs, and dropout. Nothing else in the kit is random."""
+    training songs, and dropout. Nothing else in a run is random; intervals are resampled with fixed
+    seeds, in kit/metrics.py."""
     return {"heads": seed, "shuffling": seed + 1, "dropout": seed + 2}
 
 
@@ -169,9 +170,6 @@ class Backbone:
         return states
 
 
-# ----------------------------------------------------------------------------------- DEAM and audio
-
-
 # ----------------------------------------------------------------------------------------- dataset
 
 
@@ -210,7 +208,7 @@ class DEAMHandler:
 class FeatDataset(Dataset):
     """Yields (features[T, D] as stored, label[2] float64: valence, arousal on 1–9).
 
-    reader: of kit.records, which reads a song's file and compares it with the manifest. Raises
+    reader: of kit.features, which reads a song's file and compares it with the manifest. Raises
     UserError naming a file that is missing, damaged or not [T, D]."""
 
     def __init__(self, reader, ids, annotations):
@@ -302,6 +300,7 @@ class DEAMFeatHandler:
             return Backbone(self.manifest["source"]["name"]).top_layers(self.settings["layer"])
         top = read_tensors(self.root / "top_layers.pt", "the backbone's top layers", TOP_LAYERS)
         if (top["layer"] != self.settings["layer"]
+                or plain_json(top["params"]) != self.manifest["params"]
                 or state_digest(top["state"]) != self.manifest["top_layers"]):
             raise UserError(f"{self.root / 'top_layers.pt'} is not the one of the manifest; run "
                             "extract.py again")
@@ -362,6 +361,9 @@ class Head(nn.Sequential):
 def layers_to_train(finetune, available, layer):
     """How many of the `available` layers above `layer` --finetune trains. Raises UserError."""
     if finetune in ("all", "lastN"):
+        if not available:
+            raise UserError(f"--finetune {finetune}: there is no layer above layer {layer}, whose "
+                            "states these features are; choose frozen")
         return available
     if finetune == "frozen":
         return 0
@@ -426,8 +428,8 @@ class EmotionModel(nn.Module):
     @torch.no_grad()
     def run_frozen(self, features):
         """One clip's features[T, D] through the frozen stages → states[T, D], or pooled[D] where
-        the pooling is one of them, on the model's device. Clip by clip, so that it can be kept or
-        computed again, whichever memory allows, without changing a bit."""
+        the pooling is one of them, on the model's device. One clip at a time: the bits are the same
+        whether the result is kept or computed again."""
         if not self.frozen_stages:
             return features.to(self.norm.weight.device)
         return through(self.frozen_stages, features.to(self.norm.weight)[None])[0]

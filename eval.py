@@ -129,7 +129,7 @@ def evaluate(args, folder, arithmetic, opened):
     pred = predictions(model, data, split, SimpleNamespace(**content), arithmetic)
     ridge_pred, penalty = ridge_predictions(data, split)
     metrics = {
-        "run": folder.name, "finetune": config["finetune"], "precision": config["precision"],
+        "run": folder.resolve().name, "finetune": config["finetune"], "precision": config["precision"],
         "source": splits["source"], "split": split, "labels": labels,
         "trained_on_labels": config["labels"], "songs": len(pred), "features": data.digest,
         "splits": splits_digest(splits), "label_values": label_digest(data.annotations, splits),
@@ -150,8 +150,9 @@ def are_folds(evaluations):
 def differing_settings(evaluations, *ignored):
     """"finetune, lr": in which settings evaluated runs differ; empty where in none."""
     first = evaluations[0].config
-    return ", ".join(key for key in first if key not in ignored
-                     and any(each.config[key] != first[key] for each in evaluations))
+    names = dict.fromkeys(key for each in evaluations for key in each.config)
+    return ", ".join(key for key in names if key not in ignored and any(
+        each.config.get(key) != first.get(key) for each in evaluations))
 
 
 def pool_folds(evaluations):

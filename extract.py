@@ -46,7 +46,6 @@ if __name__ == "__main__":
     ARGS = start(parser(), "rerun the same command to resume")  # before torch is imported
 
 import functools
-import json
 
 import torch
 
@@ -55,7 +54,7 @@ from kit.audio import BadClip, read_clip
 from kit.cli import Progress, UserError, torchrun
 from kit.deam import own_splits, read_splits, songs_of
 from kit.features import FeatureFolder, labels_table
-from kit.files import json_text, prefetch, sha256, shortened, state_digest
+from kit.files import plain_json, prefetch, sha256, shortened, state_digest
 from kit.machine import Arithmetic, cores, environment
 from kit.swapped import swapped_ranges
 
@@ -78,7 +77,7 @@ def describe(deam, backbone, layer, precision, store):
     """How features are made: a manifest but for its songs and which labels are swapped."""
     settings = {"weights": backbone.digest, "layer": layer, "precision": precision, "store": store,
                 "sample_rate": backbone.sample_rate, "normalize_epsilon": backbone.epsilon}
-    return {"settings": settings, "params": json.loads(json_text(backbone.params)),
+    return {"settings": settings, "params": plain_json(backbone.params),
             "annotations": sha256(labels_table(deam.annotations).encode()),
             "top_layers": state_digest(backbone.top_layers(layer)["state"])}
 

@@ -102,7 +102,8 @@ from kit.records import (HISTORY, describe_run, digest_steps, read_checkpoint, r
 
 
 def chosen_options(args, device):
-    """{name: value} of the options that decide a run's result, None where one has no effect.
+    """{name: value} of the options that decide a run's result; None for a rate or a weight that the
+    schedule or the loss does without, and for what decides no bit in exact arithmetic.
     device: in float32 its type decides bits. Raises UserError for options that contradict each
     other."""
     if args.schedule == "constant" and args.max_lr is not None:
@@ -254,15 +255,16 @@ class Training:
         """One optimiser step on a batch, its frozen stages' outputs and labels[B, 2] → (loss, MSE
         and MAE, float64[3] on the device; the learning rate)."""
         rate = learning_rate(self.step, self.steps, self.options)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        self.optimizer.param_groups[0]["lr"] = rate
         with self.arithmetic():
             true = self.targets(labels)
             pred = self.model(states, self.options.micro_batch)
             loss = self.loss(pred, true)
             self.model.zero_grad()
             loss.backward()
-            self.flat.grad = torch.cat([each.grad.flatten() for each in self.trainable])
+            # a parameter that the loss does not reach has no gradient
+            self.flat.grad = torch.cat([(torch.zeros_like(each) if each.grad is None else
+                                         each.grad).flatten() for each in self.trainable])
             torch.nn.utils.clip_grad_norm_(self.flat, self.options.grad_clip, foreach=False)
             self.optimizer.step()
             error = pred.detach().double() - true

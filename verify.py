@@ -50,6 +50,7 @@ if __name__ == "__main__":
     ARGS = start(parser(), "nothing was written")  # before torch is imported
 
 import random
+from types import SimpleNamespace
 
 import torch
 from torch.utils.data import DataLoader
@@ -57,17 +58,18 @@ from torch.utils.data import DataLoader
 import eval as evaluation
 import extract
 import train
-from common import TOP_LAYERS, Backbone, DEAMFeatHandler, DEAMHandler
+from common import TOP_LAYERS, Backbone, DEAMFeatHandler, DEAMHandler, load_model
 from kit.audio import BadClip
 from kit.cli import Progress, UserError
-from kit.deam import SPLITS, corrected, fold_splits, read_annotations, read_splits, songs_of
+from kit.deam import (SPLITS, corrected, fold_splits, read_annotations, read_splits, songs_of,
+                      splits_digest)
 from kit.features import ENTRY, SETTINGS, find_damage, labels_table, read_manifest
-from kit.files import (differences, read_tensors, read_text, sha256, shortened, state_digest,
-                       tensor_digest)
+from kit.files import (differences, plain_json, read_tensors, read_text, sha256, shortened,
+                       state_digest, tensor_digest)
 from kit.machine import Arithmetic
-from kit.records import (DIGESTS, HISTORY, describe_run, digest_steps, flat_config, open_record,
-                         pack, predictions_table, read_config, read_digests, read_history,
-                         read_metrics, read_run)
+from kit.records import (DIGESTS, HISTORY, describe_run, digest_steps, files_to_pack, flat_config,
+                         open_record, pack, predictions_table, read_config, read_digests,
+                         read_history, read_metrics, read_run)
 from kit.swapped import swapped_ranges
 from kit.verdict import Verdict, compare_numbers, compare_predictions
 from kit.weights import weights_name
@@ -108,6 +110,9 @@ def check_files(verdict, record):
     verdict.compare("settings of the features", record.content["features_settings"],
                     manifest["settings"])
     verdict.compare("backbone", record.model["backbone"], manifest["source"])
+    verdict.compare("settings of model.pt", record.model["settings"], manifest["settings"])
+    verdict.compare("architecture of model.pt", plain_json(record.model["params"]),
+                    manifest["params"])
     verdict.compare("names in the manifest", [sorted(SETTINGS), *[sorted(ENTRY)] * len(
         manifest["songs"])], [sorted(manifest["settings"]), *map(sorted,
                                                                  manifest["songs"].values())])
@@ -139,7 +144,11 @@ def check_evaluation(verdict, record, folder, metrics):
     expected = {"model": record.model["digest"], "initial_model": record.model["initial_model"],
                 "source": record.splits["source"], "trained_on_labels": config["labels"],
                 "features": manifest["digest"], "swapped_labels": manifest["swapped_labels"],
-                "finetune": config["finetune"], "precision": config["precision"]}
+                "finetune": config["finetune"], "precision": config["precision"],
+                "splits": splits_digest(record.splits)}
+    suffix = "" if metrics["labels"] == config["labels"] else f"-{metrics['labels']}"
+    verdict.compare(f"{folder.name}: split and labels", folder.name,
+                    f"eval-{metrics['split']}{suffix}")
     for key, value in expected.items():
         verdict.compare(f"{folder.name}: {key.replace('_', ' ')}", value, metrics[key])
 
@@ -266,11 +275,11 @@ def check_training(verdict, record, args):
     wanted = training.steps if args.steps == "all" else min(args.steps, training.steps)
     wanted = min(step for step in ends if step >= wanted)  # on to the next digest
     part = f"{wanted} of {training.steps} steps of training"
-    missing = [song for song in songs_of_steps(training, wanted)
-               if not training.data.reader.path(song).exists()]
-    if missing:
-        verdict.skip(part, f"{args.features} lacks features of their songs: run its extract.py "
-                     f"command with --songs {' '.join(map(str, missing))}")
+    songs = songs_of_steps(training, wanted)
+    if wanted == training.steps:  # then all predictions are compared too
+        songs = sorted({*songs, *evaluated_songs(record)})
+    if missing := missing_songs(training.data, songs):
+        verdict.skip(part, lacking(args, missing))
         return
     verdict.begin(part)
     with Progress(total=wanted, desc="train", unit="step") as bar:
@@ -279,8 +288,9 @@ def check_training(verdict, record, args):
     for names, expected, actual in ((DIGESTS, record.digests, training.digests),
                                     (HISTORY, record.history, training.history)):
         for then, now in zip(expected, actual):
+            place = f"step {now[1]}" if names is DIGESTS else f"epoch {now[0]}"
             for name, *values in zip(names, then, now):
-                verdict.compare(f"epoch {now[0]}, {name}", *values)
+                verdict.compare(f"{place}: {name}", *values)
     if training.step == training.steps:
         check_result(verdict, record, training, args)
     verdict.end()
@@ -292,11 +302,48 @@ def check_result(verdict, record, training, args):
     for name in ("model", "val_predictions"):
         verdict.compare(name.replace("_", " "), expected.get(name), actual[name],
                         any_close=not record.exact)
+    compare_evaluations(verdict, record, training.model, training.data, args)
+
+
+# ------------------------------------------------------------------- 5: predictions of the model
+
+
+def evaluated_songs(record):
+    return {song for metrics in record.metrics.values() for song in record.splits[metrics["split"]]}
+
+
+def missing_songs(data, songs):
+    return [song for song in songs if not data.reader.path(song).exists()]
+
+
+def lacking(args, missing):
+    return (f"{args.features} lacks features of {len(missing)} songs: run its extract.py command "
+            f"with --songs {' '.join(map(str, missing[:20]))}"
+            + (" …, or without --songs" if missing[20:] else ""))
+
+
+def check_predictions(verdict, record, args):
+    """What the published model predicts of every split that was evaluated."""
+    part = "predictions of the published model"
+    data = DEAMFeatHandler(args.features, record.splits, allow_missing=None)
+    songs = {*evaluated_songs(record), *data.ids["train"], *data.ids["val"]}  # ridge's as well
+    if missing := missing_songs(data, sorted(songs)):
+        verdict.skip(part, lacking(args, missing))
+        return
+    verdict.begin(part)
+    model = load_model(record.model, record.folder / "model.pt")
+    compare_evaluations(verdict, record, model, SimpleNamespace(**record.model), args)
+    verdict.end()
+
+
+def compare_evaluations(verdict, record, model, scale, args):
+    """Compare a model's predictions, and ridge's, with the published ones. scale: what has the
+    `mean` and `std` of the labels that it was trained on."""
     arithmetic = Arithmetic("exact", args.device)
-    model = training.model.to(arithmetic.dtype)
+    model = model.to(arithmetic.device, arithmetic.dtype)
     for metrics in record.metrics.values():
         data = DEAMFeatHandler(args.features, record.splits, labels=metrics["labels"])
-        pred = evaluation.predictions(model, data, metrics["split"], training.data, arithmetic)
+        pred = evaluation.predictions(model, data, metrics["split"], scale, arithmetic)
         ridge_pred, penalty = evaluation.ridge_predictions(data, metrics["split"])
         compare_predictions(verdict, metrics, {
             "predictions": pred, "ridge_predictions": ridge_pred, "ridge_penalty": penalty})
@@ -313,7 +360,7 @@ def check_folder(root):
     for song, reason in damage.items():
         verdict.compare(reason or f"song {song}", "whole", "damaged" if reason else "whole")
     verdict.end()
-    verdict.begin("annotations, top layers and splits")
+    verdict.begin("annotations and top layers")
     table = read_text(root / "annotations.csv", "a table of labels")
     verdict.compare("annotations.csv", manifest["annotations"], sha256(table.encode()))
     top = read_tensors(root / "top_layers.pt", "the backbone's top layers", TOP_LAYERS)
@@ -352,6 +399,8 @@ def run(args):
         return check_folder(args.features)
     deam = DEAMHandler(args.deam) if args.deam else None
     with open_record(args.record) as folder:
+        if args.pack:
+            files_to_pack(folder)  # before any work
         record, verdict = Record(folder), Verdict(args.record)
         check_files(verdict, record)
         annotations = find_annotations(args, deam)
@@ -368,11 +417,13 @@ def run(args):
              verdict.skip("PCM and features", reason))
         if args.features:
             check_training(verdict, record, args)
+            if record.metrics and args.steps != "all":
+                check_predictions(verdict, record, args)
         else:
             verdict.skip("training", "give a folder of its features with --features FOLDER")
         code = verdict.finish()
         if args.pack and code != 1:
-            pack(folder, args.pack, record.metrics)
+            pack(folder, args.pack)
             print(f"next: publish {args.pack}; others check it with python verify.py {args.pack}")
     return code
 

@@ -130,6 +130,11 @@ def json_text(value):
     return json.dumps(value, indent=1, allow_nan=False) + "\n"
 
 
+def plain_json(value):
+    """A value as it is read from a JSON file: tuples are lists."""
+    return json.loads(json_text(value))
+
+
 def write_json(path, value):
     write_file(path, json_text(value))
 

@@ -293,7 +293,7 @@ def open_record(path):
         return
     with tempfile.TemporaryDirectory() as place:
         try:
-            with tarfile.open(path) as tar:
+            with tarfile.open(path, "r:") as tar:
                 for entry in tar:
                     name = Path(place, *Path(entry.name).parts[1:])
                     # only what --pack writes: nothing that points elsewhere is unpacked
@@ -301,21 +301,27 @@ def open_record(path):
                             PACKED + EVALUATED):
                         name.parent.mkdir(parents=True, exist_ok=True)
                         name.write_bytes(tar.extractfile(entry).read())
-        except (tarfile.TarError, OSError, EOFError) as error:
+        except (tarfile.TarError, OSError, EOFError, ValueError) as error:
             raise UserError(f"{path} is neither a run's folder nor a .tar of one ({error})"
                             ) from None
         yield Path(place)
 
 
-def pack(folder, file, evaluations):
-    """Write what is to be published of a run as a .tar: all that checks need, and the figures; no
-    audio, no features. The same files give the same tar. Raises UserError where one is missing."""
-    names = sorted(PACKED + [f"{each.name}/{name}" for each in evaluations for name in EVALUATED])
+def files_to_pack(folder):
+    """The names of a run's files that are published: all that checks need, and the figures; no
+    audio, no features. Raises UserError where one is missing."""
+    evaluations = sorted(each.parent.name for each in folder.glob("eval-*/metrics.json"))
     if not evaluations:
-        raise UserError(f"{folder} is not evaluated: run eval.py {folder} first")
+        raise UserError(f"{folder} is not evaluated: run eval.py on it first")
+    names = sorted(PACKED + [f"{each}/{name}" for each in evaluations for name in EVALUATED])
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise UserError(f"{folder} is not complete: {shortened(missing)} missing")
-    buffer, title = io.BytesIO(), file.name.removesuffix(".tar")
+    return names
+
+
+def pack(folder, file):
+    """Write a run's files as a .tar. The same files give the same tar. Raises UserError."""
+    names, buffer, title = files_to_pack(folder), io.BytesIO(), file.name.removesuffix(".tar")[:99]
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for name in names:
             data, entry = (folder / name).read_bytes(), tarfile.TarInfo(f"{title}/{name}")
