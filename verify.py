@@ -317,9 +317,9 @@ def missing_songs(data, songs):
 
 
 def lacking(args, missing):
-    return (f"{args.features} lacks features of {len(missing)} songs: run its extract.py command "
-            f"with --songs {' '.join(map(str, missing[:20]))}"
-            + (" …, or without --songs" if missing[20:] else ""))
+    songs = f" with --songs {' '.join(map(str, missing))}" if len(missing) < 300 else ""
+    return (f"{args.features} lacks features of {len(missing)} songs: run its extract.py command"
+            + songs)
 
 
 def check_predictions(verdict, record, args):
