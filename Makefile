@@ -1,4 +1,4 @@
-# make demo     the whole kit on synthetic songs, offline, about a minute after the install
+# make demo     the whole kit on synthetic songs, offline, two minutes after the install
 # make test     the tests
 # make deam     the published configuration on DEAM itself: network, and a GPU to be done today
 # make folds    ten-fold cross-validation of the heads alone, on the features of `make deam`
