@@ -10,15 +10,18 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 from conftest import ROOT, call, extraction
 
 import extract
 import verify
 from common import Backbone, DEAMHandler
+from kit.deam import read_splits, songs_of
 from kit.features import read_manifest
-from kit.files import tensor_digest
+from kit.files import read_json, tensor_digest
 
 FLOAT32 = ["--precision", "float32"]
 
@@ -256,3 +259,29 @@ def test_a_complete_folder_may_be_for_reading_only(demo, own, ids, monkeypatch, 
     message = fails(extract, *command)
     assert "cannot write" in message and "choose a folder that you may write to" in message
     compared(len(ids), "songs")
+
+
+def test_channels_that_cancel_are_noted(demo, tmp_path, capsys, compared):
+    """In the song's record and at the end of the run."""
+    root = tmp_path / "D"
+    shutil.copytree(demo / "DEAM/DEAM_Annotations", root / "DEAM_Annotations")
+    song = min(songs_of(read_splits(demo / "splits.json")))
+    left = np.random.default_rng(0).uniform(-0.5, 0.5, 16000)
+    soundfile.write(root / f"{song}.wav", np.stack([left, -left], 1), 16000)
+    folder = tmp_path / "f"
+    assert call(extract, "--deam", root, "--weights", demo / "backbone", "--splits",
+                demo / "splits.json", "--features", folder, "--device", "cpu", "--songs", song,
+                *FLOAT32) == 0
+    note = read_json(folder / f"songs/{song}.json", "")["note"]
+    assert "cancel" in note and f"note: song {song}: {note}" in capsys.readouterr().out
+    compared(1, "song")
+
+
+def test_a_manifest_says_what_its_backbone_is(demo, compared):
+    """Sample rate and z-scoring of the waveform too: the demo's backbone has none of it."""
+    backbone, deam = Backbone(demo / "backbone"), DEAMHandler(demo / "DEAM")
+    backbone.epsilon, backbone.sample_rate = 1e-7, 8000
+    settings = extract.describe(deam, backbone, 10, "exact", "float16")["settings"]
+    assert settings == {"weights": backbone.digest, "layer": 10, "precision": "exact",
+                        "store": "float16", "sample_rate": 8000, "normalize_epsilon": 1e-7}
+    compared(len(settings), "settings")
