@@ -135,8 +135,9 @@ def start(parser, advice):
     if not hasattr(builtins, "__IPYTHON__"):  # whose process is the user's, and stays
         signal.signal(signal.SIGINT, stop)
         signal.signal(signal.SIGTERM, stop)
-    if getattr(args, "precision", None) != "exact" or getattr(args, "verify", None):
-        # what is verified says itself how it was computed, in a file that is not read yet
+    if getattr(args, "precision", None) != "exact":
+        # also for scripts without that option: a run says itself how it was computed, in a file
+        # that is not read yet
         os.environ.update(PINS)
     # no bits, but time: large tensors on large pages of memory; threads that wait soon sleep, since
     # spinning they would hold the cores that others compute on
