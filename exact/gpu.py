@@ -73,6 +73,7 @@ def kernels(device):
     return load(device)[0]
 
 
+@functools.cache
 def has_int8_products(device):
     """Whether Triton compiles products of int8 matrices for a device that runs kernels."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)

@@ -135,7 +135,8 @@ def div(x, y):
     dtype = torch.result_type(x, y)
     dtype = dtype if dtype.is_floating_point else torch.float64
     device = y.device if isinstance(y, torch.Tensor) and not x.ndim else x.device
-    y = torch.as_tensor(y, dtype=dtype).to(device)
+    y = (y.to(device, dtype) if isinstance(y, torch.Tensor)
+         else torch.full((), y, dtype=dtype, device=device))  # a copy from the host would wait
     x, y = torch.broadcast_tensors(x.to(device, dtype), y)
     return x / y
 

@@ -213,6 +213,11 @@ class Exact(TorchDispatchMode):
         super().__init__()
         self.outermost, self.apart = [], apart
 
+    @classmethod
+    def _should_skip_dynamo(cls):
+        """Else torch sends every operation through its compiler, which it would import first."""
+        return False
+
     def __enter__(self):
         self.outermost.append(not in_exact())
         if not self.outermost[-1]:  # within itself: nothing to add
