@@ -1,22 +1,24 @@
 """Audio files: decoding, averaging of channels, resampling."""
 
 import contextlib
+import ctypes
 import functools
 import io
 import math
 import os
-import re
+import platform
+import threading
 
 import numpy as np
 import soundfile
 import torch
 
-from kit.containers import streams_of
+from kit.containers import BadClip, stream_of, truncated
 from kit.files import tensor_digest
-from kit.streams import BLOCK, BadClip, no_stderr, truncated
 
 SHORTEST = 400  # samples at the backbone's rate: what one frame of the base architecture sees
 RATES = 4000, 384_000  # Hz: the lowest and highest sample rate accepted
+BLOCK = 1 << 16  # bytes
 QUIET = -20  # dB: a mix that much quieter than its channels is remarked on
 
 
@@ -37,97 +39,75 @@ def read_windows(path, sample_rate, window=None, hop=None):
     one and a half `window` seconds, windows of that length every `hop` seconds, the last one
     aligned with the end. Holds no more than the window at hand.
     Raises BadClip for a file that is empty, truncated, damaged, not audio, not finite, of an
-    unusual or a changing sample rate, or shorter than one frame of the encoder."""
+    unusual sample rate, or shorter than one frame of the encoder."""
     try:
-        with contextlib.closing(Decoder(path)) as decoder:
-            rate, first = decoder.rate, 0
-            longest = int(1.5 * window * rate) if window else math.inf
-            # held: decoded frames from frame `first` on; held[:size] is the window to yield
-            held = decoder.read(longest + 1)
-            size = len(held) if len(held) <= longest else round(window * rate)
-            while size * sample_rate >= SHORTEST * rate:
-                if not np.isfinite(held[:size]).all():
+        with open(os.fsencode(path), "rb", BLOCK) as file, \
+                contextlib.closing(Decoder(file)) as decoder:  # a name need not be valid text
+            rate = decoder.rate
+            for first, pcm in windows_of(decoder, window, hop):
+                if len(pcm) * sample_rate < SHORTEST * rate:
+                    raise BadClip(f"too short: {len(pcm)} samples at {rate} Hz, one frame needs "
+                                  f"{math.ceil(SHORTEST * rate / sample_rate)}")
+                if not np.isfinite(pcm).all():
                     raise BadClip("holds NaN or infinity")
-                yield first / rate, to_waveform(held[:size], rate, sample_rate), held[:size]
-                if not window:
-                    break  # that was the whole file
-                step = max(1, round(hop * rate))
-                held = np.concatenate([held, decoder.read(step + size - len(held))])
-                if len(held) == size:
-                    break
-                step = min(step, len(held) - size)
-                held, first = held[step:], first + step
-            length = first + len(held)
-            if length * sample_rate < SHORTEST * rate:
-                raise BadClip(f"too short: {length} samples at {rate} Hz, one frame needs "
-                              f"{math.ceil(SHORTEST * rate / sample_rate)}")
+                yield first / rate, to_waveform(pcm, rate, sample_rate), pcm
     except soundfile.LibsndfileError as error:
-        problem = error.error_string if error.code != 7 else "Format not recognised."  # "a pipe?"
-        raise BadClip(f"not readable as audio ({problem})") from None
-    except (OSError, TypeError, ValueError, UnicodeError) as error:
+        raise BadClip(f"not readable as audio ({error.error_string})") from None
+    except (OSError, ValueError) as error:
         raise BadClip(f"not readable as audio ({error})") from None
 
 
-class Decoder:
-    """A file's frames: those of its Streams, one after another, which have one `rate` and one
-    number of channels. Raises BadClip where a stream has fewer than it should."""
+def windows_of(decoder, window, hop):
+    """(first sample, PCM) of each window that read_windows describes."""
+    longest = int(1.5 * window * decoder.rate) if window else math.inf
+    pcm = decoder.read(longest + 1)
+    if len(pcm) <= longest:
+        yield 0, pcm
+        return
+    first, size, hop = 0, round(window * decoder.rate), max(1, round(hop * decoder.rate))
+    while True:
+        yield first, pcm[:size]
+        pcm = np.concatenate([pcm, decoder.read(hop + size - len(pcm))])
+        if len(pcm) == size:
+            return
+        step = min(hop, len(pcm) - size)
+        first, pcm = first + step, pcm[step:]
 
-    def __init__(self, path):
-        self.file = open(os.fsencode(path), "rb", BLOCK)  # its name need not be valid text
-        self.length, self.sound, self.streams = 0, None, iter(())
-        try:
-            self.streams = iter(streams_of(self.file))
-            self.open_next()
-        except BaseException:
-            self.close()
-            raise
+
+class Decoder:
+    """An open file's PCM, of one `rate` in Hz and one number of `channels`. Raises BadClip where
+    there is less of it than there should be."""
+
+    def __init__(self, file):
+        self.stream, self.count = stream_of(file), 0
+        with no_stderr():
+            self.sound = soundfile.SoundFile(io.BufferedReader(self.stream, BLOCK))
+        self.sound.seekable = lambda: False  # else soundfile seeks after each read, fails at ends
         self.rate, self.channels = self.sound.samplerate, self.sound.channels
+        self.expected = min(self.sound.frames, self.stream.samples or self.sound.frames)
+        if not RATES[0] <= self.rate <= RATES[1]:
+            raise BadClip(f"its sample rate is {self.rate} Hz: convert it to 44100 Hz")
 
     def close(self):
-        if self.sound:
-            self.sound.close()
-        self.file.close()
-
-    def open_next(self):
-        """Open the next stream; after the last one, none is open."""
-        previous, self.sound = self.sound, None
-        if previous:
-            previous.close()
-        self.stream, self.count = next(self.streams, None), 0
-        if not self.stream:
-            return
-        with no_stderr():
-            self.sound = sound = soundfile.SoundFile(io.BufferedReader(self.stream, BLOCK))
-        sound.seekable = lambda: False  # else soundfile seeks after each read, and fails at ends
-        self.expected = min(sound.frames, self.stream.samples or sound.frames)
-        if not RATES[0] <= sound.samplerate <= RATES[1]:
-            raise BadClip(f"its sample rate is {sound.samplerate} Hz: convert it to 44100 Hz")
-        if sound.format == "MP3" and not self.stream.samples:
-            raise BadClip("its MPEG frames cannot be counted (free format?): convert it to WAV")
-        if previous and (self.rate, self.channels) != (sound.samplerate, sound.channels):
-            raise BadClip(f"changes from {self.rate} Hz and {self.channels} channels to "
-                          f"{sound.samplerate} Hz and {sound.channels} after "
-                          f"{self.length / self.rate:.1f} s: convert each part to WAV")
+        self.sound.close()
 
     def read(self, count):
-        """Up to `count` frames, fewer at the end: float32[frames, channels]. Block by block, for a
-        header may claim any length."""
+        """Up to `count` samples, fewer at the end: float32[samples, channels]. Block by block, for
+        a header may claim any length."""
         blocks = [np.zeros((0, self.channels), np.float32)]
-        while count > 0 and self.sound:
-            blocks.append(self.read_block(min(count, 1 << 20)))
-            count -= len(blocks[-1])
-            self.count += len(blocks[-1])
-            self.length += len(blocks[-1])
-            if not len(blocks[-1]):
-                self.check_length()
-                self.open_next()
+        while count > 0 and len(block := self.read_block(min(count, 4096))):
+            blocks.append(block)
+            count -= len(block)
+            self.count += len(block)
+        if count > 0:
+            self.check_length()
         return np.concatenate(blocks)
 
     def read_block(self, count):
         # FLAC fails at what is behind its end, a tag perhaps: all before that is read first
         known = self.stream.samples if self.sound.format == "FLAC" else None
-        if known and self.count <= known:
-            count = min(count, max(known - self.count, 1), 4096)
+        if known and self.count < known:
+            count = min(count, known - self.count)
         try:
             with no_stderr():
                 return self.sound.read(count, dtype="float32", always_2d=True)
@@ -136,18 +116,48 @@ class Decoder:
                 return np.zeros((0, self.channels), np.float32)
             if known and self.count < known:
                 raise truncated(known / self.rate, self.count / self.rate) from None
-            raise BadClip(f"damaged after {self.length / self.rate:.1f} s") from None
+            raise BadClip(f"damaged after {self.count / self.rate:.1f} s") from None
 
     def check_length(self):
-        """Raise BadClip where the stream that ended was shorter than expected."""
-        notes, rate = self.sound.extra_info, self.rate
+        """Raise BadClip where the end has come too early."""
         if self.stream.error:
             raise self.stream.error
-        if self.count < self.expected - rate // 10 and self.expected < 2**62:
-            raise truncated(self.expected / rate, self.count / rate)
-        riff = re.search(r"riff *: (\d+) \(should be (\d+)", notes)  # W64
-        if riff and int(riff[2]) < int(riff[1]):
-            raise BadClip(f"truncated: its header says {riff[1]} bytes, and {riff[2]} are there")
+        unknown = self.expected >= 2**62
+        if not unknown and self.count < self.expected - self.rate // 10:
+            raise truncated(self.expected / self.rate, self.count / self.rate)
+
+
+class NoStderr:
+    """Keeps C libraries' own lines off the terminal while any thread decodes: libmpg123's cannot be
+    turned off through libsndfile. Only C's `stderr` is replaced; Python's and file descriptor 2
+    work as ever. Does nothing but with glibc."""
+
+    def __init__(self):
+        self.lock, self.depth = threading.Lock(), 0
+        self.pointer = self.null = None
+        if platform.libc_ver()[0] == "glibc":
+            libc = ctypes.CDLL(None)
+            libc.fopen.restype = ctypes.c_void_p
+            self.pointer = ctypes.c_void_p.in_dll(libc, "stderr")
+            self.null = libc.fopen(os.devnull.encode(), b"w")
+            self.own = self.pointer.value
+
+    @contextlib.contextmanager
+    def __call__(self):
+        with self.lock:
+            self.depth += 1
+            if self.null:
+                self.pointer.value = self.null
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.depth -= 1
+                if self.null and not self.depth:
+                    self.pointer.value = self.own
+
+
+no_stderr = NoStderr()
 
 
 def mix_level(pcm):

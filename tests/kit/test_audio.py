@@ -18,7 +18,7 @@ from common import DEAMHandler
 from kit.audio import mix_level, read_clip, read_waveform, read_windows, resample, sin_pi
 from kit.containers import looks_like_audio
 from kit.deam import STATIC
-from kit.streams import BadClip, no_stderr
+from kit.audio import BadClip, no_stderr
 
 RATE = 44100
 NOISE = np.random.default_rng(0).normal(0, 0.1, 5 * RATE)
