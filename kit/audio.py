@@ -104,22 +104,20 @@ class Decoder:
         return np.concatenate(blocks)
 
     def read_block(self, count):
-        # FLAC fails at what is behind its end, a tag perhaps: all before that is read first
-        known = self.stream.samples if self.sound.format == "FLAC" else None
-        if known and self.count < known:
-            count = min(count, known - self.count)
+        left = (self.stream.samples or 0) - self.count
+        if left > 0:  # what is behind the end of a FLAC file, a tag perhaps, is read last
+            count = min(count, left)
         try:
             with no_stderr():
                 return self.sound.read(count, dtype="float32", always_2d=True)
         except soundfile.LibsndfileError:
-            if known and self.count == known:
+            if self.count == self.stream.samples:
                 return np.zeros((0, self.channels), np.float32)
-            if known and self.count < known:
-                raise truncated(known / self.rate, self.count / self.rate) from None
+            self.check_length()
             raise BadClip(f"damaged after {self.count / self.rate:.1f} s") from None
 
     def check_length(self):
-        """Raise BadClip where the end has come too early."""
+        """Raise BadClip where the end has come too early; the error that hindered a reading."""
         if self.stream.error:
             raise self.stream.error
         unknown = self.expected >= 2**62

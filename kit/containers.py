@@ -235,18 +235,19 @@ def chunk_stream(file, head, begin, end):
     else:
         raise BadClip("damaged or truncated: no sound in it")
     left = end - start
-    endless = any(size in sizes for sizes in ENDLESS)
-    if not endless and (size == 0 or left - size > 1024):
-        endless = not ends_in_chunks(file, following, begin, start + size, end)
-    if endless:
-        for another in find_all(file, re.compile(b"(?s)RIFF....WAVEfmt "), start, end, 16):
-            raise several(another - begin, end - begin, "bytes")
+    until_end = any(size in sizes for sizes in ENDLESS)
+    if not until_end and (size == 0 or left - size > 1024):
+        until_end = not ends_in_chunks(file, following, begin, start + size, end)
+    if until_end:
         size = left
     if size > left:
         raise BadClip(f"truncated: its header says {size} bytes of sound, and {left} are there")
     if size >= 1 << 32:
         raise BadClip(f"holds {size / 1e9:.1f} GB of sound, more than its format can tell: convert "
                       "it to FLAC")
+    if until_end:
+        for another in find_all(file, re.compile(b"(?s)RIFF....WAVEfmt "), start, end, 16):
+            raise several(another - begin, end - begin, "bytes")
     return Stream(file, [(begin, start - 4), struct.pack(f"{order}I", size), (start, end)])
 
 
