@@ -3,7 +3,6 @@
 import contextlib
 import ctypes
 import functools
-import io
 import math
 import os
 import platform
@@ -18,7 +17,6 @@ from kit.files import tensor_digest
 
 SHORTEST = 400  # samples at the backbone's rate: what one frame of the base architecture sees
 RATES = 4000, 384_000  # Hz: the lowest and highest sample rate accepted
-BLOCK = 1 << 16  # bytes
 QUIET = -20  # dB: a mix that much quieter than its channels is remarked on
 
 
@@ -41,7 +39,7 @@ def read_windows(path, sample_rate, window=None, hop=None):
     Raises BadClip for a file that is empty, truncated, damaged, not audio, not finite, of an
     unusual sample rate, or shorter than one frame of the encoder."""
     try:
-        with open(os.fsencode(path), "rb", BLOCK) as file, \
+        with open(os.fsencode(path), "rb", 1 << 16) as file, \
                 contextlib.closing(Decoder(file)) as decoder:  # a name need not be valid text
             rate = decoder.rate
             for first, pcm in windows_of(decoder, window, hop):
@@ -81,7 +79,7 @@ class Decoder:
     def __init__(self, file):
         self.stream, self.count = stream_of(file), 0
         with no_stderr():
-            self.sound = soundfile.SoundFile(io.BufferedReader(self.stream, BLOCK))
+            self.sound = soundfile.SoundFile(self.stream)
         self.sound.seekable = lambda: False  # else soundfile seeks after each read, fails at ends
         self.rate, self.channels = self.sound.samplerate, self.sound.channels
         self.expected = min(self.sound.frames, self.stream.samples or self.sound.frames)

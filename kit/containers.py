@@ -4,7 +4,6 @@ at the end of the first of several recordings; it is given a Stream, whose end i
 Read are WAV, AIFF, FLAC, Ogg (Vorbis or Opus) and MP3 with one recording in each file."""
 
 import bisect
-import io
 import re
 import struct
 import zlib
@@ -41,8 +40,9 @@ class BadClip(Exception):
     """One audio file that cannot be used; the others can."""
 
 
-class Stream(io.RawIOBase):
-    """Parts of an open file, one after another: bytes, or (begin, end) in the file.
+class Stream:
+    """Parts of an open file, one after another, as a file for libsndfile: bytes, or (begin, end) in
+    the file.
 
     samples: how many it should give; None where libsndfile knows. endless: it claims to be longer
     than any file, for libsndfile stops where it estimates an MP3's end; in its last bytes libmpg123
@@ -63,12 +63,6 @@ class Stream(io.RawIOBase):
         self.parts.append(part)
         self.size += size
 
-    def readable(self):
-        return True
-
-    def seekable(self):
-        return True
-
     def tell(self):
         return self.position
 
@@ -76,23 +70,23 @@ class Stream(io.RawIOBase):
         position = offset + (0, self.position, self.size)[whence]
         if 0 <= position < 1 << 60:  # damaged headers ask for others; no exception may be raised
             self.position = position
-        return self.position
 
-    def readinto(self, buffer):
-        """Up to as many bytes as the buffer takes, of one part; none at the end."""
+    def read(self, count):
+        data = b""
+        while len(data) < count and (piece := self.read_part(count - len(data))):
+            data += piece
+            self.position += len(piece)
+        return data
+
+    def read_part(self, count):
+        """Up to `count` bytes at the position, of one part; none at the end."""
         index = bisect.bisect_right(self.starts, self.position) - 1
         part, offset = self.parts[index], self.position - self.starts[index]
         if isinstance(part, bytes):
-            data = part[offset:offset + len(buffer)]
-        else:
-            data = self.read_file(part[0] + offset, min(len(buffer), part[1] - part[0] - offset))
-        buffer[:len(data)] = data
-        self.position += len(data)
-        return len(data)
-
-    def read_file(self, position, count):
+            return part[offset:offset + count]
+        begin, end = part
         try:
-            return read_at(self.file, position, count) if count > 0 else b""
+            return read_at(self.file, begin + offset, max(0, min(count, end - begin - offset)))
         except OSError as error:
             self.error = error
             return b""
