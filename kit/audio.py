@@ -14,6 +14,7 @@ import torch
 
 from kit.containers import BadClip, stream_of, truncated
 from kit.files import tensor_digest
+from kit.mpeg import BLOCK
 
 SHORTEST = 400  # samples at the backbone's rate: what one frame of the base architecture sees
 RATES = 4000, 384_000  # Hz: the lowest and highest sample rate accepted
@@ -38,9 +39,9 @@ def read_windows(path, sample_rate, window=None, hop=None):
     aligned with the end. Holds no more than the window at hand.
     Raises BadClip for a file that is empty, truncated, damaged, not audio, not finite, of an
     unusual sample rate, or shorter than one frame of the encoder."""
+    name = os.fsencode(path)  # it need not be valid text
     try:
-        with open(os.fsencode(path), "rb", 1 << 16) as file, \
-                contextlib.closing(Decoder(file)) as decoder:  # a name need not be valid text
+        with open(name, "rb", BLOCK) as file, contextlib.closing(Decoder(file)) as decoder:
             rate = decoder.rate
             for first, pcm in windows_of(decoder, window, hop):
                 if len(pcm) * sample_rate < SHORTEST * rate:

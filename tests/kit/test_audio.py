@@ -270,6 +270,20 @@ def test_sizes_from_pipes_mean_until_the_end(length, refused, compared, kind, ch
     compared(len(SIZES) + 5, "sizes")
 
 
+def test_chunks_of_odd_sizes_are_followed(length, compared):
+    """Before the sound, and behind sound of an odd size: with the zero that the format asks for, or
+    without it, for some programs leave it out."""
+    data = encoded("WAV", channels=1, subtype="PCM_U8")
+    place, odd = data.index(b"data"), b"LIST\3\0\0\0abc"
+    sound = b"data" + struct.pack("<I", 2 * RATE - 1) + data[place + 8:-1]
+    note = b"LIST" + struct.pack("<I", 4000) + bytes(4000)
+    cases = [data[:place] + odd + b"\0" + data[place:]]
+    cases += [data[:place] + sound + zero + note for zero in (b"", b"\0")]
+    for each in cases:
+        assert length(each) == 2
+    compared(len(cases), "files")
+
+
 def test_sound_beyond_4_gib_is_not_left_out(tmp_path, compared):
     """A sparse WAV file whose size has wrapped."""
     data, more = bytearray(encoded("WAV", 1)), 5 << 30
