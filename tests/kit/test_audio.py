@@ -219,8 +219,8 @@ def test_several_recordings_in_one_file_are_named(refused, compared):
     others += [(wav + b"LIST\4\0\0\0abcd", wav), (wav, wav[36:]), (bytes(piped), wav),
                (PICTURE + flac + ID3V1, PICTURE + flac), (ogg + JUNK, ogg), (ogg, ogg[:5000])]
     for data in mp3s:
-        assert re.match(r"several recordings in one file, [345]\.. s in all, of which the first has "
-                        r"2\..: split it, or convert it to", refused(data))
+        assert re.match(r"several recordings in one file, [345]\.. s in all, of which the first "
+                        r"has 2\..: split it, or convert it to", refused(data))
     for first, second in others:
         line = refused(first + second)
         assert re.match(r"several recordings in one file, \d+ bytes in all, of which the first has "
