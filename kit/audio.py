@@ -79,25 +79,36 @@ class Decoder:
 
     def __init__(self, file):
         self.stream, self.count = stream_of(file), 0
-        with no_stderr():
-            self.sound = soundfile.SoundFile(self.stream)
-        self.sound.seekable = lambda: False  # else soundfile seeks after each read, fails at ends
+        # libsndfile reads an MP3 frame by frame: if it called Python for each, threads that decode
+        # would wait for one another
+        self.copy = self.stream.copy() if self.stream.mpeg else None
+        self.open(self.copy.fileno() if self.copy else self.stream)
         self.rate, self.channels = self.sound.samplerate, self.sound.channels
-        self.expected = min(self.sound.frames, self.stream.samples or self.sound.frames)
+        frames, samples = self.sound.frames, self.stream.samples or self.sound.frames
+        self.expected = samples if self.stream.estimated else min(frames, samples)
         if not RATES[0] <= self.rate <= RATES[1]:
             raise BadClip(f"its sample rate is {self.rate} Hz: convert it to 44100 Hz")
 
+    def open(self, source):
+        with no_stderr():
+            self.sound = soundfile.SoundFile(source, closefd=False)
+        self.sound.seekable = lambda: False  # else soundfile seeks after each read, fails at ends
+
     def close(self):
         self.sound.close()
+        if self.copy:
+            self.copy.close()
 
     def read(self, count):
         """Up to `count` samples, fewer at the end: float32[samples, channels]. Block by block, for
         a header may claim any length."""
         blocks = [np.zeros((0, self.channels), np.float32)]
-        while count > 0 and len(block := self.read_block(min(count, 4096))):
+        while count > 0 and len(block := self.read_block(min(count, BLOCK))):
             blocks.append(block)
             count -= len(block)
             self.count += len(block)
+            if self.stream.estimated and self.count == self.sound.frames:
+                self.read_on()
         if count > 0:
             self.check_length()
         return np.concatenate(blocks)
@@ -114,6 +125,15 @@ class Decoder:
                 return np.zeros((0, self.channels), np.float32)
             self.check_length()
             raise BadClip(f"damaged after {self.count / self.rate:.1f} s") from None
+
+    def read_on(self):
+        """Go on where libsndfile stops at the end of an MP3 that it estimated."""
+        self.close()
+        self.stream.lengthen()
+        self.open(self.stream)
+        for start in range(0, self.count, BLOCK):
+            with no_stderr():
+                self.sound.read(min(BLOCK, self.count - start), dtype="float32")
 
     def check_length(self):
         """Raise BadClip where the end has come too early; the error that hindered a reading."""
@@ -207,10 +227,12 @@ def resample(waveform, rate, new_rate):
     length = -(-len(waveform) * phases // step)
     periods = -(-length // phases)
     padded = np.pad(waveform, (width, max(0, (periods + 1) * step + width - len(waveform))))
-    places = np.arange(periods)[:, None] * step + start
-    resampled = np.zeros((periods, phases))
-    for tap, weights in enumerate(kernel):
-        resampled += padded[places + tap] * weights
+    seen = np.lib.stride_tricks.sliding_window_view(padded, step + 2 * width)[::step]
+    resampled, rows = np.zeros((periods, phases)), max(1, 32768 // phases)  # that a cache holds
+    for first in range(0, periods, rows):
+        part = resampled[first:first + rows]
+        for tap, weights in enumerate(kernel):
+            part += seen[first:first + len(part), start + tap] * weights
     return resampled.reshape(-1)[:length]
 
 

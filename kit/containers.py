@@ -6,9 +6,10 @@ Read are WAV, AIFF, FLAC, Ogg (Vorbis or Opus) and MP3 with one recording in eac
 import bisect
 import re
 import struct
+import tempfile
 import zlib
 
-from kit.mpeg import find_all, read_at, recordings_in, skip_tags, starts_frames, untagged
+from kit.mpeg import BLOCK, find_all, read_at, recordings_in, skip_tags, starts_frames, untagged
 
 CONVERT = "convert it to WAV, FLAC or MP3"
 # Sizes written by programs that cannot seek back: until the end of the file. Some are rounded down
@@ -44,24 +45,35 @@ class Stream:
     """Parts of an open file, one after another, as a file for libsndfile: bytes, or (begin, end) in
     the file.
 
-    samples: how many it should give; None where libsndfile knows. endless: it claims to be longer
-    than any file, for libsndfile stops where it estimates an MP3's end; in its last bytes libmpg123
-    looks for a tag. `error` is the one that ended a reading: an exception does not pass through
-    libsndfile."""
+    samples: how many it should give; None where libsndfile knows. mpeg: whether it is an MP3;
+    estimated: one whose length libsndfile estimates. `error` is the one that ended a reading: an
+    exception does not pass through libsndfile."""
 
-    def __init__(self, file, parts, samples=None, endless=False):
+    def __init__(self, file, parts, samples=None, mpeg=False, estimated=False):
         self.file, self.samples, self.error = file, samples, None
+        self.mpeg, self.estimated = mpeg, estimated
         self.starts, self.parts, self.position, self.size = [], [], 0, 0
         for part in parts:
             self.add(part, len(part) if isinstance(part, bytes) else part[1] - part[0])
-        if endless:
-            self.size = 1 << 50
-            self.add(bytes(128), 128)
 
     def add(self, part, size):
         self.starts.append(self.size)
         self.parts.append(part)
         self.size += size
+
+    def lengthen(self):
+        """Claim to be longer than any file, since libsndfile stops where it estimates an MP3's end.
+        In the last bytes libmpg123 looks for a tag."""
+        self.estimated, self.position, self.size = False, 0, 1 << 50
+        self.add(bytes(128), 128)
+
+    def copy(self):
+        """A file of the system's with the same bytes, which libsndfile reads without Python."""
+        copy = tempfile.TemporaryFile()
+        while data := self.read(BLOCK):
+            copy.write(data)
+        copy.seek(0)
+        return copy
 
     def tell(self):
         return self.position
@@ -162,7 +174,7 @@ def mpeg_stream(file, recordings):
         start, stop = parts[0]
         header = corrected(read_at(file, start, min(200, stop - start)), song.place, count)
         parts = [header, (start + len(header), stop), *parts[1:]]
-    return Stream(file, parts, count * song.frame_samples, endless=True)
+    return Stream(file, parts, count * song.frame_samples, mpeg=True, estimated=not song.place)
 
 
 def corrected(header, place, count):
