@@ -4,7 +4,8 @@
   python predict.py runs/last1 song.mp3 --figure song.png
   python predict.py runs/last1 song.mp3 folder --csv songs.csv
 
-WAV, AIFF, FLAC, Ogg (Vorbis or Opus) and MP3 of one recording each. Unreadable files are reported and skipped (exit code 1).
+Reads WAV, AIFF, FLAC, Ogg (Vorbis or Opus) and MP3, one recording a file. Unreadable files are
+reported and skipped (exit code 1).
 """
 
 import os

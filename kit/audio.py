@@ -101,9 +101,9 @@ class Decoder:
 
     def read(self, count):
         """Up to `count` samples, fewer at the end: float32[samples, channels]. Block by block, for
-        a header may claim any length."""
-        blocks = [np.zeros((0, self.channels), np.float32)]
-        while count > 0 and len(block := self.read_block(min(count, BLOCK))):
+        a header may claim any length; in short ones, for what precedes damage in one is lost."""
+        blocks, longest = [np.zeros((0, self.channels), np.float32)], BLOCK if self.copy else 4096
+        while count > 0 and len(block := self.read_block(min(count, longest))):
             blocks.append(block)
             count -= len(block)
             self.count += len(block)
