@@ -21,6 +21,7 @@ from exact import grids
 from exact.gpu import has_int8_products
 
 OPTIONS = {"enable_fp_fusion": False}  # of every launch here
+SMALL = 1 << 19  # numbers, of which rounding takes less time than to launch its kernels
 LONGEST = 1 << 15  # K that five int32 accumulators hold, with room: 3 · 2^14 · K < 2^31
 
 # ------------------------------------------------------------------------------------------- parts
@@ -105,20 +106,20 @@ def store_digits(D, plane, place, q, mask):
 
 
 @triton.jit(do_not_specialize=["rows", "bits"])
-def row_digits_kernel(X, D, NEAR, REST, rows, K, padded, batch_stride, row_stride, plane,
+def row_digits_kernel(X, D, NEAR, REST, rows, K, padded, batch_stride, row_stride, stride, plane,
                       bits, BR: tl.constexpr, BK: tl.constexpr):
-    """Rows of x, each contiguous: their largest numbers, then their digits."""
+    """Whole rows of x: their largest numbers, then their digits."""
     g, r = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     k, real = tl.arange(0, BK)[None, :], (r < rows)[:, None]
     X += g * batch_stride + r[:, None] * row_stride
     row = g * rows + r
     top = tl.zeros((BR, BK), tl.int64)
     for start in range(0, K, BK):
-        x = tl.load(X + start + k, mask=real & (start + k < K), other=0.0)
+        x = tl.load(X + (start + k) * stride, mask=real & (start + k < K), other=0.0)
         top = tl.maximum(top, bits_of(x))
     up, near, rest = grid(tl.max(top, 1), bits)
     for start in range(0, padded, BK):
-        x = tl.load(X + start + k, mask=real & (start + k < K), other=0.0)
+        x = tl.load(X + (start + k) * stride, mask=real & (start + k < K), other=0.0)
         store_digits(D, plane, row[:, None] * padded + start + k, nearest(x * up[:, None]),
                      real & (start + k < padded))
     tl.store(NEAR + row, near, mask=r < rows)
@@ -143,7 +144,7 @@ def tops_kernel(X, TOP, rows, K, batch_stride, row_stride, stride, per_program,
 @triton.jit(do_not_specialize=["K", "bits"])
 def column_digits_kernel(X, TOP, D, NEAR, REST, rows, K, padded, batch_stride, row_stride, stride,
                          plane, bits, BR: tl.constexpr, BK: tl.constexpr):
-    """The digits of rows that do not lie in memory as such, of known largest numbers."""
+    """The digits of parts of rows that lie side by side in memory, of known largest numbers."""
     g, r = tl.program_id(2).to(tl.int64), tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     k = tl.program_id(1).to(tl.int64) * BK + tl.arange(0, BK)
     inside = (r < rows)[:, None] & (k < K)[None, :]
@@ -171,12 +172,12 @@ def to_digits(x, bits):
     digits = torch.empty(3, groups, rows, length, dtype=torch.int8, device=x.device)
     near, rest = torch.empty(2, groups, rows, dtype=torch.float64, device=x.device)
     plane = groups * rows * length
-    if x.stride(2) == 1 or k == 1:
-        bk = min(1024, triton.next_power_of_2(length))
+    contiguous = x.stride(2) == 1 or k == 1
+    if contiguous or rows * k <= SMALL:
+        bk = min(1024 if contiguous else 64, triton.next_power_of_2(length))
         br = min(2048 // bk, triton.next_power_of_2(rows))
         row_digits_kernel[triton.cdiv(rows, br), groups](
-            x, digits, near, rest, rows, k, length, x.stride(0), x.stride(1), plane, bits, br, bk,
-            **OPTIONS)
+            x, digits, near, rest, rows, k, length, *x.stride(), plane, bits, br, bk, **OPTIONS)
         return digits, near, rest
     top = tops(x)
     column_digits_kernel[triton.cdiv(rows, 64), triton.cdiv(length, 64), groups](
@@ -533,6 +534,36 @@ def norm_backward(dy, x, w, mean, reciprocal, n, bits):
         dy, x, x if w is None else w, mean, reciprocal, dx, terms, n, bits, w is not None,
         triton.next_power_of_2(n), **OPTIONS)
     return dx, terms
+
+
+@triton.jit(do_not_specialize=["K", "bits"])
+def vector_norm_kernel(X, OUT, K, row_stride, stride, bits, BLOCK: tl.constexpr):
+    """sums.norm of a row: over it for its largest number, then for the sum of squares, on grids."""
+    r, k = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    X += r * row_stride
+    top = tl.zeros((BLOCK,), tl.int64)
+    for start in range(0, K, BLOCK):
+        x = tl.load(X + (start + k) * stride, mask=start + k < K, other=0.0)
+        top = tl.maximum(top, bits_of(x))
+    top = tl.max(top, 0)
+    up, near, rest = grid(top, 10)
+    largest = top.to(tl.float64, bitcast=True) * up
+    up_squares, near_squares, rest_squares = grid(bits_of(largest * largest), bits)
+    sums = tl.zeros((BLOCK,), tl.int64)
+    for start in range(0, K, BLOCK):
+        inside = start + k < K
+        x = tl.load(X + (start + k) * stride, mask=inside, other=0.0) * up
+        sums += steps_of(x * x, up_squares, inside)
+    y = tl.sqrt(sum_of(tl.sum(sums, 0), near_squares, rest_squares))
+    tl.store(OUT + r, y * near * rest)
+
+
+def vector_norm(x, bits):
+    """The norm of each row of x[R, K], of any strides."""
+    out, block = x.new_empty(len(x)), min(8192, triton.next_power_of_2(x.shape[1]))
+    vector_norm_kernel[(len(x),)](x, out, x.shape[1], *x.stride(), bits, block,
+                                  num_warps=16 if block == 8192 else 4, **OPTIONS)
+    return out
 
 
 @triton.jit(do_not_specialize=["K", "bits"])

@@ -25,6 +25,15 @@ def sum_bits(count):
     return min(50, 53 - (max(count, 1) - 1).bit_length())
 
 
+def by_rows(kernel, x, dims, keepdim):
+    """kernel(x[R, K], bits) → [R], over dims of x."""
+    stay = [d for d in range(x.ndim) if d not in dims]
+    count = math.prod(x.shape[d] for d in dims)
+    found = kernel(x.permute(*stay, *dims).reshape(-1, count), sum_bits(count))
+    return found.view([1 if d in dims else n for d, n in enumerate(x.shape) if keepdim
+                       or d not in dims])
+
+
 def total(x, dim=None, keepdim=False, dtype=None):
     """The sum over dim: of integers of 53 - log2(count) bits. Adding 0.0, here and below, makes a
     -0 a 0: the sign of a sum of -0s follows where its addition begins."""
@@ -35,10 +44,7 @@ def total(x, dim=None, keepdim=False, dtype=None):
     if count == 1:
         return without(x.clone(), dims, keepdim)
     if fast := kernels(x.device):
-        stay = [d for d in range(x.ndim) if d not in dims]
-        sums = fast.total(x.permute(*stay, *dims).reshape(-1, count), sum_bits(count))
-        return sums.view([1 if d in dims else n for d, n in enumerate(x.shape) if keepdim
-                          or d not in dims])
+        return by_rows(fast.total, x, dims, keepdim)
     up, down, rest = grid(magnitude(x, dims), sum_bits(count))
     across, rows = 0 in dims, rows_of(x)
     shape = list(up.shape)
@@ -84,6 +90,8 @@ def norm(x, ord=2, dim=None, keepdim=False, dtype=None):
         return total(x.abs(), dims, keepdim)
     if ord == math.inf or not dims:
         return x.abs().amax(dims, keepdim)
+    if (fast := kernels(x.device)) and math.prod(x.shape[d] for d in dims) > 1:
+        return by_rows(fast.vector_norm, x, dims, keepdim)
     up, down, rest = grid(magnitude(x, dims), 10)  # squares of these do not overflow
     near = x * up
     return without(sqrt(total(near * near, dims, True)).mul_(down).mul_(rest), dims, keepdim)

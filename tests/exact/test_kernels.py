@@ -67,6 +67,9 @@ CASES = {
     "of columns": lambda: sums.total(X, 0), "of the middle": lambda: sums.total(X, 1),
     "of many": lambda: sums.total(draw(2, 70000), 1),
     "of many rows": lambda: sums.total(draw(2000, 3), 0),
+    "norm": lambda: sums.norm(X[0, 7:]), "norms of rows": lambda: sums.norm(X, 2, [2], True),
+    "of columns of equal numbers": lambda: sums.norm(W[7:].expand(3, 53).mT, 2, [0]),
+    "of huge numbers": lambda: sums.norm(HUGE.repeat(200)),
 }
 
 
@@ -95,7 +98,7 @@ def in_interpreter(cases=CASES):
     interpreter._patch_lang_tensor = patched
     from exact import kernels
 
-    kernels.LONGEST, torch._int_mm = 128, int_mm
+    kernels.LONGEST, kernels.SMALL, torch._int_mm = 128, 500, int_mm
     same, ways = [], (True, False) if cases is CASES else (True,)
     for name, case in cases.items():
         results = []
@@ -135,7 +138,7 @@ def launches(cases):
             signature[parameter.name] = kind
         found[kernel.fn.__name__] = kernel, signature, constants, attributes, options
 
-    JITFunction.run = record
+    JITFunction.run, kernels.SMALL = record, 500
     use(kernels)
     for case in cases.values():
         case()
