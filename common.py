@@ -11,23 +11,19 @@ import re
 from pathlib import Path
 
 import torch
-import torchaudio
 from torch import nn
-from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
 from exact import Exact
-from kit.audio import RATES, read_waveform
+from kit.audio import read_waveform
 from kit.cli import UserError
-from kit.containers import ENDINGS
-from kit.deam import (SPLITS, corrected, download_deam, dynamic_annotations, files_below,
-                      label_statistics, labels_of, own_splits, quadrant, read_annotations,
-                      songs_of, static_annotations)
-from kit.features import NOTEBOOK_MANIFEST, FeatureReader, read_manifest
-from kit.files import plain_json, prefetch, read_tensors, sha256, shortened, state_digest
-from kit.schema import check_schema
-from kit.weights import find_weights, fold_weight_norm, misfit
+from kit.deam import (audio_files, dynamic_annotations, find_deam, label_statistics, labels_of,
+                      own_splits, quadrant, static_annotations)
+from kit.features import (FeatureReader, find_manifest, notes_on, read_labels, songs_by_split,
+                          summary_of)
+from kit.files import prefetch, state_digest
+from kit.network import load_network, network, read_top_layers, state_above
 
 # ----------------------------------------------------------------------------------------- seeding
 
@@ -44,53 +40,6 @@ def seeds(seed):
 # oneDNN's float32 convolutions add up in an order that follows the thread count and the batch: they
 # always get this many threads and one clip at a time, so that float32 features repeat themselves.
 CONVOLUTION_THREADS = 8
-PARAMS = {
-    "extractor_mode": ("group_norm", "layer_norm"), "extractor_conv_layer_config": [[int]],
-    "extractor_conv_bias": bool, "encoder_embed_dim": int, "encoder_projection_dropout": float,
-    "encoder_pos_conv_kernel": int, "encoder_pos_conv_groups": int, "encoder_num_layers": int,
-    "encoder_num_heads": int, "encoder_attention_dropout": float,
-    "encoder_ff_interm_features": int, "encoder_ff_interm_dropout": float,
-    "encoder_dropout": float, "encoder_layer_norm_first": bool, "encoder_layer_drop": float,
-    "aux_num_out": None}
-TOP_LAYERS = {"params": PARAMS, "layer": int, "state": {str: torch.Tensor}}
-
-
-def network(params):
-    """torchaudio's wav2vec2 network without weights (they are assigned, not copied over random
-    ones), its positional weight norm removed. Raises UserError for impossible params.
-    params: torchaudio's, and perhaps `layer_norm_eps`: as in transformers, the epsilon of every
-    layer norm behind the convolutions."""
-    params = dict(params)
-    epsilon = params.pop("layer_norm_eps", 1e-5)
-    sizes = [size for layer in params["extractor_conv_layer_config"] for size in layer]
-    sizes += [value for name, value in params.items() if name.startswith("encoder_")
-              and type(value) is int and "drop" not in name]
-    rates = [value for name, value in params.items() if "drop" in name]
-    try:  # torchaudio takes a billion layers, and no heads, without a word
-        if not all(0 < size <= 100_000 for size in sizes) or params["encoder_num_layers"] > 1000:
-            raise ValueError("a size is out of range")
-        if not all(0 <= rate <= 1 for rate in rates):
-            raise ValueError("a dropout rate is not from 0 to 1")
-        if not 0 <= epsilon <= 1:
-            raise ValueError("layer_norm_eps is not from 0 to 1")
-        with torch.device("meta"):
-            model = torchaudio.models.wav2vec2_model(**params)
-    except (ValueError, RuntimeError, TypeError, ZeroDivisionError, IndexError) as error:
-        raise UserError(f"there is no network of this architecture: {error}") from None
-    parametrize.remove_parametrizations(model.encoder.transformer.pos_conv_embed.conv, "weight")
-    for module in model.encoder.modules():
-        if isinstance(module, nn.LayerNorm):
-            module.eps = epsilon
-    return model.eval()
-
-
-def state_above(model, layer):
-    """The state of a network's encoder layers above `layer` and of its final norm, in the names of
-    an EmotionModel."""
-    transformer = model.encoder.transformer
-    above = {"layers": transformer.layers[layer:], "norm": transformer.layer_norm}
-    return {f"{part}.{name}": value for part, module in above.items()
-            for name, value in module.state_dict().items()}
 
 
 class Backbone:
@@ -105,47 +54,34 @@ class Backbone:
     """
 
     def __init__(self, weights):
-        (self.params, state, self.sample_rate, self.epsilon, self.source,
-         architecture) = find_weights(str(weights))
-        if not RATES[0] <= self.sample_rate <= RATES[1]:
-            raise UserError(f"{weights}: its sample rate is {self.sample_rate} Hz, not one from "
-                            f"{RATES[0]} to {RATES[1]}")
-        self.model = network(self.params)
-        state = {name: tensor for name, tensor in fold_weight_norm(state).items()
-                 if not name.startswith("aux.")}  # a speech recogniser's output layer
-        if problem := misfit(state, self.model.state_dict()):
-            raise UserError(f"{weights}: these weights do not fit {architecture} ({problem})")
-        state = {name: tensor.float() for name, tensor in state.items()}
-        if bad := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
-            raise UserError(f"{weights}: NaN or infinity in {shortened(bad)}")
-        self.model.load_state_dict(state, assign=True)
-        self.digest = state_digest(state)
+        found, self.model = load_network(str(weights))
+        self.params, self.source = found.params, found.source
+        self.sample_rate, self.epsilon = found.sample_rate, found.epsilon
+        self.digest = state_digest(self.model.state_dict())
 
     def top_layers(self, layer):
         """The layers above `layer` and the final norm: all that train and eval need of it. Raises
         UserError for a layer that is not there."""
-        self.require(layer)
+        self.check(layer)
         return {"params": self.params, "layer": layer, "state": state_above(self.model, layer)}
 
-    def require(self, layer):
+    def check(self, layer):
         layers = self.params["encoder_num_layers"]
         if not 0 <= layer <= layers:
             raise UserError(f"layer {layer}: {self.source['name']} has {layers} layers")
 
     def to(self, arithmetic, layer):
-        """Ready to compute the states of `layer`: the layers above it are dropped."""
-        self.require(layer)
-        transformer = self.model.encoder.transformer
-        transformer.layers = transformer.layers[:layer]
-        self.arithmetic = arithmetic
+        """Ready to compute the states of `layer` in this Arithmetic, on its device."""
+        self.check(layer)
+        self.arithmetic, self.layer = arithmetic, layer
         self.model.to(arithmetic.device, arithmetic.dtype).requires_grad_(False)
         return self
 
     @torch.no_grad()
     def hidden_states(self, waveforms):
         """float64[B, samples] of equal length, on the CPU → [B, T, D] on the device: the states
-        after the encoder layers; with no layer the encoder's input. Never pad a waveform: the first
-        group norm runs over time, so padding would change every frame."""
+        after the encoder layer given to `to`; of layer 0 the encoder's input. Never pad a waveform:
+        the first group norm runs over time, so padding would change every frame."""
         if self.epsilon is not None:
             with Exact():  # also for float32: torch's own sum follows the thread count
                 waveforms = waveforms - waveforms.mean(1, keepdim=True)
@@ -165,7 +101,8 @@ class Backbone:
                 states.append(transformer._preprocess(features))
             torch.set_num_threads(threads)
             states = torch.cat(states)
-            for layer in transformer.layers:  # one by one: forward() may skip layers at random
+            # one by one: the transformer's own forward() may skip layers at random
+            for layer in transformer.layers[:self.layer]:
                 states, _ = layer(states)
         return states
 
@@ -184,20 +121,9 @@ class DEAMHandler:
     """
 
     def __init__(self, root):
-        root = Path(download_deam() if str(root) == "kaggle" else root)
-        if not root.is_dir():
-            raise UserError(f"no folder {root}: give DEAM's with --deam PATH, or kaggle to "
-                            "download it")
-        files = files_below(root)
-        self.root, self.annotations, self.audio = root, static_annotations(files, root), {}
-        self.dynamic = dynamic_annotations(files)
-        for path in sorted(files):
-            if path.suffix.lower() in ENDINGS and re.fullmatch("[0-9]{1,9}", path.stem):
-                song = int(path.stem)
-                if song in self.audio:
-                    raise UserError(f"two files for song {song}: {self.audio[song]} and {path}; "
-                                    "keep one")
-                self.audio[song] = path
+        self.root, files = find_deam(root)
+        self.annotations = static_annotations(files, self.root)
+        self.dynamic, self.audio = dynamic_annotations(files), audio_files(files)
 
     def get_waveform(self, song_id, sample_rate=16000):
         """(waveform float64[samples] at `sample_rate`, mono; sha256 of the decoded float32 PCM).
@@ -233,13 +159,15 @@ def collate(batch):
 
 
 class DEAMFeatHandler:
-    """A DEAM_feats folder and its frozen splits: `ids` and `datasets` by split, the label
-    statistics `mean`, `std` (float64[2], population σ over train and val) that z-score the targets,
-    loaders, and `top_layers`, the encoder layers above the features'.
+    """A DEAM_feats folder and its frozen splits: `ids` and `datasets` by split ("train", "val",
+    "test"), the label statistics `mean`, `std` (float64[2], population σ over train and val) that
+    z-score the targets, `loader`, and `top_layers`, the encoder layers above the features'.
 
-    splits: of read_splits; None takes the folder's own. labels: "corrected" exchanges valence and
-    arousal for the ranges of ids that the audit found swapped. allow_missing: work on the songs
-    that are there; None takes all, and a missing one is an error when it is read.
+    splits: of read_splits; None takes those in the folder, which extract.py copied from the kit's
+    splits.json: 1395, 174 and 175 songs, stratified on valence ≥ 5, artists shared between splits.
+    labels: "corrected" exchanges valence and arousal for the ranges of ids that the audit found
+    swapped. allow_missing: work on the songs that are there; None takes all, and a missing one is
+    an error when it is read.
     Raises UserError for a folder that is not one, songs that are missing or a split that names
     unknown songs. A folder without manifest, as the published notebook made them, is taken as
     layer 10 of the backbone that it used.
@@ -248,92 +176,38 @@ class DEAMFeatHandler:
     def __init__(self, root, splits=None, batch_size=32, seed=0, allow_missing=False,
                  labels="shipped"):
         self.root, self.labels, self.batch_size = Path(root), labels, batch_size
-        if not (self.root / "annotations.csv").is_file():
-            raise UserError(f"no features in {root}: run extract.py --features {root} first")
-        has_manifest = (self.root / "manifest.json").exists()
-        self.manifest = (read_manifest(self.root / "manifest.json") if has_manifest
-                         else NOTEBOOK_MANIFEST)
+        self.manifest = find_manifest(self.root)
         self.settings, self.digest = self.manifest["settings"], self.manifest["digest"]
-        self.annotations = self.read_labels()
+        self.annotations = read_labels(self.root, self.manifest, labels)
         self.splits = splits or own_splits(self.root)
         self.reader = FeatureReader(self.root, self.manifest["songs"],
                                     self.top_layers["params"]["encoder_embed_dim"])
-        self.ids = self.available(allow_missing)
+        self.ids = songs_by_split(self.splits, self.annotations, self.reader, allow_missing)
+        self.summary = summary_of(self.ids, self.splits)
         self.datasets = {split: FeatDataset(self.reader, ids, self.annotations)
                          for split, ids in self.ids.items()}
         self.mean, self.std = label_statistics(self.annotations,
                                                self.ids["train"] + self.ids["val"])
         self.shuffle = torch.Generator().manual_seed(seeds(seed)["shuffling"])
-        self.train, self.val, self.test = (self.loader(split, dataset)
-                                           for split, dataset in self.datasets.items())
-
-    def read_labels(self):
-        path, swapped = self.root / "annotations.csv", self.manifest["swapped_labels"]
-        if self.digest and sha256(path.read_bytes()) != self.manifest["annotations"]:
-            raise UserError(f"{path} is not the file of the manifest; run extract.py again")
-        annotations = read_annotations(path)
-        if self.labels == "corrected" and swapped is None:
-            raise UserError(f"{self.root} does not say which labels are swapped: extract again "
-                            "from a DEAM folder with its dynamic annotations")
-        return corrected(annotations, swapped) if self.labels == "corrected" else annotations
-
-    def available(self, allow_missing):
-        """{split: ids whose features are there}."""
-        everything = songs_of(self.splits)
-        if unknown := [song for song in everything if song not in self.annotations]:
-            raise UserError(f"{len(unknown)} songs of the splits have no labels in "
-                            f"{self.root / 'annotations.csv'}: {shortened(unknown)}")
-        if allow_missing is None:
-            return {split: self.splits[split] for split in SPLITS}
-        missing = [song for song in everything if not self.reader.has(song)]
-        if missing and not allow_missing or len(missing) == len(everything):
-            raise UserError(f"{len(missing)} of {len(everything)} songs have no features in "
-                            f"{self.root}: {shortened(missing)}; extract them, or train with "
-                            "--allow-missing on those that are there")
-        missing = set(missing)
-        return {split: [song for song in self.splits[split] if song not in missing]
-                for split in SPLITS}
 
     @functools.cached_property
     def top_layers(self):
-        if self.manifest is NOTEBOOK_MANIFEST:
+        if self.digest is None:
             return Backbone(self.manifest["source"]["name"]).top_layers(self.settings["layer"])
-        top = read_tensors(self.root / "top_layers.pt", "the backbone's top layers", TOP_LAYERS)
-        if (top["layer"] != self.settings["layer"]
-                or plain_json(top["params"]) != self.manifest["params"]
-                or state_digest(top["state"]) != self.manifest["top_layers"]):
-            raise UserError(f"{self.root / 'top_layers.pt'} is not the one of the manifest; run "
-                            "extract.py again")
-        return top
+        return read_top_layers(self.root, self.manifest)
 
     def loader(self, split, dataset):
         """A DataLoader over `dataset`: for train shuffled, without the last partial batch."""
-        if split == "train" and len(dataset):
-            return DataLoader(dataset, self.batch_size, shuffle=True, drop_last=True,
-                              collate_fn=collate, generator=self.shuffle)
-        return DataLoader(dataset, self.batch_size, collate_fn=collate)
+        training = split == "train"
+        return DataLoader(dataset, self.batch_size, shuffle=training, drop_last=training,
+                          collate_fn=collate, generator=self.shuffle if training else None)
 
     def z_scored(self, labels):
         """labels[N, 2] on the 1–9 scale → the model's targets, float64[N, 2]."""
         return (labels - self.mean) / self.std
 
-    @property
-    def summary(self):
-        return ", ".join(f"{len(self.ids[split])} of {len(self.splits[split])} {split}"
-                         for split in SPLITS) + " songs"
-
     def notes(self):
-        """What a user should know about these features and labels before reading a number."""
-        yield f"songs: {self.splits['source']}"
-        if self.digest is None:
-            yield (f"{self.root} has no manifest: its features cannot be verified; taken as "
-                   f"layer {self.settings['layer']} of {self.manifest['source']['name']}")
-        if self.manifest["swapped_labels"] and self.labels == "shipped":
-            ranges = ", ".join(f"{low}–{high}" for low, high in self.manifest["swapped_labels"])
-            yield (f"labels as shipped: for ids {ranges} valence and arousal are swapped (see "
-                   "audit.py; --labels corrected)")
-        if any(len(self.ids[split]) < len(self.splits[split]) for split in SPLITS):
-            yield f"working on {self.summary}"
+        return notes_on(self)
 
 
 # ------------------------------------------------------------------------------------------- heads
@@ -358,25 +232,21 @@ class Head(nn.Sequential):
                          nn.Linear(128, 1))
 
 
-def layers_to_train(finetune, available, layer):
-    """How many of the `available` layers above `layer` --finetune trains. Raises UserError."""
-    if finetune in ("all", "lastN"):
-        if not available:
-            raise UserError(f"--finetune {finetune}: there is no layer above layer {layer}, whose "
-                            "states these features are; choose frozen")
-        return available
+def layers_to_train(finetune, layer, layers):
+    """How many of the layers above `layer`, of a backbone with `layers`, --finetune trains. Raises
+    UserError."""
     if finetune == "frozen":
         return 0
     match = re.fullmatch(r"last([1-9]\d{0,3})", finetune)
-    if not match:
+    if not match and finetune not in ("all", "lastN"):
         raise UserError(f"--finetune {finetune}: choose frozen, last1, last2, …, lastN or all")
-    trained, layers = int(match[1]), layer + available
+    trained = int(match[1]) if match else max(layers - layer, 1)
     if trained > layers:
         raise UserError(f"--finetune {finetune}: the backbone has {layers} layers")
-    if trained > available:
-        wanted = layers - trained
-        raise UserError(f"--finetune {finetune} needs features of layer {wanted} or below, these "
-                        f"are of layer {layer}: extract with --layer {wanted}")
+    if trained > layers - layer:
+        raise UserError(f"--finetune {finetune} needs features of layer {layers - trained} or "
+                        f"below, these are of layer {layer}: extract with --layer "
+                        f"{layers - trained}, or choose frozen")
     return trained
 
 
@@ -387,18 +257,15 @@ class EmotionModel(nn.Module):
     and a pooling that has parameters; `last<n>` also the top n layers and the norm. The stages
     before those, layer 11 for `last1` and features of layer 10, are frozen: they stay in eval mode,
     unless frozen_dropout asks for their dropout in training, as the published system has it.
-    attention_dropout: of the layers that train; None leaves the backbone's.
     The pooling and the heads start with the values that their constructors draw under `seed`, in
     exact arithmetic; the layers and the norm get theirs from load_state_dict(assign=True).
     """
 
-    def __init__(self, params, layer, finetune, seed=0, attention_dropout=None,
-                 frozen_dropout=False):
+    def __init__(self, params, layer, finetune, seed=0, frozen_dropout=False):
         super().__init__()
-        top, dimension = params["encoder_num_layers"] - layer, params["encoder_embed_dim"]
-        if layer < 0 or top < 0:
-            raise UserError(f"layer {layer} of a backbone with {layer + top} layers")
-        cut = top - layers_to_train(finetune, top, layer)
+        layers, dimension = params["encoder_num_layers"], params["encoder_embed_dim"]
+        if not 0 <= layer <= layers:
+            raise UserError(f"layer {layer} of a backbone with {layers} layers")
         transformer = network(params).encoder.transformer
         self.layers, self.norm = transformer.layers[layer:], transformer.layer_norm
         with Exact(), torch.random.fork_rng(devices=[]):
@@ -406,17 +273,16 @@ class EmotionModel(nn.Module):
             self.pooling = Pooling(dimension)
             self.valence, self.arousal = Head(dimension), Head(dimension)
 
-        # the stages from `cut` on train: without any layer, only a pooling that has parameters
         stages = [*self.layers, self.norm, self.pooling]
-        if cut == top:
+        trained = layers_to_train(finetune, layer, layers)
+        if trained:
+            cut = len(self.layers) - trained
+        else:  # a pooling that has parameters trains all the same
             cut = len(stages) - any(True for _ in self.pooling.parameters())
         self.frozen_stages, self.trained_stages = stages[:cut], stages[cut:]
         self.params, self.frozen_dropout, self.recompute = params, frozen_dropout, True
         for stage in self.frozen_stages:
             stage.requires_grad_(False)
-        for stage in self.trained_stages:
-            if attention_dropout is not None and hasattr(stage, "attention"):
-                stage.attention.dropout = attention_dropout
         self.train()
 
     def train(self, mode=True):
@@ -483,29 +349,16 @@ def through(stages, states):
     return states
 
 
-def start_from(model, top_layers):
-    """Give a model the layers and the norm of a backbone's top layers. Raises UserError if they are
-    not of its architecture."""
-    state = top_layers["state"]
-    expected = {name: value.shape for name, value in model.state_dict().items()
-                if name.startswith(("layers.", "norm."))}
-    if expected != {name: value.shape for name, value in state.items()}:
-        raise UserError("the top layers of these features are not those of their architecture; run "
-                        "extract.py again")
-    model.load_state_dict(state, strict=False, assign=True)
-
-
 def load_model(content, file):
-    """The EmotionModel, in eval mode, of what a model.pt holds. Raises UserError for anything
-    else."""
-    complaint = f"{file} is not a model that train.py wrote"
-    check_schema(content["params"], PARAMS, complaint)
+    """The EmotionModel, in eval mode, that a model.pt holds: content as read_model gives it. Raises
+    UserError where the state is not of its architecture."""
+    model = EmotionModel(content["params"], content["settings"]["layer"],
+                         content["config"]["options"]["finetune"])
     try:
-        model = EmotionModel(content["params"], content["settings"]["layer"],
-                             content["config"]["options"]["finetune"])
         model.load_state_dict(content["state"], assign=True)
-    except (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError):
-        raise UserError(complaint) from None
+    except RuntimeError:
+        raise UserError(f"{file} is not a model that train.py wrote: its state is of another "
+                        "architecture") from None
     return model.eval()
 
 

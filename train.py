@@ -41,9 +41,6 @@ def parser():
                    help="songs a step; the last partial batch is dropped")
     p.add_argument("--micro-batch", type=number(int, 1, 10**6), default=4, metavar="N",
                    help="songs whose activations are computed together; part of the result's bits")
-    p.add_argument("--attention-dropout", type=number(float, 0, 0.99), metavar="P",
-                   help="dropout of attention weights in the layers that train (default: the "
-                        "backbone's, 0.1 for WAV2VEC2_BASE)")
     p.add_argument("--frozen-dropout", action="store_true",
                    help="dropout also in the layers that do not train, as the published system has "
                         "it; their outputs are then computed anew in every step")
@@ -76,9 +73,6 @@ def parser():
     return p
 
 
-# options that say where and how, and decide no result
-PLACES = ("features", "run", "resume", "device", "allow_missing")
-
 if __name__ == "__main__":
     ARGS = start(parser(), "rerun the same command with --resume to resume after the last finished "
                  "epoch")  # before torch is imported
@@ -88,42 +82,16 @@ from types import SimpleNamespace
 
 import torch
 
-from common import (DEAMFeatHandler, EmotionModel, emotion_loss, quadrant_weights, seeds,
-                    start_from)
-from kit import figures
+from common import DEAMFeatHandler, EmotionModel, emotion_loss, quadrant_weights, seeds
 from kit.audio import sin_pi
 from kit.cli import Progress, UserError, torchrun
 from kit.deam import SPLITS, fold_splits, own_splits, splits_digest
 from kit.files import lock, state_digest, tensor_digest
-from kit.machine import Arithmetic, FrozenOutputs, room_for_activations, where_to_keep
-from kit.published import published_history
-from kit.records import (HISTORY, describe_run, digest_steps, read_checkpoint, restore, shapes,
-                         write_progress, write_result, write_start)
-
-
-def chosen_options(args, device):
-    """{name: value} of the options that decide a run's result; None for a rate or a weight that the
-    schedule or the loss does without, and for what decides no bit in exact arithmetic.
-    device: in float32 its type decides bits. Raises UserError for options that contradict each
-    other."""
-    if args.schedule == "constant" and args.max_lr is not None:
-        raise UserError("--schedule constant has one rate, --lr: leave out --max-lr")
-    if args.weight_loss and args.lambda_var is not None:
-        raise UserError("--weight-loss is without the variance penalty: leave out --lambda-var")
-    if args.finetune == "frozen" and args.attention_dropout is not None:
-        raise UserError("--finetune frozen trains no attention: leave out --attention-dropout")
-    options = {name: value for name, value in vars(args).items() if name not in PLACES}
-    if args.schedule != "constant" and args.max_lr is None:
-        options["max_lr"] = 1e-3
-    if not args.weight_loss and args.lambda_var is None:
-        options["lambda_var"] = 0.05
-    if args.precision == "exact":  # any number of threads gives the same bits on any device
-        options["threads"] = None
-    else:
-        options["device"] = device
-    if args.schedule != "constant" and options["max_lr"] < args.lr:
-        raise UserError(f"--max-lr {options['max_lr']} is below --lr {args.lr}")
-    return options
+from kit.machine import Arithmetic, flat_parameter
+from kit.network import start_from
+from kit.records import (describe_run, digest_steps, load_trained, read_checkpoint, restore,
+                         trained_state, write_progress, write_result, write_start)
+from kit.training import announce, chosen_options, draw_curves, frozen_outputs
 
 
 def configuration(args, data, arithmetic):
@@ -161,15 +129,6 @@ def learning_rate(step, steps, options):
     return options.lr + math.ldexp((options.max_lr - options.lr) * height, -cycle)
 
 
-def flat_parameter(parameters):
-    """One parameter with the numbers of `parameters`, which become views of it: clipping and AdamW
-    take as many operations for all of them as for one, and on a GPU that is what they cost."""
-    flat = torch.nn.Parameter(torch.cat([each.detach().flatten() for each in parameters]))
-    for each, view in zip(parameters, flat.detach().split([each.numel() for each in parameters])):
-        each.data = view.view_as(each)
-    return flat
-
-
 class Training:
     """Model, optimiser and loaders of a configuration; its steps, and what they gave so far:
     `history` and `digests`, the lines of the two tables, and the best epoch's model."""
@@ -177,45 +136,30 @@ class Training:
     def __init__(self, config, data, arithmetic):
         self.config, self.options = config, SimpleNamespace(**config["options"])
         self.data, self.arithmetic, self.device = data, arithmetic, arithmetic.device
-        self.step, self.history, self.digests = 0, [], []
-        self.pred, self.best = None, None  # on val; {"loss": on val, "model": what trained}
         self.model = self.new_model()
         self.trainable = [each for each in self.model.parameters() if each.requires_grad]
-        # hashed once, since they never change
-        self.frozen_digests = {name: tensor_digest(each) for name, each in
-                               self.model.named_parameters() if not each.requires_grad}
         self.initial = self.digest()
         self.flat = flat_parameter(self.trainable)
         self.optimizer = torch.optim.AdamW([self.flat], lr=self.options.lr, foreach=False,
                                            weight_decay=self.options.weight_decay)
-        self.train, self.val = self.loaders()
-        self.steps = len(self.train) * self.options.epochs
+        outputs = frozen_outputs(data, self.model, arithmetic, self.options)
+        self.train_loader = data.loader("train", outputs["train"])
+        self.val_loader = data.loader("val", outputs["val"])
+        self.epoch_steps = len(self.train_loader)
+        self.steps = self.epoch_steps * self.options.epochs
         with arithmetic():
             labels = self.targets(data.datasets["train"].labels)
             self.weights = quadrant_weights(labels) if self.options.weight_loss else None
+        self.step, self.history, self.digests = 0, [], []
+        self.pred, self.best = None, None  # on val; {"loss": on val, "model": what trained}
         torch.manual_seed(seeds(self.options.seed)["dropout"])
 
     def new_model(self):
         options, top = self.options, self.data.top_layers
         model = EmotionModel(top["params"], top["layer"], options.finetune, options.seed,
-                             options.attention_dropout, options.frozen_dropout)
+                             options.frozen_dropout)
         start_from(model, top)
         return model.to(self.device, self.arithmetic.dtype)
-
-    def loaders(self):
-        """Loaders of train and val that give the frozen stages' outputs, kept where there is
-        room."""
-        data, settings = self.data, self.data.settings
-        frames = max((entry["frames"] for entry in (data.manifest["songs"] or {}).values()),
-                     default=2250)
-        self.model.recompute = not room_for_activations(self.options.batch_size, frames,
-                                                        self.model, self.device)
-        keep = where_to_keep(len(data.ids["train"] + data.ids["val"]), frames, self.model,
-                             getattr(torch, settings["store"]), self.device)
-        # with dropout in them, the frozen stages give another output in each step
-        keep = {"train": None if self.options.frozen_dropout else keep, "val": keep}
-        return [data.loader(split, FrozenOutputs(data.datasets[split], self.model, self.arithmetic,
-                                                 keep[split])) for split in keep]
 
     def targets(self, labels):
         return self.data.z_scored(labels).to(self.arithmetic.dtype).to(self.device)
@@ -227,19 +171,19 @@ class Training:
     def train_until(self, steps, bar):
         """Train up to step number `steps`, yielding each epoch's line of history.csv once it is
         validated. Raises UserError if training diverged."""
-        early = [step for _, step in digest_steps(len(self.train), 0)]
+        early = [step for _, step in digest_steps(self.epoch_steps, 0)]
         for epoch in range(len(self.history) + 1, self.options.epochs + 1):
             self.model.train()
             sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, MSE, MAE
-            for states, labels in self.train:
+            for states, labels in self.train_loader:
                 numbers, rate = self.train_step(states, labels)
                 sums += numbers
                 bar.update()
                 if epoch == 1 and self.step in early:
                     self.digests.append([epoch, self.step, numbers[0].item(), self.digest()])
-                if self.step == steps and steps % len(self.train):  # within an epoch
+                if self.step == steps and steps % self.epoch_steps:  # within an epoch
                     return
-            means = [value / len(self.train) for value in sums.tolist()]
+            means = [value / self.epoch_steps for value in sums.tolist()]
             validation, self.pred = self.validate()
             if not all(map(math.isfinite, [*means, *validation])):
                 raise UserError("the loss is not finite: lower --max-lr, or --lr with --schedule "
@@ -276,7 +220,7 @@ class Training:
     @torch.no_grad()
     def validate(self):
         """(loss, MSE, MAE) on val, and the predictions float64[N, 2], z-scored."""
-        pred = self.model.predict(self.val, self.arithmetic, self.options.micro_batch)
+        pred = self.model.predict(self.val_loader, self.arithmetic, self.options.micro_batch)
         with self.arithmetic():
             true = self.targets(self.data.datasets["val"].labels)
             error = pred.to(self.device) - true
@@ -287,32 +231,21 @@ class Training:
     def remember_best(self, loss):
         """Keep what trained, for --select best, where its loss on val is the lowest so far."""
         if self.options.select == "best" and (not self.best or loss < self.best["loss"]):
-            self.best = {"loss": loss, "model": {name: value.cpu().clone()
-                                                 for name, value in self.trained().items()}}
+            self.best = {"loss": loss, "model": {
+                name: value.cpu().clone() for name, value in trained_state(self.model).items()}}
 
     def result(self):
         """The digests of the model that is the result of all epochs and of its predictions on val;
         the model becomes that one."""
         if self.best:
-            self.load(self.best["model"])
+            load_trained(self.model, self.best["model"])
         if self.best or self.pred is None:  # another model than the last, or nothing left to train
             _, self.pred = self.validate()
         six_decimals = (self.pred * 1e6).round() / 1e6 + 0.0  # without minus zeros
         return {"model": self.digest(), "val_predictions": tensor_digest(six_decimals)}
 
     def digest(self):
-        return state_digest(self.model.state_dict(), self.frozen_digests)
-
-    def trained(self):
-        """The part of the model's state that training changes."""
-        return {name: value for name, value in self.model.state_dict().items()
-                if name not in self.frozen_digests}
-
-    def load(self, trained):
-        """Take over what `trained` gave. Raises KeyError where it is that of another model."""
-        if shapes(trained) != shapes(self.trained()):
-            raise KeyError("other names, types or shapes")
-        self.model.load_state_dict(trained, strict=False)
+        return state_digest(self.model.state_dict())
 
 
 def run(args):
@@ -334,7 +267,7 @@ def run(args):
     if state:
         restore(training, state, args.run / "last.pt")
         print(f"resumed after epoch {len(training.history)} of {args.epochs}")
-    announce(args, training)
+    announce(args.run, training)
     write_start(args.run, training, record)
 
     with Progress(total=training.steps, initial=training.step, desc="train", unit="step") as bar:
@@ -344,39 +277,12 @@ def run(args):
             write_progress(args.run, training)
     record["digests"] |= training.result()
     write_result(args.run, training, record)
-    report(args, training, record["digests"])
-    del locked
-    return 0
-
-
-def announce(args, training):
-    """Say what is about to be trained."""
-    trainable, total = (sum(each.numel() for each in parameters) for parameters in
-                        (training.trainable, training.model.parameters()))
-    print(f"{args.run}: {args.finetune} on {training.data.summary}; {trainable:,} trainable of "
-          f"{total:,} parameters; {args.precision} on {training.device}\n"
-          f"features {str(training.data.digest)[:16]}; initial model {training.initial[:16]}",
-          flush=True)
-
-
-def report(args, training, digests):
-    """Draw the curves and say what the result is."""
-    data, history = training.data, training.history
-    lowest = min(history, key=lambda row: row[5])
-    selected = lowest if args.select == "best" else history[-1]
-    songs = f"{len(data.ids['train'])} train, {len(data.ids['val'])} val songs"
-    true = data.z_scored(data.datasets["val"].labels)  # and 0 is the mean of the labels
-    level = {"mse": true.square().mean().item(), "mae": true.abs().mean().item()}
-    caption = figures.caption_of(args.finetune, args.labels, songs, data.splits["source"])
-    figures.draw_or_say(figures.draw_history, [dict(zip(HISTORY, row)) for row in history],
-                        selected[0], lowest[0], level, args.run, caption,
-                        published_history(training.config))
-    if args.select == "last" and lowest[0] <= 0.7 * len(history):
-        print(f"the lowest val loss, {lowest[5]:.4f}, was that of epoch {lowest[0]}; the result is "
-              f"epoch {len(history)}'s, {history[-1][5]:.4f} (--select best takes the lowest)")
-    for name, value in digests.items():
+    draw_curves(args.run, training)
+    for name, value in record["digests"].items():
         print(f"{name.replace('_', ' ')}: {value}")
     print(f"next: python eval.py {args.run} --features {args.features}")
+    del locked
+    return 0
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ from torch.utils.data import DataLoader
 import eval as evaluation
 import extract
 import train
-from common import TOP_LAYERS, Backbone, DEAMFeatHandler, DEAMHandler, load_model
+from common import Backbone, DEAMFeatHandler, DEAMHandler, load_model
 from kit.audio import BadClip
 from kit.cli import Progress, UserError
 from kit.deam import (SPLITS, corrected, fold_splits, read_annotations, read_splits, songs_of,
@@ -67,10 +67,12 @@ from kit.features import ENTRY, SETTINGS, find_damage, labels_table, read_manife
 from kit.files import (differences, plain_json, read_tensors, read_text, sha256, shortened,
                        state_digest, tensor_digest)
 from kit.machine import Arithmetic
+from kit.network import TOP_LAYERS
 from kit.records import (DIGESTS, HISTORY, describe_run, digest_steps, files_to_pack, flat_config,
                          open_record, pack, predictions_table, read_config, read_digests,
                          read_history, read_metrics, read_run)
 from kit.swapped import swapped_ranges
+from kit.training import chosen_options
 from kit.verdict import Verdict, compare_numbers, compare_predictions
 from kit.weights import weights_name
 
@@ -94,7 +96,7 @@ class Record:
         not what train.py writes."""
         options = self.content["config"]["options"]
         read = train.parser().read(options, file)
-        if differing := differences(options, train.chosen_options(read, read.device)):
+        if differing := differences(options, chosen_options(read, read.device)):
             raise UserError(f"{file} holds options that train.py does not write ({differing})")
         return read
 
@@ -271,7 +273,7 @@ def check_training(verdict, record, args):
     """Repeat the first steps, or all, and compare losses and digests; after the last one also the
     model and all predictions."""
     training = prepare_training(verdict, record, args)
-    ends = [step for _, step in digest_steps(len(training.train), training.options.epochs)]
+    ends = [step for _, step in digest_steps(training.epoch_steps, training.options.epochs)]
     wanted = training.steps if args.steps == "all" else min(args.steps, training.steps)
     wanted = min(step for step in ends if step >= wanted)  # on to the next digest
     part = f"{wanted} of {training.steps} steps of training"

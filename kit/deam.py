@@ -14,6 +14,7 @@ import torch
 
 from exact import Exact
 from kit.cli import UserError
+from kit.containers import ENDINGS
 from kit.files import json_digest, read_json
 from kit.tables import plain_number, read_spreadsheet
 
@@ -278,3 +279,26 @@ def quadrant(values, threshold=0.0):
     high_valence, high_arousal = values[..., 0] >= threshold, values[..., 1] >= threshold
     return 1 * (~high_valence & high_arousal) + 2 * (~high_valence & ~high_arousal) + 3 * (
         high_valence & ~high_arousal)
+
+# ----------------------------------------------------------------------------------------- a folder
+
+
+def find_deam(root):
+    """(the folder, all files below it) of --deam. Raises UserError."""
+    root = Path(download_deam() if str(root) == "kaggle" else root)
+    if not root.is_dir():
+        raise UserError(f"no folder {root}: give DEAM's with --deam PATH, or kaggle to download it")
+    return root, files_below(root)
+
+
+def audio_files(files):
+    """{song id: path} of the audio among the files, named <song id>.mp3 (.wav, …). Raises UserError
+    where a song has two."""
+    audio = {}
+    for path in sorted(files):
+        if path.suffix.lower() in ENDINGS and re.fullmatch("[0-9]{1,9}", path.stem):
+            song = int(path.stem)
+            if song in audio:
+                raise UserError(f"two files for song {song}: {audio[song]} and {path}; keep one")
+            audio[song] = path
+    return audio

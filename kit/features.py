@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 
 from kit.cli import Progress, UserError
-from kit.deam import COLUMNS
+from kit.deam import COLUMNS, SPLITS, corrected, read_annotations, songs_of
 from kit.files import (differences, json_digest, json_text, load_tensors, lock, prefetch, read_json,
-                       table_text, tensor_digest, write_file, write_json, write_tensors)
+                       sha256, shortened, table_text, tensor_digest, write_file, write_json,
+                       write_tensors)
 from kit.schema import DIGEST, is_plain
 
 SETTINGS = {"weights": DIGEST, "layer": int, "precision": ("exact", "float32"),
@@ -236,3 +237,66 @@ class FeatureFolder:
         for song, record in records.items():
             if "failed" in record:
                 (self.root / "songs" / f"{song}.json").unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------------------------ songs and labels
+
+
+def find_manifest(root):
+    """The manifest of a features folder, or the notebook's where it has none. Raises UserError
+    where there are no features."""
+    if not (root / "annotations.csv").is_file():
+        raise UserError(f"no features in {root}: run extract.py --features {root} first")
+    path = root / "manifest.json"
+    return read_manifest(path) if path.exists() else NOTEBOOK_MANIFEST
+
+
+def read_labels(root, manifest, labels):
+    """The annotations beside features: as shipped, or "corrected", with valence and arousal
+    exchanged where the manifest says so. Raises UserError for others than the manifest's."""
+    path, swapped = root / "annotations.csv", manifest["swapped_labels"]
+    if manifest["digest"] and sha256(path.read_bytes()) != manifest["annotations"]:
+        raise UserError(f"{path} is not the file of the manifest; run extract.py again")
+    annotations = read_annotations(path)
+    if labels == "shipped":
+        return annotations
+    if swapped is None:
+        raise UserError(f"{root} does not say which labels are swapped: extract again from a DEAM "
+                        "folder with its dynamic annotations")
+    return corrected(annotations, swapped)
+
+
+def songs_by_split(splits, annotations, reader, allow_missing):
+    """{split: ids}: all, or with allow_missing those that have features; None does not look.
+    Raises UserError for songs without labels, and for songs without features."""
+    everything = songs_of(splits)
+    if unknown := [song for song in everything if song not in annotations]:
+        raise UserError(f"{len(unknown)} songs of the splits have no labels in "
+                        f"{reader.root / 'annotations.csv'}: {shortened(unknown)}")
+    missing = [song for song in everything
+               if allow_missing is not None and not reader.has(song)]
+    if missing and not allow_missing or len(missing) == len(everything):
+        raise UserError(f"{len(missing)} of {len(everything)} songs have no features in "
+                        f"{reader.root}: {shortened(missing)}; extract them, or train with "
+                        "--allow-missing on those that are there")
+    missing = set(missing)
+    return {split: [song for song in splits[split] if song not in missing] for split in SPLITS}
+
+
+def summary_of(ids, splits):
+    """"40 of 40 train, … songs": how many of the splits there are."""
+    return ", ".join(f"{len(ids[split])} of {len(splits[split])} {split}"
+                     for split in SPLITS) + " songs"
+
+
+def notes_on(data):
+    """What a user should know about the features and labels of a DEAMFeatHandler before reading a
+    number."""
+    yield f"songs: {data.splits['source']}"
+    if data.digest is None:
+        yield (f"{data.root} has no manifest: its features cannot be verified; taken as layer "
+               f"{data.settings['layer']} of {data.manifest['source']['name']}")
+    if data.manifest["swapped_labels"] and data.labels == "shipped":
+        ranges = ", ".join(f"{low}–{high}" for low, high in data.manifest["swapped_labels"])
+        yield (f"labels as shipped: for ids {ranges} valence and arousal are swapped (see audit.py; "
+               "--labels corrected)")

@@ -148,3 +148,12 @@ class FrozenOutputs(Dataset):
                     # to pinned memory of the host, without waiting: only the GPU reads it again
                     states = self.kept[index] = states.to(self.keep, non_blocking=True)
             yield states, self.dataset.labels[index]
+
+
+def flat_parameter(parameters):
+    """One parameter with the numbers of `parameters`, which become views of it: clipping and AdamW
+    take as many operations for all of them as for one, and on a GPU that is what they cost."""
+    flat = torch.nn.Parameter(torch.cat([each.detach().flatten() for each in parameters]))
+    for each, view in zip(parameters, flat.detach().split([each.numel() for each in parameters])):
+        each.data = view.view_as(each)
+    return flat

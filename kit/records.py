@@ -20,6 +20,7 @@ from kit.files import (differences, json_digest, read_json, read_table, read_ten
                        shortened, state_digest, table_text, write_csv, write_file, write_json,
                        write_tensors)
 from kit.machine import environment
+from kit.network import PARAMS
 from kit.schema import DIGEST, check_schema
 
 HISTORY = ["epoch", "lr", "train_loss", "train_mse", "train_mae", "val_loss", "val_mse", "val_mae"]
@@ -34,7 +35,7 @@ CONFIG = {"options": {"finetune": str, "labels": LABELS, "precision": ("exact", 
           "songs": {"train": int, "val": int, "test": int}}
 RUN = {"config": CONFIG, "digests": {str: DIGEST}, "source": str,
        "features_settings": RUN_SETTINGS, "label_mean": [float, float], "label_std": [float, float]}
-MODEL = {"config": CONFIG, "settings": RUN_SETTINGS, "params": {str: object},
+MODEL = {"config": CONFIG, "settings": RUN_SETTINGS, "params": PARAMS,
          "mean": torch.Tensor, "std": torch.Tensor, "state": {str: torch.Tensor},
          "initial_model": DIGEST, "source": str, "backbone": {"name": str}}
 CHECKPOINT = {
@@ -207,13 +208,26 @@ def shapes(state):
     return {name: (value.dtype, value.shape) for name, value in state.items()}
 
 
+def trained_state(model):
+    """The part of a model's state that training changes."""
+    frozen = {name for name, each in model.named_parameters() if not each.requires_grad}
+    return {name: value for name, value in model.state_dict().items() if name not in frozen}
+
+
+def load_trained(model, state):
+    """Take over what `trained_state` gave. Raises KeyError where it is that of another model."""
+    if shapes(state) != shapes(trained_state(model)):
+        raise KeyError("other names, types or shapes")
+    model.load_state_dict(state, strict=False)
+
+
 def restore(training, state, file):
     """Set a Training of train.py to a checkpoint, read from `file`. Raises UserError if it is of
     another model."""
     try:
         if state["best"]:
-            training.load(state["best"]["model"])  # only to see that it fits
-        training.load(state["model"])
+            load_trained(training.model, state["best"]["model"])  # only to see that it fits
+        load_trained(training.model, state["model"])
         moments, parameters = state["optimizer"], {0: training.flat}
         if any(shapes(parameters) != shapes({n: each[name] for n, each in moments.items()})
                for name in ("exp_avg", "exp_avg_sq")):
@@ -228,12 +242,12 @@ def restore(training, state, file):
                         "train again") from None
     training.history, training.digests, training.best = (
         state[key] for key in ("history", "digests", "best"))
-    training.step = len(training.history) * len(training.train)
+    training.step = len(training.history) * training.epoch_steps
 
 
 def checkpoint(training):
     """What a resumed run goes on from: what last.pt holds."""
-    state = {"config": training.config, "model": training.trained(),
+    state = {"config": training.config, "model": trained_state(training.model),
              "optimizer": training.optimizer.state_dict()["state"],
              "shuffle": training.data.shuffle.get_state(), "rng": torch.get_rng_state(),
              "history": training.history, "digests": training.digests, "best": training.best}

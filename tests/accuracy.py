@@ -21,7 +21,8 @@ import torchaudio
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import demo
-from common import EmotionModel, emotion_loss, network, start_from, state_above
+from common import EmotionModel, emotion_loss
+from kit.network import network, start_from, state_above
 from kit.weights import fold_weight_norm
 from exact import Exact
 

@@ -130,14 +130,13 @@ def step_kit(device, precision, finetune, batch, micro_batch, repeat):
     import torchaudio
 
     import common
-    import train
-    from kit import machine
+    from kit import machine, network
 
     arithmetic = machine.Arithmetic(precision, device, 8 if precision != "exact" else None)
     params = {**torchaudio.pipelines.WAV2VEC2_BASE._params, "aux_num_out": None}
     model = common.EmotionModel(params, 10, finetune)
     reference = torchaudio.models.wav2vec2_model(**params)
-    common.start_from(model, {"state": common.state_above(reference, 10)})
+    network.start_from(model, {"state": network.state_above(reference, 10)})
     model.to(arithmetic.device, arithmetic.dtype)
     model.recompute = not machine.room_for_activations(batch, FRAMES, model, arithmetic.device)
     generator = torch.Generator().manual_seed(0)
@@ -146,7 +145,7 @@ def step_kit(device, precision, finetune, batch, micro_batch, repeat):
         clips = [model.run_frozen(torch.randn(FRAMES, WIDTH, generator=generator))
                  for _ in range(batch)]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    flat = train.flat_parameter(trainable)
+    flat = machine.flat_parameter(trainable)
     optimizer = torch.optim.AdamW([flat], lr=1e-4, weight_decay=1e-4, foreach=False)
     model.train()
 

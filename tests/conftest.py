@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from kit import cli, deam, features as features_kit, files
+from kit import cli, deam, features as features_kit, figures, files
 
 os.environ.update(cli.PINS)  # before torch is imported: for the tests of float32
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the demo runs beside; small work waits for threads
@@ -32,8 +32,8 @@ import verify
 
 SCRIPTS = (extract, train, eval_script, verify, predict, audit)
 FLOAT32 = ["--precision", "float32", "--device", "cpu"]
-QUICK = ["--batch-size", "20", "--epochs", "2", "--threads", "2", *FLOAT32]
-DRAW_HISTORY = train.figures.draw_history
+QUICK = ["--batch-size", "20", "--epochs", "2", "--threads", "1", *FLOAT32]
+DRAW_HISTORY = figures.draw_history
 tally = []
 
 
@@ -126,7 +126,7 @@ def made_features(folder, splits, noise=1.0):
 def no_histories():
     """Without pictures of training: they take most of a short run's time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.figures, "draw_history", lambda *_: None)
+        patch.setattr(figures, "draw_history", lambda *_: None)
         yield
 
 
@@ -161,7 +161,7 @@ def trained(features, tmp_path_factory):
     """A run of two epochs in float32. Not to be changed by a test."""
     folder = tmp_path_factory.mktemp("runs") / "last1"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.figures, "draw_history", DRAW_HISTORY)
+        patch.setattr(figures, "draw_history", DRAW_HISTORY)
         assert call(train, "--features", features, "--run", folder, *QUICK) == 0
     return folder
 

@@ -22,10 +22,10 @@ from safetensors.torch import save
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from common import network
 from kit.cli import Progress
 from kit.deam import COLUMNS, STATIC, read_splits
 from kit.files import write_file, write_json
+from kit.network import network
 from kit.weights import POSITION
 from exact import Exact
 

@@ -252,7 +252,7 @@ def test_the_benchmark_counts_the_work(compared):
     import torchaudio
     from torch.utils.flop_counter import FlopCounterMode
 
-    from common import network
+    from kit.network import network
 
     model = network({**torchaudio.pipelines.WAV2VEC2_BASE._params, "aux_num_out": None})
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:

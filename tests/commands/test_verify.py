@@ -464,7 +464,7 @@ def test_options_forged_in_both_files(damaged, verdict, compared):
              "step_size_up": 50, "lambda_corr": 0.0, "lambda_var": 0.5, "corr_target": "zero",
              "weight_decay": 0.1, "grad_clip": 0.5, "max_lr": 0.01, "weight_loss": True,
              "labels": "corrected", "finetune": "last1", "precision": "exact", "fold": 3,
-             "attention_dropout": 0.3, "device": "cuda", "strange": 1}
+             "device": "cuda", "strange": 1}
     without_effect = {"select": "best", "frozen_dropout": True, "micro_batch": 1, "threads": 1}
     assert edits.keys() - {"strange"} | without_effect.keys() == options.keys()
     forgeries = [{**options, name: value} for name, value in edits.items()]

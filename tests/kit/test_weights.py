@@ -23,11 +23,12 @@ from demo import CONFIG, PARAMS, PROCESSOR, demo_weights, hugging_face
 from safetensors.torch import load_file, save_file
 
 import extract
-from common import Backbone, EmotionModel, network, start_from, through
+from common import Backbone, EmotionModel, through
 from kit import machine, weights
 from kit.cli import UserError
 from kit.files import prefetch, read_json, state_digest, tensor_digest
 from kit.machine import Arithmetic
+from kit.network import network, start_from
 from kit.weights import POSITION, fold_weight_norm, from_hugging_face, weights_name
 
 NEW = "parametrizations.weight.original0", "parametrizations.weight.original1"

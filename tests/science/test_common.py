@@ -14,12 +14,13 @@ from torch import nn
 import common
 import eval as eval_script
 import train
-from common import (Backbone, DEAMFeatHandler, EmotionModel, Head, emotion_loss, network, pearson,
+from common import (Backbone, DEAMFeatHandler, EmotionModel, Head, emotion_loss, pearson,
                     quadrant_weights, seeds)
 from kit.cli import UserError
 from kit.deam import labels_of
 from kit.files import load_tensors
 from kit.machine import Arithmetic, FrozenOutputs
+from kit.network import network, start_from
 
 BASE = {**torchaudio.pipelines.WAV2VEC2_BASE._params, "aux_num_out": None}
 
@@ -43,7 +44,7 @@ def transformer():
 def above(transformer, layer, finetune, **settings):
     """An EmotionModel of its layers above `layer`, in float64."""
     model = EmotionModel(PARAMS, layer, finetune, **settings)
-    common.start_from(model, {"state": {
+    start_from(model, {"state": {
         f"{part}.{name}": value for part, module in (
             ("layers", transformer.layers[layer:]), ("norm", transformer.layer_norm))
         for name, value in module.state_dict().items()}})
@@ -113,11 +114,11 @@ def test_label_statistics_and_loaders(features, splits, compared):
     np.testing.assert_allclose(data.std, known.std(0))
     np.testing.assert_allclose(data.z_scored(torch.from_numpy(known)),
                                (known - known.mean(0)) / known.std(0))
-    batches = list(data.train)  # the partial one is dropped
+    batches = list(data.loader("train", data.datasets["train"]))  # the partial one is dropped
     assert [len(clips) for clips, _ in batches] == [16, 16] and batches[0][1].shape == (16, 2)
     assert not torch.equal(batches[0][1], data.datasets["train"].labels[:16])  # shuffled
     for split in ("val", "test"):  # in order, to the last song
-        labels = torch.cat([labels for _, labels in getattr(data, split)])
+        labels = torch.cat([labels for _, labels in data.loader(split, data.datasets[split])])
         assert torch.equal(labels, data.datasets[split].labels) and len(labels) == 10
     compared(len(known), "labels")
 
@@ -127,7 +128,8 @@ def test_shuffling_follows_the_seed(features, compared):
     orders = []
     for seed in (3, 3, 4):
         data = DEAMFeatHandler(features, batch_size=20, seed=seed)
-        orders.append([torch.cat([labels for _, labels in data.train]) for _ in range(2)])
+        loader = data.loader("train", data.datasets["train"])
+        orders.append([torch.cat([labels for _, labels in loader]) for _ in range(2)])
     first, again, other = orders
     assert all(map(torch.equal, first, again))
     assert not torch.equal(first[0], first[1]) and not torch.equal(first[0], other[0])
@@ -228,14 +230,6 @@ def test_frozen_layers_stay_in_eval_mode(compared):
     compared(3, "modes")
 
 
-def test_attention_dropout_is_of_the_layers_that_train(compared):
-    model = EmotionModel(PARAMS, 8, "last2", attention_dropout=0.4)
-    assert [layer.attention.dropout for layer in model.layers] == [0.1, 0.1, 0.4, 0.4]
-    model = EmotionModel(PARAMS, 8, "last2")
-    assert [layer.attention.dropout for layer in model.layers] == [0.1] * 4
-    compared(8, "layers")
-
-
 @pytest.mark.parametrize("finetune", ["frozen", "last1"])
 def test_frozen_outputs_are_kept_but_with_dropout_in_them(features, compared, finetune):
     """--frozen-dropout: the frozen layers' outputs differ from step to step in training, and in val
@@ -247,13 +241,13 @@ def test_frozen_outputs_are_kept_but_with_dropout_in_them(features, compared, fi
         data = train.open_data(args)
         training = train.Training(train.configuration(args, data, arithmetic), data, arithmetic)
         outputs = {}
-        for loader in (training.train, training.val):
-            training.model.train(loader is training.train)
+        for loader in (training.train_loader, training.val_loader):
+            training.model.train(loader is training.train_loader)
             dataset = loader.dataset
             assert isinstance(dataset, FrozenOutputs)
             first, second = (next(dataset.__getitems__([0]))[0] for _ in range(2))
-            outputs[loader is training.train] = torch.equal(first, second)
-            assert (0 in dataset.kept) == (not flag or loader is training.val)
+            outputs[loader is training.train_loader] = torch.equal(first, second)
+            assert (0 in dataset.kept) == (not flag or loader is training.val_loader)
         assert outputs == {True: not flag, False: True}
     compared(4, "loaders")
 
@@ -261,12 +255,12 @@ def test_frozen_outputs_are_kept_but_with_dropout_in_them(features, compared, fi
 def test_finetune_names_layers(compared):
     """How many of two layers above layer 10 train."""
     for name, count in (("frozen", 0), ("last1", 1), ("last2", 2), ("all", 2), ("lastN", 2)):
-        assert common.layers_to_train(name, 2, 10) == count
+        assert common.layers_to_train(name, 10, 12) == count
     for name, says in (("last3", "extract with --layer 9"), ("last13", "has 12 layers"),
                        ("last0", "choose frozen"), ("last", "choose frozen"),
                        ("last1x", "choose frozen"), ("", "choose frozen")):
         with pytest.raises(UserError, match=says):
-            common.layers_to_train(name, 2, 10)
+            common.layers_to_train(name, 10, 12)
     compared(11, "names")
 
 

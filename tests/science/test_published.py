@@ -15,7 +15,7 @@ from conftest import FLOAT32, ROOT, call, few, made_features
 import eval as eval_script
 import train
 from common import EmotionModel, quadrant_weights
-from kit import deam, metrics, published
+from kit import deam, figures, metrics, published
 from kit.deam import DIMENSIONS, QUADRANTS
 from kit.files import read_json
 from kit.records import read_config
@@ -101,7 +101,7 @@ def runs(splits, tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch:
             drawn, printed = [], []
             for draw in ("draw_history", "draw_report"):
-                patch.setattr(train.figures, draw, lambda *arguments: drawn.append(arguments[-1]))
+                patch.setattr(figures, draw, lambda *arguments: drawn.append(arguments[-1]))
             call(train, "--features", features, "--run", folder / name, *FROZEN, *more)
             patch.setattr("builtins.print", lambda *words, **_: printed.append(" ".join(words)))
             call(eval_script, folder / name, "--features", features, "--device", "cpu")

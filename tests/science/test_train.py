@@ -21,11 +21,12 @@ from conftest import FLOAT32, QUICK, ROOT, call, few, made_features
 
 import common
 import train
-from common import DEAMFeatHandler, EmotionModel, start_from
-from kit import deam, files, machine, records
+from common import DEAMFeatHandler, EmotionModel
+from kit import deam, figures, files, machine, network, records
 from kit.cli import UserError
 from kit.features import manifest_digest
 from kit.files import load_tensors, read_json, state_digest, write_json, write_tensors
+from kit.weights import Weights
 
 BASE = {**torchaudio.pipelines.WAV2VEC2_BASE._params, "aux_num_out": None}
 
@@ -47,7 +48,7 @@ def test_each_mode_trains_what_it_names_and_nothing_else(features, tmp_path, no_
     top = DEAMFeatHandler(features).top_layers
     start = EmotionModel(top["params"], 10, finetune)
     end = load_tensors(run / "model.pt", "")["state"]
-    start_from(start, top)
+    network.start_from(start, top)
     parts = ["valence.", "arousal.", *(["norm."] if layers else []),
              *(f"layers.{n}." for n in layers)]
     for name, before in start.state_dict().items():
@@ -66,9 +67,9 @@ def test_exact_training_is_the_same_kept_or_recomputed_on_any_threads(features, 
         torch.set_num_threads(threads)
         training = new_training(features, "--batch-size", 4, "--micro-batch", 2)
         training.model.recompute = recompute
-        training.train.dataset.keep = keep and torch.device(keep)
+        training.train_loader.dataset.keep = keep and torch.device(keep)
         steps = [training.train_step(*batch)[0].tolist() for batch in
-                 itertools.islice(training.train, 2)]
+                 itertools.islice(training.train_loader, 2)]
         digests.append((steps, training.digest()))
     torch.set_num_threads(2)
     assert digests[0] == digests[1]
@@ -121,7 +122,7 @@ def test_two_epochs_by_hand(splits, tmp_path, compared, options, target):
     for epoch in (1, 2):
         sums = torch.zeros(3)
         model.train()
-        for clips, labels in data.train:
+        for clips, labels in data.loader("train", data.datasets["train"]):
             rate = train.learning_rate(step, 10, training.options)
             loss, mse, mae = numbers(clips, labels)
             for parameter, gradient in zip(heads, torch.autograd.grad(loss, heads)):
@@ -136,7 +137,7 @@ def test_two_epochs_by_hand(splits, tmp_path, compared, options, target):
             step += 1
         model.eval()
         with torch.no_grad():
-            clips, labels = zip(*data.val)
+            clips, labels = zip(*data.loader("val", data.datasets["val"]))
             val = numbers(sum(clips, []), torch.cat(labels))
         expected.append([epoch, rate, *sums.tolist(), *map(float, val)])
     torch.set_rng_state(state)
@@ -149,12 +150,6 @@ def test_two_epochs_by_hand(splits, tmp_path, compared, options, target):
     assert [row[:2] for row in training.digests] == [[1, 1], [1, 2], [1, 4], [1, 5], [2, 10]]
     assert [row[2] for row in training.digests[3:]] == [row[2] for row in history]
     compared(16 + len(heads), "numbers and tensors")
-
-
-def test_attention_dropout_reaches_the_layers_that_train(features, compared):
-    model = new_training(features, *QUICK, "--attention-dropout", 0.4).model
-    assert [layer.attention.dropout for layer in model.layers] == [0.1, 0.4]
-    compared(2, "layers")
 
 
 def test_the_schedules(compared):
@@ -265,8 +260,8 @@ def test_a_notebooks_folder_without_manifest_trains(tmp_path, capsys, fails, mon
     for song in ids:
         torch.save(torch.randn(9, 768), tmp_path / "f/songs" / f"{song}.pt")
     asked, weights = [], torchaudio.models.wav2vec2_base().state_dict()
-    monkeypatch.setattr(common, "find_weights", lambda name: asked.append(name) or (
-        BASE, weights, 16000, 1e-7, {"name": name}, "a base network"))
+    monkeypatch.setattr(network, "find_weights", lambda name: asked.append(name) or (
+        Weights(BASE, weights, 16000, 1e-7, {"name": name}, "a base network")))
     command = ["--features", tmp_path / "f", "--run", tmp_path / "r", "--allow-missing",
                "--batch-size", 2, "--epochs", 1, *FLOAT32]
     assert call(train, *command) == 0
@@ -325,7 +320,6 @@ def test_layers_above_that_do_not_fit(features, tmp_path, fails, compared):
 @pytest.mark.parametrize("options, says", [
     (["--schedule", "constant", "--max-lr", "0.1"], "leave out --max-lr"),
     (["--weight-loss", "--lambda-var", "1"], "leave out --lambda-var"),
-    (["--finetune", "frozen", "--attention-dropout", "0.1"], "leave out --attention-dropout"),
     (["--max-lr", "1e-6"], "is below --lr"), (["--finetune", "last99"], "has 12 layers"),
     (["--finetune", "last5"], "extract with --layer 7"), (["--batch-size", "41"], "--batch-size")])
 def test_options_that_contradict_each_other(features, tmp_path, fails, options, says):
@@ -336,7 +330,7 @@ RANGES = {  # of each option that decides a result: values that a user may give
     "--finetune": ["frozen", "last1", "last2", "all", "lastN"], "--epochs": [1, 20, 10**6],
     "--lr": [1e-5, 3e-5, 0.1, 1 / 3], "--max-lr": [0.5, 1, 10], "--step-size-up": [1, 10**9],
     "--schedule": ["triangular2", "cosine", "constant"], "--batch-size": [2, 32],
-    "--micro-batch": [1, 4], "--attention-dropout": [0, 0.1, 0.99], "--frozen-dropout": [None],
+    "--micro-batch": [1, 4], "--frozen-dropout": [None],
     "--weight-decay": [0, 1e-4], "--lambda-corr": [0, 0.05, 1e6], "--lambda-var": [0, 0.05, 2.5],
     "--corr-target": ["true", "zero"], "--weight-loss": [None], "--grad-clip": [1e-3, 1e9],
     "--fold": [0, 9], "--seed": [0, 2**32 - 3], "--select": ["last", "best"],
@@ -350,7 +344,7 @@ def test_the_defaults_are_the_published_configuration(compared):
                                  SimpleNamespace(device=torch.device("cpu")))
     assert config["options"] == {
         "finetune": "last1", "epochs": 20, "lr": 3e-5, "max_lr": 1e-3, "schedule": "triangular2",
-        "step_size_up": 100, "batch_size": 32, "micro_batch": 4, "attention_dropout": None,
+        "step_size_up": 100, "batch_size": 32, "micro_batch": 4,
         "frozen_dropout": False, "weight_decay": 1e-4, "lambda_corr": 0.05, "lambda_var": 0.05,
         "corr_target": "true", "weight_loss": False, "grad_clip": 1.0, "fold": None, "seed": 0,
         "select": "last", "labels": "shipped", "precision": "exact", "threads": None}
@@ -410,7 +404,7 @@ def test_the_best_epoch_is_the_one_of_lowest_val_loss(splits, tmp_path, monkeypa
     result, and its predictions. Without --select best it is the last."""
     features, validate = made_features(tmp_path / "f", few(splits)), train.Training.validate
     drawn = []
-    monkeypatch.setattr(train.figures, "draw_history", lambda *args: drawn.append(args[1:3]))
+    monkeypatch.setattr(figures, "draw_history", lambda *args: drawn.append(args[1:3]))
     for select, epoch in (("best", 2), ("last", 4)):
         losses, predictions = iter([0.5, 0.2, 0.4, 0.2, 9]), []
 
