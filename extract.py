@@ -53,8 +53,8 @@ from common import Backbone, DEAMHandler
 from kit.audio import BadClip, read_clip
 from kit.cli import Progress, UserError, torchrun
 from kit.deam import own_splits, read_splits, songs_of
-from kit.features import FeatureFolder, labels_table
-from kit.files import plain_json, prefetch, sha256, shortened, state_digest
+from kit.features import FeatureFolder, describe_features, equal_lengths
+from kit.files import prefetch, shortened
 from kit.machine import Arithmetic, cores, environment
 from kit.swapped import swapped_ranges
 
@@ -73,15 +73,6 @@ def choose_songs(args, deam, splits):
     return [song for song in ids if song in deam.audio]
 
 
-def describe(deam, backbone, layer, precision, store):
-    """How features are made: a manifest but for its songs and which labels are swapped."""
-    settings = {"weights": backbone.digest, "layer": layer, "precision": precision, "store": store,
-                "sample_rate": backbone.sample_rate, "normalize_epsilon": backbone.epsilon}
-    return {"settings": settings, "params": plain_json(backbone.params),
-            "annotations": sha256(labels_table(deam.annotations).encode()),
-            "top_layers": state_digest(backbone.top_layers(layer)["state"])}
-
-
 def decode(deam, backbone, folder, song):
     """(song, waveform, digest of its PCM, a remark or None); None for a song that fails, which the
     folder notes."""
@@ -91,23 +82,9 @@ def decode(deam, backbone, folder, song):
         return folder.fail(song, f"{deam.audio[song]}: {error}")
 
 
-def equal_lengths(clips, size):
-    """Group clips (of `decode`) by length, up to `size` together, in memory at most four times
-    that; None is left out."""
-    waiting = {}
-    for clip in filter(None, clips):
-        length = len(clip[1])
-        same = waiting.setdefault(length, [])
-        same.append(clip)
-        if len(same) == size:
-            yield waiting.pop(length)
-        elif sum(map(len, waiting.values())) > 4 * size:
-            yield waiting.pop(next(iter(waiting)))
-    yield from waiting.values()
-
-
-def hidden_states(clips, backbone, size):
-    """Yield (song, digest of its PCM, features[T, D], remark) for clips (of `decode`)."""
+def compute(clips, backbone, size):
+    """Yield (song, digest of its PCM, features[T, D], remark) for clips (of `decode`), those of
+    equal length together, up to `size`."""
     for batch in equal_lengths(clips, size):
         songs, waveforms, pcms, remarks = zip(*batch)
         yield from zip(songs, pcms, backbone.hidden_states(torch.stack(waveforms)), remarks)
@@ -123,7 +100,7 @@ def run(args):
     splits = read_splits(args.splits) if args.splits else own_splits(args.features)
     ids = choose_songs(args, deam, splits)
     backbone = Backbone(args.weights)
-    manifest = {**describe(deam, backbone, args.layer, args.precision, args.store),
+    manifest = {**describe_features(deam, backbone, args.layer, args.precision, args.store),
                 "swapped_labels": swapped_ranges(deam), "songs": {}, "source": backbone.source,
                 "environment": environment(arithmetic.device)}
     folder = FeatureFolder(args.features, ids, manifest, rank)
@@ -138,26 +115,14 @@ def run(args):
     clips = prefetch(functools.partial(decode, deam, backbone, folder), todo, min(cores(), 16))
     clips = Progress(clips, total=len(todo), desc="extract", unit="song",
                      disable=rank > 0 or not todo)
-    features = hidden_states(clips, backbone, args.batch_size or (8 if on_gpu else 1))
+    features = compute(clips, backbone, args.batch_size or (8 if on_gpu else 1))
     for _ in prefetch(lambda song: folder.write_song(*song), features):
         pass
-    records = folder.finish()
-    return 0 if rank else report(folder, records, splits)
-
-
-def report(folder, records, splits):
-    """Say what the folder holds; 1 where songs failed, else 0."""
-    songs = folder.manifest["songs"].values()
-    print(f"{folder.root}: {len(songs)} songs, {sum(entry['frames'] for entry in songs)} frames; "
-          f"root digest {folder.manifest['digest']}\n{splits['source']}")
-    for song, record in zip(folder.ids, records):
-        if "note" in record:
-            print(f"note: song {song}: {record['note']}")
-    failed = [record["failed"] for record in records if "failed" in record]
-    for reason in failed:
-        print(f"failed: {reason}")
-    print(f"next: python train.py --features {folder.root} --finetune last1")
-    return 1 if failed else 0
+    complete = folder.finish()
+    if not rank:
+        print(splits["source"])
+        print(f"next: python train.py --features {args.features} --finetune last1")
+    return 0 if complete else 1
 
 
 if __name__ == "__main__":

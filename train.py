@@ -17,59 +17,66 @@ sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # python -P, -I
 
 from kit.cli import Parser, execute, number, path, start
 
+
 def parser():
+    """The options of a run: the defaults are the published configuration."""
     p = Parser(__doc__)
-    p.share("--features", help="the folder that extract.py wrote")
-    p.add_argument("--run", type=path, metavar="FOLDER",
-                   help="where the run goes (default: runs/ and the name of --finetune, or that "
-                        "and -foldK)")
+    # what trains, and on what
     p.add_argument("--finetune", default="last1", metavar="frozen|last1|last2|…|lastN|all",
                    help="what trains: the heads alone; the top n layers with the norm and the "
                         "heads; all layers above the features'")
+    p.share("--features", help="the folder that extract.py wrote")
+    p.share("--labels", "--allow-missing")
+    p.add_argument("--fold", type=number(int, 0, 9), metavar="K",
+                   help="splits of folds.json, every artist in one fold of ten: test is fold K, "
+                        "val the next one (default: the features folder's splits)")
+    # how long, and the learning rate
     p.add_argument("--epochs", type=number(int, 1, 10**6), default=20, metavar="N",
                    help="passes over the training songs")
+    p.add_argument("--batch-size", type=number(int, 2, 10**6), default=32, metavar="N",
+                   help="songs a step; the last partial batch is dropped")
+    p.add_argument("--schedule", choices=["triangular2", "cosine", "constant"],
+                   default="triangular2", help="learning rate over steps: cyclic, its height "
+                   "halved each cycle; or one fall from --max-lr to --lr; or --lr")
     p.add_argument("--lr", type=number(float, 0, 10, above=True), default=3e-5, metavar="RATE",
                    help="lowest learning rate; the rate of --schedule constant")
     p.add_argument("--max-lr", type=number(float, 0, 10, above=True), metavar="RATE",
                    help="highest learning rate of the other schedules (default: 0.001)")
-    p.add_argument("--schedule", choices=["triangular2", "cosine", "constant"],
-                   default="triangular2", help="learning rate over steps: cyclic, its height "
-                   "halved each cycle; or one fall from --max-lr to --lr; or --lr")
     p.add_argument("--step-size-up", type=number(int, 1, 10**9), default=100, metavar="N",
                    help="steps of triangular2 from the lowest rate to the highest")
-    p.add_argument("--batch-size", type=number(int, 2, 10**6), default=32, metavar="N",
-                   help="songs a step; the last partial batch is dropped")
-    p.add_argument("--micro-batch", type=number(int, 1, 10**6), default=4, metavar="N",
-                   help="songs whose activations are computed together; part of the result's bits")
+    # optimiser and regularisation
+    p.add_argument("--weight-decay", type=number(float, 0, 10), default=1e-4, metavar="X",
+                   help="AdamW's")
+    p.add_argument("--grad-clip", type=number(float, 0, 1e9, above=True), default=1.0, metavar="X",
+                   help="largest norm of the gradient")
     p.add_argument("--frozen-dropout", action="store_true",
                    help="dropout also in the layers that do not train, as the published system has "
                         "it; their outputs are then computed anew in every step")
-    p.add_argument("--weight-decay", type=number(float, 0, 10), default=1e-4, metavar="X",
-                   help="AdamW's")
-    p.add_argument("--lambda-corr", type=number(float, 0, 1e6), default=0.05, metavar="X",
-                   help="weight of the correlation penalty")
-    p.add_argument("--lambda-var", type=number(float, 0, 1e6), metavar="X",
-                   help="weight of the variance penalty (default: 0.05; with --weight-loss none)")
-    p.add_argument("--corr-target", choices=["true", "zero"], default="true",
-                   help="what the predictions' correlation is pulled to")
-    p.add_argument("--weight-loss", action="store_true",
-                   help="MSE weighted by inverse quadrant frequency, without variance penalty")
-    p.add_argument("--grad-clip", type=number(float, 0, 1e9, above=True), default=1.0, metavar="X",
-                   help="largest norm of the gradient")
-    p.add_argument("--fold", type=number(int, 0, 9), metavar="K",
-                   help="splits of folds.json, every artist in one fold of ten: test is fold K, "
-                        "val the next one (default: the features folder's splits)")
     p.add_argument("--seed", type=number(int, 0, 2**32 - 3), default=0, metavar="N",
                    help="of heads, shuffling and dropout")
     p.add_argument("--select", choices=["last", "best"], default="last",
                    help="the result: the last epoch, or the one of lowest val loss")
-    p.share("--labels", "--precision", "--allow-missing")
+    # the loss: emotion_loss in common.py
+    p.add_argument("--lambda-corr", type=number(float, 0, 1e6), default=0.05, metavar="X",
+                   help="weight of the correlation penalty")
+    p.add_argument("--corr-target", choices=["true", "zero"], default="true",
+                   help="what the predictions' correlation is pulled to")
+    p.add_argument("--lambda-var", type=number(float, 0, 1e6), metavar="X",
+                   help="weight of the variance penalty (default: 0.05; with --weight-loss none)")
+    p.add_argument("--weight-loss", action="store_true",
+                   help="MSE weighted by inverse quadrant frequency, without variance penalty")
+    # where, and in which arithmetic
+    p.add_argument("--run", type=path, metavar="FOLDER",
+                   help="where the run goes (default: runs/ and the name of --finetune, or that "
+                        "and -foldK)")
+    p.add_argument("--resume", action="store_true",
+                   help="resume the run in --run, or start it if there is none")
+    p.share("--precision", "--device")
+    p.add_argument("--micro-batch", type=number(int, 1, 10**6), default=4, metavar="N",
+                   help="songs whose activations are computed together; part of the result's bits")
     p.add_argument("--threads", type=number(int, 1, 1024), metavar="N",
                    help="CPU threads (default: all cores; but in float32, where they decide "
                         "bits, 8)")
-    p.add_argument("--resume", action="store_true",
-                   help="resume the run in --run, or start it if there is none")
-    p.share("--device")
     return p
 
 

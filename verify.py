@@ -56,14 +56,14 @@ import torch
 from torch.utils.data import DataLoader
 
 import eval as evaluation
-import extract
 import train
 from common import Backbone, DEAMFeatHandler, DEAMHandler, load_model
 from kit.audio import BadClip
 from kit.cli import Progress, UserError
 from kit.deam import (SPLITS, corrected, fold_splits, read_annotations, read_splits, songs_of,
                       splits_digest)
-from kit.features import ENTRY, SETTINGS, find_damage, labels_table, read_manifest
+from kit.features import (ENTRY, SETTINGS, describe_features, find_damage, labels_table,
+                          read_manifest)
 from kit.files import (differences, plain_json, read_tensors, read_text, sha256, shortened,
                        state_digest, tensor_digest)
 from kit.machine import Arithmetic
@@ -204,7 +204,7 @@ def check_features(verdict, record, args, deam, backbone):
     ids, settings, songs = (choose_songs(args, record, deam), record.manifest["settings"],
                             record.manifest["songs"])
     verdict.begin(f"PCM and features of {len(ids)} of {len(songs)} songs")
-    actual = extract.describe(deam, backbone, *(settings[key] for key in (
+    actual = describe_features(deam, backbone, *(settings[key] for key in (
         "layer", "precision", "store")))
     verdict.compare_all(SETTINGS, settings, actual["settings"])
     verdict.compare_all(("params", "annotations", "top_layers"), record.manifest, actual)

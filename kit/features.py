@@ -11,9 +11,9 @@ import torch
 
 from kit.cli import Progress, UserError
 from kit.deam import COLUMNS, SPLITS, corrected, read_annotations, songs_of
-from kit.files import (differences, json_digest, json_text, load_tensors, lock, prefetch, read_json,
-                       sha256, shortened, table_text, tensor_digest, write_file, write_json,
-                       write_tensors)
+from kit.files import (differences, json_digest, json_text, load_tensors, lock, plain_json,
+                       prefetch, read_json, sha256, shortened, state_digest, table_text,
+                       tensor_digest, write_file, write_json, write_tensors)
 from kit.schema import DIGEST, is_plain
 
 SETTINGS = {"weights": DIGEST, "layer": int, "precision": ("exact", "float32"),
@@ -131,6 +131,31 @@ def find_damage(root, entries, store):
 # ----------------------------------------------------------------------------------------- filling
 
 
+def describe_features(deam, backbone, layer, precision, store):
+    """How the features of a DEAMHandler's songs are made by a Backbone: a manifest but for its
+    songs and which labels are swapped."""
+    settings = {"weights": backbone.digest, "layer": layer, "precision": precision, "store": store,
+                "sample_rate": backbone.sample_rate, "normalize_epsilon": backbone.epsilon}
+    return {"settings": settings, "params": plain_json(backbone.params),
+            "annotations": sha256(labels_table(deam.annotations).encode()),
+            "top_layers": state_digest(backbone.top_layers(layer)["state"])}
+
+
+def equal_lengths(clips, size):
+    """Group clips (song, waveform, …) by length, up to `size` together, in memory at most four
+    times that; None is left out."""
+    waiting = {}
+    for clip in filter(None, clips):
+        length = len(clip[1])
+        same = waiting.setdefault(length, [])
+        same.append(clip)
+        if len(same) == size:
+            yield waiting.pop(length)
+        elif sum(map(len, waiting.values())) > 4 * size:
+            yield waiting.pop(next(iter(waiting)))
+    yield from waiting.values()
+
+
 class FeatureFolder:
     """DEAM_feats/ while it is filled: every song with a record of its own beside it, so that a kill
     costs at most the songs in flight and several processes can fill one folder; the manifest is
@@ -221,16 +246,23 @@ class FeatureFolder:
             write_json(path, self.manifest)
 
     def finish(self):
-        """Complete the manifest → the records of the songs wanted. The first process waits until
-        the others have dealt with their songs, and clears the failures, so that the next run does
-        not report them again."""
+        """Complete the manifest. The first process waits until the others have dealt with their
+        songs, says what the folder holds, and returns whether no song failed."""
         while not self.rank and not all(map(self.record, self.ids)):
             time.sleep(0.5)
         self.write_manifest()
-        records = {song: self.record(song) for song in self.ids}
-        if not self.rank:
-            self.clear_failures(records)
-        return list(records.values())
+        if self.rank:
+            return True
+        songs, records = self.manifest["songs"], {song: self.record(song) for song in self.ids}
+        print(f"{self.root}: {len(songs)} songs, {sum(each['frames'] for each in songs.values())} "
+              f"frames; root digest {self.manifest['digest']}")
+        for song, record in records.items():
+            if "note" in record:
+                print(f"note: song {song}: {record['note']}")
+            if "failed" in record:
+                print(f"failed: {record['failed']}")
+        self.clear_failures(records)  # so that the next run does not report them again
+        return not any("failed" in record for record in records.values())
 
     def clear_failures(self, records):
         """Remove the records {song: record} of songs that failed."""

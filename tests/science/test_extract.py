@@ -20,7 +20,7 @@ import extract
 import verify
 from common import Backbone, DEAMHandler
 from kit.deam import read_splits, songs_of
-from kit.features import read_manifest
+from kit.features import describe_features, equal_lengths, read_manifest
 from kit.files import read_json, tensor_digest
 
 FLOAT32 = ["--precision", "float32"]
@@ -75,7 +75,7 @@ def test_clips_of_equal_length_go_together_within_a_bound(compared):
                 yield None
 
         given = []
-        for group in extract.equal_lengths(clips(), 2):
+        for group in equal_lengths(clips(), 2):
             assert len(taken) - len(given) <= 4 * 2 + 1
             assert len(group) <= 2 and len({len(clip[1]) for clip in group}) == 1
             given += [clip[0] for clip in group]
@@ -281,7 +281,7 @@ def test_a_manifest_says_what_its_backbone_is(demo, compared):
     """Sample rate and z-scoring of the waveform too: the demo's backbone has none of it."""
     backbone, deam = Backbone(demo / "backbone"), DEAMHandler(demo / "DEAM")
     backbone.epsilon, backbone.sample_rate = 1e-7, 8000
-    settings = extract.describe(deam, backbone, 10, "exact", "float16")["settings"]
+    settings = describe_features(deam, backbone, 10, "exact", "float16")["settings"]
     assert settings == {"weights": backbone.digest, "layer": 10, "precision": "exact",
                         "store": "float16", "sample_rate": 8000, "normalize_epsilon": 1e-7}
     compared(len(settings), "settings")
