@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from kit import cli, deam, features as features_kit, figures, files
+from kit import cli, deam, features as features_kit, figures, files, network
 
 os.environ.update(cli.PINS)  # before torch is imported: for the tests of float32
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the demo runs beside; small work waits for threads
@@ -75,11 +75,21 @@ def fails(capsys):
     return attempt
 
 
+@pytest.fixture(scope="session", autouse=True)
+def unsynced():
+    """Tests need not wait until the disk has what is written: they read it again at once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory):
     """A folder with DEAM, backbone and splits.json. Not to be changed by a test."""
     folder = tmp_path_factory.mktemp("demo")
-    subprocess.run([sys.executable, ROOT / "tests/demo.py", folder], check=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["demo.py", str(folder)])
+        demo_script.main()
     return folder
 
 
@@ -89,10 +99,10 @@ def extraction(demo, features, *more):
             demo / "splits.json", "--features", features, "--device", "cpu", *more]
 
 
-def made_features(folder, splits, noise=1.0):
+def made_features(folder, splits, noise=1.0, layer=12):
     """Write a features folder without audio: of each song of the splits 4 frames of 64 channels
-    from which its labels follow but for noise; of the demo's architecture, nothing above layer 12.
-    As in DEAM, valence and arousal are exchanged for ids up to 1000."""
+    from which its labels follow but for noise; of the demo's architecture, with random layers above
+    `layer`. As in DEAM, valence and arousal are exchanged for ids up to 1000."""
     generator, songs, labels = np.random.default_rng(0), {}, {}
     (folder / "songs").mkdir(parents=True)
     for song in deam.songs_of(splits):
@@ -106,8 +116,12 @@ def made_features(folder, splits, noise=1.0):
         valence, arousal = truth[::-1] if song <= 1000 else truth
         labels[song] = valence, round(1.2 + generator.random(), 2), arousal, 1.5
     table = features_kit.labels_table(labels)
-    state = {"norm.weight": torch.ones(64), "norm.bias": torch.zeros(64)}
-    manifest = {"settings": {"weights": "0" * 64, "layer": 12, "precision": "float32",
+    state = {}
+    for name, value in network.state_above(network.network(demo_script.PARAMS), layer).items():
+        drawn = generator.uniform(-0.2, 0.2, value.shape) if value.ndim > 1 else np.full(
+            value.shape, name.endswith("weight"))
+        state[name] = torch.from_numpy(drawn.astype(np.float32))
+    manifest = {"settings": {"weights": "0" * 64, "layer": layer, "precision": "float32",
                              "store": "float32", "sample_rate": 16000, "normalize_epsilon": None},
                 "annotations": files.sha256(table.encode()), "source": {"name": "made"},
                 "params": json.loads(json.dumps(demo_script.PARAMS)),
@@ -117,8 +131,8 @@ def made_features(folder, splits, noise=1.0):
     files.write_file(folder / "annotations.csv", table)
     files.write_json(folder / "splits.json", splits)
     files.write_json(folder / "manifest.json", manifest)
-    files.write_tensors(folder / "top_layers.pt", {"params": demo_script.PARAMS, "layer": 12,
-                                                   "state": state})
+    files.write_tensors(folder / "top_layers.pt", {"params": demo_script.PARAMS,
+                                                   "layer": layer, "state": state})
     return folder
 
 
@@ -142,6 +156,13 @@ def features(demo, tmp_path_factory):
     folder = tmp_path_factory.mktemp("features") / "DEAM_feats"
     assert call(extract, *extraction(demo, folder, "--precision", "float32")) == 0
     return folder
+
+
+@pytest.fixture(scope="session")
+def made(splits, tmp_path_factory):
+    """Made features of layer 10 of the demo's 60 songs: a step on them takes a hundredth of a
+    second. Not to be changed by a test."""
+    return made_features(tmp_path_factory.mktemp("made") / "DEAM_feats", few(splits), layer=10)
 
 
 @pytest.fixture(scope="session")

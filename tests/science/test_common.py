@@ -16,6 +16,7 @@ import eval as eval_script
 import train
 from common import (Backbone, DEAMFeatHandler, EmotionModel, Head, emotion_loss, pearson,
                     quadrant_weights, seeds)
+from kit import figures
 from kit.cli import UserError
 from kit.deam import labels_of
 from kit.files import load_tensors
@@ -76,7 +77,7 @@ def test_hidden_states_are_torchaudios(demo, compared):
     z-scored where the backbone asks for it."""
     generator = torch.Generator().manual_seed(2)
     waveforms = torch.randn(2, 4000, generator=generator, dtype=torch.float64) * 0.3 + 0.1
-    reference = Backbone(demo / "backbone")
+    reference, backbone = Backbone(demo / "backbone"), Backbone(demo / "backbone")
     assert reference.epsilon is None and reference.model.encoder.transformer.layer_drop > 0
     scored = (waveforms - waveforms.mean(1, True)) / (waveforms.var(1, correction=0, keepdim=True)
                                                       + 1e-5).sqrt()
@@ -84,8 +85,7 @@ def test_hidden_states_are_torchaudios(demo, compared):
     for epsilon, heard in ((None, waveforms), (1e-5, scored)):
         with torch.no_grad():
             expected, _ = reference.model.extract_features(heard.float())
-        for layer in (1, 3, 12):
-            backbone = Backbone(demo / "backbone")
+        for layer in (1, 3, 12):  # of one backbone: none is lost
             backbone.epsilon = epsilon
             found = backbone.to(Arithmetic("float32", "cpu"), layer).hidden_states(waveforms)
             assert torch.allclose(found, expected[layer - 1], atol=2e-5)
@@ -231,11 +231,11 @@ def test_frozen_layers_stay_in_eval_mode(compared):
 
 
 @pytest.mark.parametrize("finetune", ["frozen", "last1"])
-def test_frozen_outputs_are_kept_but_with_dropout_in_them(features, compared, finetune):
+def test_frozen_outputs_are_kept_but_with_dropout_in_them(made, compared, finetune):
     """--frozen-dropout: the frozen layers' outputs differ from step to step in training, and in val
     they do not. Without it they are computed once."""
     for flag in ([], ["--frozen-dropout"]):
-        args = train.parser().parse_args(["--features", str(features), "--finetune", finetune,
+        args = train.parser().parse_args(["--features", str(made), "--finetune", finetune,
                                           *flag, *QUICK])
         arithmetic = Arithmetic("float32", "cpu")
         data = train.open_data(args)
@@ -267,8 +267,9 @@ def test_finetune_names_layers(compared):
 # ------------------------------------------------------- changes that README says how to make
 
 
-def test_another_head_trains_and_predicts(features, tmp_path, monkeypatch, no_histories, compared):
+def test_another_head_trains_and_predicts(made, tmp_path, monkeypatch, no_histories, compared):
     """As README says: change `Head`, nothing else. Here it begins with a norm and is nested."""
+    monkeypatch.setattr(figures, "draw_report", lambda *_: None)
 
     def head(dimension):
         return nn.Sequential(nn.LayerNorm(dimension), nn.Sequential(nn.Linear(dimension, 8),
@@ -277,10 +278,10 @@ def test_another_head_trains_and_predicts(features, tmp_path, monkeypatch, no_hi
     monkeypatch.setattr(common, "Head", head)
     for finetune in ("frozen", "last1"):
         run = tmp_path / finetune
-        assert call(train, "--features", features, "--finetune", finetune, "--run", run, *QUICK,
+        assert call(train, "--features", made, "--finetune", finetune, "--run", run, *QUICK,
                     "--epochs", 1) == 0
     assert load_tensors(run / "model.pt", "")["state"]["valence.1.0.weight"].shape == (8, 64)
-    assert call(eval_script, run, "--features", features) == 0
+    assert call(eval_script, run, "--features", made) == 0
     compared(2, "heads")
 
 
@@ -297,11 +298,11 @@ class AttentionPooling(nn.Module):
 
 @pytest.mark.parametrize("finetune, precision", [("frozen", "float32"), ("last1", "float32"),
                                                  ("frozen", "exact")])
-def test_a_pooling_with_parameters_trains(features, splits, tmp_path, monkeypatch, no_histories,
+def test_a_pooling_with_parameters_trains(made, splits, tmp_path, monkeypatch, no_histories,
                                           compared, finetune, precision):
     """As README says: change `Pooling`, nothing else. It starts from the seed and trains, in
     `frozen` too."""
-    layer = 10
+    layer, features = 10, made
     if finetune == "frozen":
         layer, features = 12, made_features(tmp_path / "f", few(splits))
     monkeypatch.setattr(common, "Pooling", AttentionPooling)
@@ -327,7 +328,7 @@ def test_a_pooling_with_parameters_trains(features, splits, tmp_path, monkeypatc
     compared(64, "pooled values")
 
 
-def test_another_loss_trains(features, tmp_path, monkeypatch, no_histories, compared):
+def test_another_loss_trains(made, tmp_path, monkeypatch, no_histories, compared):
     """As README says: change `emotion_loss`, nothing else."""
     losses = []
 
@@ -336,7 +337,7 @@ def test_another_loss_trains(features, tmp_path, monkeypatch, no_histories, comp
         return losses[-1]
 
     monkeypatch.setattr(train, "emotion_loss", loss)
-    assert call(train, "--features", features, "--run", tmp_path / "run", *QUICK, "--finetune",
+    assert call(train, "--features", made, "--run", tmp_path / "run", *QUICK, "--finetune",
                 "frozen", "--epochs", 1) == 0
     rows = [line.split(",") for line in (tmp_path / "run/history.csv").read_text().splitlines()]
     assert rows[0][2] == "train_loss" and len(losses) == 3
