@@ -20,8 +20,7 @@ from kit.audio import read_waveform
 from kit.cli import UserError
 from kit.deam import (audio_files, dynamic_annotations, find_deam, label_statistics, labels_of,
                       own_splits, quadrant, static_annotations)
-from kit.features import (FeatureReader, find_manifest, notes_on, read_labels, songs_by_split,
-                          summary_of)
+from kit.features import FeatureReader, find_manifest, notes_on, read_labels, songs_by_split
 from kit.files import prefetch, state_digest
 from kit.network import load_network, network, read_top_layers, state_above
 
@@ -183,7 +182,8 @@ class DEAMFeatHandler:
         self.reader = FeatureReader(self.root, self.manifest["songs"],
                                     self.top_layers["params"]["encoder_embed_dim"])
         self.ids = songs_by_split(self.splits, self.annotations, self.reader, allow_missing)
-        self.summary = summary_of(self.ids, self.splits)
+        self.summary = ", ".join(f"{len(ids)} of {len(self.splits[split])} {split}"
+                                 for split, ids in self.ids.items()) + " songs"
         self.datasets = {split: FeatDataset(self.reader, ids, self.annotations)
                          for split, ids in self.ids.items()}
         self.mean, self.std = label_statistics(self.annotations,

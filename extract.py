@@ -46,6 +46,7 @@ if __name__ == "__main__":
     ARGS = start(parser(), "rerun the same command to resume")  # before torch is imported
 
 import functools
+import itertools
 
 import torch
 
@@ -53,7 +54,7 @@ from common import Backbone, DEAMHandler
 from kit.audio import BadClip, read_clip
 from kit.cli import Progress, UserError, torchrun
 from kit.deam import own_splits, read_splits, songs_of
-from kit.features import FeatureFolder, describe_features, equal_lengths
+from kit.features import FeatureFolder, describe_features
 from kit.files import prefetch, shortened
 from kit.machine import Arithmetic, cores, environment
 from kit.swapped import swapped_ranges
@@ -83,11 +84,12 @@ def decode(deam, backbone, folder, song):
 
 
 def compute(clips, backbone, size):
-    """Yield (song, digest of its PCM, features[T, D], remark) for clips (of `decode`), those of
-    equal length together, up to `size`."""
-    for batch in equal_lengths(clips, size):
-        songs, waveforms, pcms, remarks = zip(*batch)
-        yield from zip(songs, pcms, backbone.hidden_states(torch.stack(waveforms)), remarks)
+    """Yield (song, digest of its PCM, features[T, D], remark) for clips (of `decode`); neighbours
+    of equal length are computed together, up to `size`."""
+    for _, neighbours in itertools.groupby(filter(None, clips), lambda clip: len(clip[1])):
+        while batch := list(itertools.islice(neighbours, size)):
+            songs, waveforms, pcms, remarks = zip(*batch)
+            yield from zip(songs, pcms, backbone.hidden_states(torch.stack(waveforms)), remarks)
 
 
 def run(args):

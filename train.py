@@ -4,9 +4,6 @@
   python train.py --finetune frozen --labels corrected --run runs/frozen-corrected
   python train.py --finetune frozen --fold 3            # tested on artists it never heard
   python train.py --finetune last1 --resume             # after an interruption
-
-To try another pooling, head or loss, change `Pooling`, `Head` or `emotion_loss` in common.py; a
-parameter new to the loss is also an option here.
 """
 
 import os
@@ -35,13 +32,13 @@ def parser():
                    help="passes over the training songs")
     p.add_argument("--batch-size", type=number(int, 2, 10**6), default=32, metavar="N",
                    help="songs a step; the last partial batch is dropped")
-    p.add_argument("--schedule", choices=["triangular2", "cosine", "constant"],
-                   default="triangular2", help="learning rate over steps: cyclic, its height "
-                   "halved each cycle; or one fall from --max-lr to --lr; or --lr")
+    p.add_argument("--schedule", choices=["triangular2", "cosine"], default="triangular2",
+                   help="learning rate over steps: cyclic, its height halved each cycle; or one "
+                        "fall from --max-lr to --lr")
     p.add_argument("--lr", type=number(float, 0, 10, above=True), default=3e-5, metavar="RATE",
-                   help="lowest learning rate; the rate of --schedule constant")
-    p.add_argument("--max-lr", type=number(float, 0, 10, above=True), metavar="RATE",
-                   help="highest learning rate of the other schedules (default: 0.001)")
+                   help="lowest learning rate")
+    p.add_argument("--max-lr", type=number(float, 0, 10, above=True), default=1e-3, metavar="RATE",
+                   help="highest learning rate; that of --lr keeps it constant")
     p.add_argument("--step-size-up", type=number(int, 1, 10**9), default=100, metavar="N",
                    help="steps of triangular2 from the lowest rate to the highest")
     # optimiser and regularisation
@@ -56,7 +53,7 @@ def parser():
                    help="of heads, shuffling and dropout")
     p.add_argument("--select", choices=["last", "best"], default="last",
                    help="the result: the last epoch, or the one of lowest val loss")
-    # the loss: emotion_loss in common.py
+    # the loss: emotion_loss in common.py, which Training.loss calls
     p.add_argument("--lambda-corr", type=number(float, 0, 1e6), default=0.05, metavar="X",
                    help="weight of the correlation penalty")
     p.add_argument("--corr-target", choices=["true", "zero"], default="true",
@@ -94,11 +91,11 @@ from kit.audio import sin_pi
 from kit.cli import Progress, UserError, torchrun
 from kit.deam import SPLITS, fold_splits, own_splits, splits_digest
 from kit.files import lock, state_digest, tensor_digest
-from kit.machine import Arithmetic, flat_parameter
+from kit.machine import Arithmetic, flat_parameter, frozen_outputs
 from kit.network import start_from
 from kit.records import (describe_run, digest_steps, load_trained, read_checkpoint, restore,
                          trained_state, write_progress, write_result, write_start)
-from kit.training import announce, chosen_options, draw_curves, frozen_outputs
+from kit.training import announce, chosen_options, draw_curves
 
 
 def configuration(args, data, arithmetic):
@@ -126,8 +123,6 @@ def open_data(args, splits=None):
 def learning_rate(step, steps, options):
     """The rate of optimiser step `step` (from 0) of `steps`. The cyclic one is torch's CyclicLR
     (Smith 2017, arXiv 1506.01186), as a function of the step, so that nothing has to be saved."""
-    if options.schedule == "constant":
-        return options.lr
     if options.schedule == "cosine":
         cosine = float(sin_pi(0.5 - step / max(steps - 1, 1)))  # the same on any machine
         return options.lr + (options.max_lr - options.lr) * 0.5 * (1 + cosine)
@@ -143,7 +138,11 @@ class Training:
     def __init__(self, config, data, arithmetic):
         self.config, self.options = config, SimpleNamespace(**config["options"])
         self.data, self.arithmetic, self.device = data, arithmetic, arithmetic.device
-        self.model = self.new_model()
+        top = data.top_layers
+        self.model = EmotionModel(top["params"], top["layer"], self.options.finetune,
+                                  self.options.seed, self.options.frozen_dropout)
+        start_from(self.model, top)
+        self.model.to(self.device, arithmetic.dtype)
         self.trainable = [each for each in self.model.parameters() if each.requires_grad]
         self.initial = self.digest()
         self.flat = flat_parameter(self.trainable)
@@ -158,15 +157,8 @@ class Training:
             labels = self.targets(data.datasets["train"].labels)
             self.weights = quadrant_weights(labels) if self.options.weight_loss else None
         self.step, self.history, self.digests = 0, [], []
-        self.pred, self.best = None, None  # on val; {"loss": on val, "model": what trained}
+        self.best = None  # {"loss": on val, "model": what trained}
         torch.manual_seed(seeds(self.options.seed)["dropout"])
-
-    def new_model(self):
-        options, top = self.options, self.data.top_layers
-        model = EmotionModel(top["params"], top["layer"], options.finetune, options.seed,
-                             options.frozen_dropout)
-        start_from(model, top)
-        return model.to(self.device, self.arithmetic.dtype)
 
     def targets(self, labels):
         return self.data.z_scored(labels).to(self.arithmetic.dtype).to(self.device)
@@ -191,10 +183,9 @@ class Training:
                 if self.step == steps and steps % self.epoch_steps:  # within an epoch
                     return
             means = [value / self.epoch_steps for value in sums.tolist()]
-            validation, self.pred = self.validate()
+            validation, _ = self.validate()
             if not all(map(math.isfinite, [*means, *validation])):
-                raise UserError("the loss is not finite: lower --max-lr, or --lr with --schedule "
-                                "constant")
+                raise UserError("the loss is not finite: lower --max-lr")
             self.history.append([epoch, rate, *means, *validation])
             self.digests.append([epoch, self.step, means[0], self.digest()])
             self.remember_best(validation[0])
@@ -246,9 +237,8 @@ class Training:
         the model becomes that one."""
         if self.best:
             load_trained(self.model, self.best["model"])
-        if self.best or self.pred is None:  # another model than the last, or nothing left to train
-            _, self.pred = self.validate()
-        six_decimals = (self.pred * 1e6).round() / 1e6 + 0.0  # without minus zeros
+        _, pred = self.validate()
+        six_decimals = (pred * 1e6).round() / 1e6 + 0.0  # without minus zeros
         return {"model": self.digest(), "val_predictions": tensor_digest(six_decimals)}
 
     def digest(self):
@@ -265,8 +255,6 @@ def run(args):
     arithmetic = Arithmetic(args.precision, args.device, args.threads)
     data = open_data(args)
     config = configuration(args, data, arithmetic)
-    for note in data.notes():
-        print(note)
     locked = lock(args.run, "train", "the run")  # as long as this variable lives
     state = read_checkpoint(args.run, config, args.resume)
     training = Training(config, data, arithmetic)

@@ -51,10 +51,6 @@ def number(kind, low, high=math.inf, above=False):
 def path(text):
     if not text.strip():
         raise argparse.ArgumentTypeError("an empty path")
-    try:
-        Path(text).exists()
-    except OSError as error:  # too long
-        raise argparse.ArgumentTypeError(f"no path: {error.strerror}") from None
     return Path(text)
 
 
@@ -116,12 +112,9 @@ class Parser(argparse.ArgumentParser):
 def start(parser, advice):
     """Parse the command line and make ready for importing torch: pins, streams, signals.
     advice: what is printed after Ctrl-C."""
-    for stream, name in ((0, "stdin"), (1, "stdout"), (2, "stderr")):
-        try:
-            os.fstat(stream)
-        except OSError:  # closed: the next file opened would take its place
-            os.open(os.devnull, os.O_RDWR)
-            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed: the next file opened would take its place
+            setattr(sys, name, open(os.devnull, mode))
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # not a notebook's
             stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 gets "?" for "±"
@@ -165,14 +158,14 @@ def torchrun():
         return Process()
     try:
         process = Process(*(int(given[name] or value) for name, value in zip(names, Process())))
-    except ValueError:
-        process = None
-    if not process or not (0 <= process.rank < process.count and 0 <= process.local_rank
-                           and 0 < process.local_count <= process.count):
-        stated = " ".join(f"{name}={value}" for name, value in given.items() if value)
-        raise UserError(f"{stated} in the environment is not what torchrun sets: unset these, or "
-                        "start the processes with torchrun")
-    return process
+        if (0 <= process.rank < process.count and 0 <= process.local_rank
+                and 0 < process.local_count <= process.count):
+            return process
+    except ValueError:  # no number
+        pass
+    variables = " ".join(f"{name}={value}" for name, value in given.items() if value)
+    raise UserError(f"{variables} in the environment is not what torchrun sets: unset these, or "
+                    "start the processes with torchrun")
 
 
 def execute(run, args):

@@ -280,9 +280,6 @@ def quadrant(values, threshold=0.0):
     return 1 * (~high_valence & high_arousal) + 2 * (~high_valence & ~high_arousal) + 3 * (
         high_valence & ~high_arousal)
 
-# ----------------------------------------------------------------------------------------- a folder
-
-
 def find_deam(root):
     """(the folder, all files below it) of --deam. Raises UserError."""
     root = Path(download_deam() if str(root) == "kaggle" else root)

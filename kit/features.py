@@ -141,21 +141,6 @@ def describe_features(deam, backbone, layer, precision, store):
             "top_layers": state_digest(backbone.top_layers(layer)["state"])}
 
 
-def equal_lengths(clips, size):
-    """Group clips (song, waveform, …) by length, up to `size` together, in memory at most four
-    times that; None is left out."""
-    waiting = {}
-    for clip in filter(None, clips):
-        length = len(clip[1])
-        same = waiting.setdefault(length, [])
-        same.append(clip)
-        if len(same) == size:
-            yield waiting.pop(length)
-        elif sum(map(len, waiting.values())) > 4 * size:
-            yield waiting.pop(next(iter(waiting)))
-    yield from waiting.values()
-
-
 class FeatureFolder:
     """DEAM_feats/ while it is filled: every song with a record of its own beside it, so that a kill
     costs at most the songs in flight and several processes can fill one folder; the manifest is
@@ -313,12 +298,6 @@ def songs_by_split(splits, annotations, reader, allow_missing):
                         "--allow-missing on those that are there")
     missing = set(missing)
     return {split: [song for song in splits[split] if song not in missing] for split in SPLITS}
-
-
-def summary_of(ids, splits):
-    """"40 of 40 train, … songs": how many of the splits there are."""
-    return ", ".join(f"{len(ids[split])} of {len(splits[split])} {split}"
-                     for split in SPLITS) + " songs"
 
 
 def notes_on(data):

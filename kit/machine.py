@@ -105,16 +105,6 @@ def has_room(device, size):
     return size < pages * os.sysconf("SC_PAGE_SIZE") / 2
 
 
-def where_to_keep(count, frames, model, stored, device):
-    """The device with room for the frozen outputs of `count` clips of `frames` frames: the model's
-    own, the host, or None. stored: dtype of the features, which are kept as they are where no stage
-    is frozen."""
-    weight = model.norm.weight
-    dtype = weight.dtype if model.frozen_stages else stored
-    needed = count * (frames if model.trained_stages else 1) * len(weight) * dtype.itemsize
-    return next((place for place in (device, torch.device("cpu")) if has_room(place, needed)), None)
-
-
 def room_for_activations(clips, frames, model, device):
     """Whether there is room for the activations of a whole batch: some 12 values a channel and 4 a
     feed-forward unit, for every frame and stage that trains."""
@@ -157,3 +147,21 @@ def flat_parameter(parameters):
     for each, view in zip(parameters, flat.detach().split([each.numel() for each in parameters])):
         each.data = view.view_as(each)
     return flat
+
+
+def frozen_outputs(data, model, arithmetic, options):
+    """{"train": …, "val": …}: the FrozenOutputs of a DEAMFeatHandler's songs, kept on the model's
+    device or the host, where there is room; features that no stage is frozen for, as stored. Also
+    settles whether the model recomputes activations, for want of room."""
+    device, weight = arithmetic.device, model.norm.weight
+    frames = max((entry["frames"] for entry in (data.manifest["songs"] or {}).values()),
+                 default=2250)
+    model.recompute = not room_for_activations(options.batch_size, frames, model, device)
+    dtype = weight.dtype if model.frozen_stages else getattr(torch, data.settings["store"])
+    values = (frames if model.trained_stages else 1) * len(weight)
+    size = len(data.ids["train"] + data.ids["val"]) * values * dtype.itemsize
+    keep = next((each for each in (device, torch.device("cpu")) if has_room(each, size)), None)
+    # with dropout in them, the frozen stages give another output in each step
+    keep = {"train": None if options.frozen_dropout else keep, "val": keep}
+    return {split: FrozenOutputs(data.datasets[split], model, arithmetic, keep[split])
+            for split in keep}

@@ -71,9 +71,6 @@ def load_network(weights):
     return found, model
 
 
-# -------------------------------------------------------------------------------------- top layers
-
-
 def state_above(model, layer):
     """The state of a network's encoder layers above `layer` and of its final norm, in the names of
     an EmotionModel."""

@@ -1,10 +1,7 @@
-"""What supports a training run: its options, where frozen outputs are kept, what is said of it."""
-
-import torch
+"""What supports a training run: the options that decide it, and what is said and drawn of it."""
 
 from kit import figures
 from kit.cli import UserError
-from kit.machine import FrozenOutputs, room_for_activations, where_to_keep
 from kit.published import published_history
 from kit.records import HISTORY
 
@@ -13,23 +10,17 @@ PLACES = ("features", "run", "resume", "device", "allow_missing")
 
 
 def chosen_options(args, device):
-    """{name: value} of the options that decide a run's result; None for a rate or a weight that the
-    schedule or the loss does without, and for what decides no bit in exact arithmetic.
+    """{name: value} of the options that decide a run's result; None for what decides no bit in
+    exact arithmetic, and for the weight of the variance that --weight-loss does without.
     device: in float32 its type decides bits. Raises UserError for options that contradict each
     other."""
     options = {name: value for name, value in vars(args).items() if name not in PLACES}
-    if args.schedule == "constant":
-        if args.max_lr is not None:
-            raise UserError("--schedule constant has one rate, --lr: leave out --max-lr")
-    elif args.max_lr is None:
-        options["max_lr"] = 1e-3
-    if args.weight_loss:
-        if args.lambda_var is not None:
-            raise UserError("--weight-loss is without the variance penalty: leave out --lambda-var")
-    elif args.lambda_var is None:
+    if args.max_lr < args.lr:
+        raise UserError(f"--max-lr {args.max_lr} is below --lr {args.lr}")
+    if args.weight_loss and args.lambda_var is not None:
+        raise UserError("--weight-loss is without the variance penalty: leave out --lambda-var")
+    if not args.weight_loss and args.lambda_var is None:
         options["lambda_var"] = 0.05
-    if args.schedule != "constant" and options["max_lr"] < args.lr:
-        raise UserError(f"--max-lr {options['max_lr']} is below --lr {args.lr}")
     if args.precision == "exact":  # any number of threads gives the same bits on any device
         options["threads"] = None
     else:
@@ -37,22 +28,10 @@ def chosen_options(args, device):
     return options
 
 
-def frozen_outputs(data, model, arithmetic, options):
-    """{"train": …, "val": …}: the FrozenOutputs of a DEAMFeatHandler's songs, kept where there is
-    room. Also settles whether the model recomputes activations, for want of room."""
-    frames = max((entry["frames"] for entry in (data.manifest["songs"] or {}).values()),
-                 default=2250)
-    model.recompute = not room_for_activations(options.batch_size, frames, model, arithmetic.device)
-    keep = where_to_keep(len(data.ids["train"] + data.ids["val"]), frames, model,
-                         getattr(torch, data.settings["store"]), arithmetic.device)
-    # with dropout in them, the frozen stages give another output in each step
-    places = {"train": None if options.frozen_dropout else keep, "val": keep}
-    return {split: FrozenOutputs(data.datasets[split], model, arithmetic, place)
-            for split, place in places.items()}
-
-
 def announce(folder, training):
     """Say what is about to be trained."""
+    for note in training.data.notes():
+        print(note)
     trainable, total = (sum(each.numel() for each in parameters) for parameters in
                         (training.trainable, training.model.parameters()))
     options, data = training.options, training.data

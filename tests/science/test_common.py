@@ -340,7 +340,7 @@ def test_another_loss_trains(made, tmp_path, monkeypatch, no_histories, compared
     assert call(train, "--features", made, "--run", tmp_path / "run", *QUICK, "--finetune",
                 "frozen", "--epochs", 1) == 0
     rows = [line.split(",") for line in (tmp_path / "run/history.csv").read_text().splitlines()]
-    assert rows[0][2] == "train_loss" and len(losses) == 3
+    assert rows[0][2] == "train_loss" and len(losses) == 4
     assert float(rows[1][2]) == pytest.approx(float(rows[1][4]), rel=1e-6)  # the MAE
     assert float(rows[1][5]) == pytest.approx(float(rows[1][7]), rel=1e-6)
     compared(len(losses), "losses")

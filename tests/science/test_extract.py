@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ import extract
 import verify
 from common import Backbone, DEAMHandler
 from kit.deam import read_splits, songs_of
-from kit.features import describe_features, equal_lengths, read_manifest
+from kit.features import describe_features, read_manifest
 from kit.files import read_json, tensor_digest
 
 FLOAT32 = ["--precision", "float32"]
@@ -60,25 +61,17 @@ def test_threads_and_batches_change_no_bit(demo, ids, tmp_path, compared, settin
     compared(4, "songs, two ways")
 
 
-def test_clips_of_equal_length_go_together_within_a_bound(compared):
-    """Each once, up to `size` together; never more than four times as many in memory, whatever
-    their lengths; what failed is left out."""
-    for lengths in ([5] * 7, list(range(1, 40)), [1, 2, 3] * 9, []):
-        taken = []
-
-        def clips():
-            for song, length in enumerate(lengths):
-                taken.append(song)
-                yield (song, torch.zeros(length), "pcm", None)
-                yield None
-
-        given = []
-        for group in equal_lengths(clips(), 2):
-            assert len(taken) - len(given) <= 4 * 2 + 1
-            assert len(group) <= 2 and len({len(clip[1]) for clip in group}) == 1
-            given += [clip[0] for clip in group]
-        assert sorted(given) == list(range(len(lengths)))
-    compared(7 + 39 + 27, "clips")
+def test_neighbours_of_equal_length_are_computed_together(compared):
+    """Each clip once, up to `size` together; what failed is left out."""
+    for lengths, sizes in (([5] * 7, [2, 2, 2, 1]), ([1, 2, 2, 2, 1], [1, 2, 1, 1]), ([], [])):
+        clips, groups = [], []
+        for song, length in enumerate(lengths):
+            clips += [(song, torch.zeros(length), "pcm", None), None]
+        backbone = SimpleNamespace(hidden_states=lambda states: (groups.append(len(states)),
+                                                                 states)[1])
+        songs = [song for song, *_ in extract.compute(clips, backbone, 2)]
+        assert songs == list(range(len(lengths))) and groups == sizes
+    compared(12, "clips")
 
 
 @pytest.mark.parametrize("settings, says", [
