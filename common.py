@@ -20,7 +20,8 @@ from kit.audio import read_waveform
 from kit.cli import UserError
 from kit.deam import (audio_files, dynamic_annotations, find_deam, label_statistics, labels_of,
                       own_splits, quadrant, static_annotations)
-from kit.features import FeatureReader, find_manifest, notes_on, read_labels, songs_by_split
+from kit.features import (NOTEBOOK_MANIFEST, FeatureReader, notes_on, read_labels, read_manifest,
+                          songs_by_split)
 from kit.files import prefetch, state_digest
 from kit.network import load_network, network, read_top_layers, state_above
 
@@ -175,7 +176,8 @@ class DEAMFeatHandler:
     def __init__(self, root, splits=None, batch_size=32, seed=0, allow_missing=False,
                  labels="shipped"):
         self.root, self.labels, self.batch_size = Path(root), labels, batch_size
-        self.manifest = find_manifest(self.root)
+        manifest = self.root / "manifest.json"
+        self.manifest = read_manifest(manifest) if manifest.exists() else NOTEBOOK_MANIFEST
         self.settings, self.digest = self.manifest["settings"], self.manifest["digest"]
         self.annotations = read_labels(self.root, self.manifest, labels)
         self.splits = splits or own_splits(self.root)
@@ -385,13 +387,12 @@ def emotion_loss(pred, true, lambda_corr=0.05, lambda_var=0.05, corr_target="tru
 
     MSE + lambda_corr·(r_pred − r_true)² + lambda_var·Σ_dim(var_pred − 1)², with r the Pearson
     correlation between valence and arousal and var the population variance. corr_target "zero"
-    penalises r_pred² instead. With `weights` (of quadrant_weights): the weighted MSE + the
-    correlation term, without the variance term.
+    penalises r_pred² instead. With `weights` (of quadrant_weights) the MSE is weighted.
     """
     squared = (pred - true).square().mean(1)
+    if weights is not None:
+        squared = weights.to(squared)[quadrant(true)] * squared
     target = pearson(true) if corr_target == "true" else 0.0
     correlation = lambda_corr * (pearson(pred) - target).square()
-    if weights is not None:
-        return (weights.to(squared)[quadrant(true)] * squared).mean() + correlation
     variance = lambda_var * (pred.var(0, correction=0) - 1).square().sum()
     return squared.mean() + correlation + variance

@@ -58,10 +58,10 @@ def parser():
                    help="weight of the correlation penalty")
     p.add_argument("--corr-target", choices=["true", "zero"], default="true",
                    help="what the predictions' correlation is pulled to")
-    p.add_argument("--lambda-var", type=number(float, 0, 1e6), metavar="X",
-                   help="weight of the variance penalty (default: 0.05; with --weight-loss none)")
+    p.add_argument("--lambda-var", type=number(float, 0, 1e6), default=0.05, metavar="X",
+                   help="weight of the variance penalty")
     p.add_argument("--weight-loss", action="store_true",
-                   help="MSE weighted by inverse quadrant frequency, without variance penalty")
+                   help="MSE weighted by inverse quadrant frequency, with --lambda-var 0")
     # where, and in which arithmetic
     p.add_argument("--run", type=path, metavar="FOLDER",
                    help="where the run goes (default: runs/ and the name of --finetune, or that "

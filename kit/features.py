@@ -259,19 +259,12 @@ class FeatureFolder:
 # ------------------------------------------------------------------------------ songs and labels
 
 
-def find_manifest(root):
-    """The manifest of a features folder, or the notebook's where it has none. Raises UserError
-    where there are no features."""
-    if not (root / "annotations.csv").is_file():
-        raise UserError(f"no features in {root}: run extract.py --features {root} first")
-    path = root / "manifest.json"
-    return read_manifest(path) if path.exists() else NOTEBOOK_MANIFEST
-
-
 def read_labels(root, manifest, labels):
     """The annotations beside features: as shipped, or "corrected", with valence and arousal
     exchanged where the manifest says so. Raises UserError for others than the manifest's."""
     path, swapped = root / "annotations.csv", manifest["swapped_labels"]
+    if not path.is_file():
+        raise UserError(f"no features in {root}: run extract.py --features {root} first")
     if manifest["digest"] and sha256(path.read_bytes()) != manifest["annotations"]:
         raise UserError(f"{path} is not the file of the manifest; run extract.py again")
     annotations = read_annotations(path)
@@ -309,5 +302,5 @@ def notes_on(data):
                f"{data.settings['layer']} of {data.manifest['source']['name']}")
     if data.manifest["swapped_labels"] and data.labels == "shipped":
         ranges = ", ".join(f"{low}–{high}" for low, high in data.manifest["swapped_labels"])
-        yield (f"labels as shipped: for ids {ranges} valence and arousal are swapped (see audit.py; "
-               "--labels corrected)")
+        yield (f"labels as shipped: for ids {ranges} valence and arousal are swapped (see "
+               "audit.py; --labels corrected)")
