@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import functools
+import math
 import os
 import re
 import statistics
@@ -14,8 +15,7 @@ import torch
 
 from exact import Exact
 from kit.cli import UserError
-from kit.files import json_digest, read_json
-from kit.tables import plain_number, read_spreadsheet
+from kit.files import json_digest, read_json, read_text
 
 HERE = Path(__file__).resolve().parent.parent
 DIMENSIONS = ("valence", "arousal")
@@ -25,6 +25,8 @@ MOODS = ("excited, happy", "tense, angry", "sad, tired", "calm, content")  # aft
 KAGGLE = "imsparsh/deam-mediaeval-dataset-emotional-analysis-in-music/versions/1"
 STATIC = "static_annotations_averaged_songs_1_2000.csv"
 COLUMNS = ["song_id", "valence_mean", "valence_std", "arousal_mean", "arousal_std"]
+SPREADSHEET_MARKS = {";": "semicolons", "\t": "tabs", '"': "quotation marks"}
+FRESH_COPY = "take the file from a fresh copy of DEAM"
 SPLITS = {"train": [int], "val": [int], "test": [int]}
 
 
@@ -37,66 +39,81 @@ class Labels(NamedTuple):
     arousal_std: float
 
 
-def read_annotations(path):
-    """Static annotations, {song id: Labels}. Other columns, stray spaces and what spreadsheets
-    write (see read_spreadsheet) are fine; missing columns, gaps, NaN, labels outside 1–9 and double
-    ids raise UserError."""
-    header, rows = read_spreadsheet(path, "a table of labels", COLUMNS)
-    places, songs = [header.index(name) for name in COLUMNS], {}
-    fresh = "take the file from a fresh copy of DEAM"
-    for line, row in rows:
-        song, *cells = [row[place] for place in places]
-        try:
-            values = tuple(map(plain_number, cells))
-            valid = (re.fullmatch("[0-9]{1,9}", song) and all(1 <= values[n] <= 9 for n in (0, 2))
-                     and all(0 <= values[n] <= 8 for n in (1, 3)))
-        except ValueError:
-            valid = False
-        if not valid:
-            raise UserError(f"{path}, line {line}: not a song id, two labels from 1 to 9 and their "
-                            f"standard deviations ({', '.join([song, *cells])}); {fresh}")
-        if int(song) in songs:
-            raise UserError(f"{path}, line {line}: song {song} appears twice; {fresh}")
-        songs[int(song)] = Labels(*values)
+def song_rows(path, columns=()):
+    """Yield (line number, song id, cells) of a table of DEAM: the cells of these columns, without
+    columns those of all but song_id. Spaces around cells, other columns and empty lines are fine.
+    Raises UserError for whatever else a spreadsheet makes of such a table: decimal commas, dates
+    and lost columns could give wrong numbers."""
+    text = read_text(path, "a table of labels")
+    for mark, name in SPREADSHEET_MARKS.items():
+        if mark in text:
+            raise UserError(f"{path} has {name} in it, where DEAM's table has commas alone; it "
+                            f"begins with {text[:40]!r}; {FRESH_COPY}")
+    table = [(line, [cell.strip() for cell in row.split(",")])
+             for line, row in enumerate(text.split("\n"), 1) if row.strip(", ")]
+    (_, header), *rows = table or [(1, [])]
+    if wrong := [name for name in ("song_id", *columns) if header.count(name) != 1]:
+        raise UserError(f"{path} needs one column {', '.join(wrong)}, separated by commas; its "
+                        f"header is {','.join(header)[:80]!r}; {FRESH_COPY}")
+    song_place, songs = header.index("song_id"), set()
+    places = ([header.index(name) for name in columns]
+              or [place for place in range(len(header)) if place != song_place])
+    for line, cells in rows:
+        if len(cells) != len(header) or not re.fullmatch("[0-9]{1,9}", cells[song_place]):
+            raise UserError(f"{path}, line {line}: not a song id and {len(header) - 1} other cells "
+                            f"({','.join(cells)[:60]}); {FRESH_COPY}")
+        song = int(cells[song_place])
+        if song in songs:
+            raise UserError(f"{path}, line {line}: song {song} appears twice; {FRESH_COPY}")
+        songs.add(song)
+        yield line, song, [cells[place] for place in places]
     if not songs:
-        raise UserError(f"{path}: no songs in it")
+        raise UserError(f"{path}: no songs in it; {FRESH_COPY}")
+
+
+def plain_number(cell):
+    """A cell's number. NaN for everything else: what float() takes beside digits and a decimal
+    point (1_5, inf, other scripts' digits), and leading zeros, which dates have."""
+    number = r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?"
+    return float(cell) if re.fullmatch(number, cell) else math.nan
+
+
+def read_annotations(path):
+    """Static annotations, {song id: Labels}. Raises UserError for a table that song_rows does not
+    take, and for gaps, NaN, and labels outside 1–9."""
+    songs = {}
+    for line, song, cells in song_rows(path, COLUMNS[1:]):
+        labels = Labels(*map(plain_number, cells))
+        if not (1 <= labels.valence <= 9 and 0 <= labels.valence_std <= 8
+                and 1 <= labels.arousal <= 9 and 0 <= labels.arousal_std <= 8):
+            raise UserError(f"{path}, line {line}: not two labels from 1 to 9 with their standard "
+                            f"deviations ({', '.join(cells)}); {FRESH_COPY}")
+        songs[song] = labels
     return songs
 
 
 def dynamic_means(path):
     """{song id: mean over time} of a dynamic annotations file, its values from -1 to 1; empty cells
-    and NaN are skipped. Raises UserError for any other cell and for double ids."""
-    header, rows = read_spreadsheet(path, "a table of labels", ["song_id"])
-    place, means, songs = header.index("song_id"), {}, set()
-    fresh = "take the file from a fresh copy of DEAM"
-    for line, cells in rows:
-        song = cells.pop(place)
-        try:
-            values = [plain_number(cell) for cell in cells if cell and cell.lower() != "nan"]
-            valid = re.fullmatch(r"[0-9]{1,9}(\.0)?", song) and all(
-                abs(value) <= 1 for value in values)
-        except ValueError:
-            valid = False
-        if not valid:
-            raise UserError(f"{path}, line {line}: not a song id and numbers from -1 to 1; {fresh}")
-        number = int(float(song))
-        if number in songs:
-            raise UserError(f"{path}, line {line}: song {number} appears twice; {fresh}")
-        songs.add(number)
+    and NaN are skipped. Raises UserError for other cells and tables that song_rows does not
+    take."""
+    means = {}
+    for line, song, cells in song_rows(path):
+        values = [plain_number(cell) for cell in cells if cell and cell.lower() != "nan"]
+        if not all(abs(value) <= 1 for value in values):
+            raise UserError(f"{path}, line {line}: not numbers from -1 to 1; {FRESH_COPY}")
         if values:
-            means[number] = statistics.fmean(values)
+            means[song] = statistics.fmean(values)
     return means
 
 
-def only_content(paths, read):
-    """What read(path) gives for each of the paths. Raises UserError, naming two of them, unless
-    it is the same for all."""
+def one_table(paths, read):
+    """The first of the paths by name. Raises UserError, naming two of them, unless read(path) gives
+    the same for all."""
     first, *others = sorted(paths)
-    content = read(first)
     for path in others:
-        if read(path) != content:
+        if read(path) != read(first):
             raise UserError(f"two tables of labels that differ: {first} and {path}; keep one")
-    return content
+    return first
 
 
 def static_annotations(files, root):
@@ -106,21 +123,15 @@ def static_annotations(files, root):
     if not tables:
         raise UserError(f"no DEAM in {root}: {STATIC} is nowhere in it; unpack DEAM_Annotations "
                         "there")
-    return only_content(tables, read_annotations)
+    return read_annotations(one_table(tables, read_annotations))
 
 
 def dynamic_annotations(files):
     """{"valence": path, "arousal": path} of the annotations over time, where they are among the
     files. Raises UserError where two files of one name differ."""
-    found = {}
-    for name in DIMENSIONS:
-        tables = [path for path in files if path.name == f"{name}.csv"
-                  and "dynamic" in path.parent.name]
-        if len(tables) > 1:
-            only_content(tables, dynamic_means)
-        if tables:
-            found[name] = min(tables)
-    return found
+    found = {name: [path for path in files if path.name == f"{name}.csv"
+                    and "dynamic" in path.parent.name] for name in DIMENSIONS}
+    return {name: one_table(paths, dynamic_means) for name, paths in found.items() if paths}
 
 
 def read_splits(path):
@@ -177,15 +188,12 @@ def splits_digest(splits):
 def download_deam():
     """The folder with DEAM's version 1, downloaded from Kaggle unless kagglehub has it already. An
     interrupted download is resumed. Raises UserError."""
+    archive = None
     try:
         import kagglehub  # here, because only this needs it and it is slow to load
 
         archive = Path(kagglehub.cache.get_cached_archive_path(
             kagglehub.handle.parse_dataset_handle(KAGGLE)))
-    except Exception as error:  # not installed, or no home folder
-        raise UserError(f"cannot use kagglehub ({error}): install it, or pass a folder with DEAM "
-                        "in it with --deam") from None
-    try:
         with one_at_a_time(archive.parent):
             folder = Path(kagglehub.dataset_download(KAGGLE))
     except Exception as error:  # requests', kagglehub's own and the system's, in many versions
@@ -214,15 +222,13 @@ def explain_download(error, archive):
     from requests import RequestException  # kagglehub's, which has been loaded
 
     reason = " ".join(str(error).split())[:150] or type(error).__name__
-    code = getattr(error, "errno", None)
-    if code in (errno.ENOSPC, errno.EDQUOT):
-        return (f"no space left for DEAM in {archive.parent}: free some and rerun, which resumes, "
-                "or set KAGGLEHUB_CACHE to a folder on another disk")
-    if code in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return (f"cannot write DEAM to {archive.parent} ({error.strerror}): set KAGGLEHUB_CACHE to "
-                "a folder that you may write to")
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM,
+                                         errno.EROFS):
+        return (f"cannot write DEAM to {archive.parent} ({error.strerror}): make room there and "
+                "rerun, which resumes, or set KAGGLEHUB_CACHE to a folder on another disk that you "
+                "may write to")
     if type(error).__name__ == "DataCorruptionError" or (
-            not isinstance(error, RequestException) and archive.exists()):
+            archive and archive.exists() and not isinstance(error, RequestException)):
         archive.unlink(missing_ok=True)
         return (f"what came from Kaggle is not DEAM's archive, or damaged ({reason}); it has been "
                 "removed: rerun to download it again")

@@ -4,8 +4,10 @@ import os
 import re
 from pathlib import Path
 
+import huggingface_hub
+
 from kit.cli import UserError
-from kit.files import read_json, shortened
+from kit.files import read_json
 
 INDEX = ".index.json"  # lists the files, called shards, over which weights are distributed
 WEIGHTS = ("model.safetensors", "model.safetensors" + INDEX,  # in transformers' order
@@ -19,58 +21,54 @@ def file_in(folder, name):
     for file in WEIGHTS:
         if os.path.lexists(folder / file):
             return folder / file
-    present = shortened(sorted(path.name for path in folder.iterdir())) or "nothing"
-    raise UserError(f"no weights in {name}: it has neither {' nor '.join(WEIGHTS[::2])}, nor an "
-                    f"index of shards, but {present}")
+    raise UserError(f"no weights in {name}: it has none of {', '.join(WEIGHTS)}")
 
 
 def shards_of(file):
-    """{tensor's name: the file beside it that holds it} of an index; of any other file {}."""
+    """The files that hold the tensors of a file of weights, by name: of an index the shards that it
+    lists, else the file itself. Raises UserError."""
     if not file.name.endswith(INDEX):
-        return {}
-    shards = read_json(file, "an index of shards", {"weight_map": {str: str}})["weight_map"]
-    if not shards or any(Path(shard).name != shard for shard in shards.values()):
+        return [file]
+    index = read_json(file, "an index of shards", {"weight_map": {str: str}})
+    names = sorted(set(index["weight_map"].values()))
+    if not names or any(Path(name).name != name for name in names):
         raise UserError(f"{file} is not an index of shards: it has to name files beside it")
-    return {name: file.parent / shard for name, shard in shards.items()}
+    return [file.parent / name for name in names]
+
+
+def fetch(repository, commit, name, optional=False):
+    """The path of a repository's file, downloaded unless huggingface_hub's cache has it; None where
+    the commit has none. optional: None also where, offline, the cache does not know."""
+    known = huggingface_hub.try_to_load_from_cache(repository, name, revision=commit)
+    offline = huggingface_hub.constants.HF_HUB_OFFLINE
+    if known is huggingface_hub._CACHED_NO_EXIST or not known and offline and optional:
+        return None
+    try:
+        return Path(huggingface_hub.hf_hub_download(repository, name, revision=commit))
+    except huggingface_hub.errors.RemoteEntryNotFoundError:
+        return None
 
 
 def fetch_repository(name):
     """Download a Hugging Face repository's configuration and weights, or find them in
     huggingface_hub's cache → (folder, the commit it is at). Raises UserError."""
-    import huggingface_hub  # here, because only this needs it and it is slow to load
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
     repository, revision = REPOSITORY.fullmatch(name).groups()
-
-    def fetch(file, optional=False):
-        """Its path, or None where the commit has no such file: the cache remembers that too.
-        optional: None also where, without network, the cache does not know."""
-        if huggingface_hub.try_to_load_from_cache(repository, file, revision=commit) is (
-                huggingface_hub._CACHED_NO_EXIST):
-            return None
-        try:
-            return huggingface_hub.hf_hub_download(repository, file, revision=commit)
-        except LocalEntryNotFoundError:  # an EntryNotFoundError too, but for want of a network
-            if not huggingface_hub.constants.HF_HUB_OFFLINE or not optional:
-                raise
-        except EntryNotFoundError:
-            pass
-        return None
-
     try:
         folder = Path(huggingface_hub.hf_hub_download(repository, "config.json",
                                                       revision=revision)).parent
         commit = folder.name  # of all files, though the branch may move on meanwhile
         # a cache filled by others may not know of the newer of the two files
-        fetch(PROCESSORS[0], optional=fetch(PROCESSORS[1]) is not None)
-        file = next(filter(None, (fetch(file, optional=True) for file in WEIGHTS)), "")
-        for shard in set(shards_of(Path(file)).values()):
-            fetch(shard.name)
+        older = fetch(repository, commit, PROCESSORS[1])
+        fetch(repository, commit, PROCESSORS[0], optional=older is not None)
+        files = (fetch(repository, commit, file, optional=True) for file in WEIGHTS)
+        file = next(filter(None, files), None)
+        for shard in shards_of(file) if file else ():
+            fetch(repository, commit, shard.name)
     except UserError:
         raise
+    except huggingface_hub.errors.RemoteEntryNotFoundError:
+        raise UserError(f"{name} is not a wav2vec2 repository: it has no config.json") from None
     except Exception as error:  # the hub's own, its HTTP client's, the system's: many kinds
-        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
-            raise UserError(f"{name} is not a wav2vec2 repository: it has no config.json") from None
         reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
         raise UserError(f"cannot get {name} from Hugging Face ({reason[:150]}): check the name and "
                         "the network, or download its files elsewhere and pass the folder with "

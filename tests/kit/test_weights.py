@@ -28,7 +28,7 @@ from kit import machine, weights
 from kit.cli import UserError
 from kit.files import prefetch, read_json, state_digest, tensor_digest
 from kit.machine import Arithmetic
-from kit.weights import POSITION, fold_weight_norm, from_hugging_face, weights_name
+from kit.weights import POSITION, fold_weight_norm, in_torchaudios_names, weights_name
 
 NEW = "parametrizations.weight.original0", "parametrizations.weight.original1"
 # of the extractor and of the layers: as in wav2vec2-base, wav2vec2-large and between them
@@ -245,10 +245,10 @@ def test_sharded_weights(models, tmp_path, compared, file):
             Backbone(place)
 
     shards, content = sorted(folder.glob("*-of-*")), read_json(index, "")
-    refuses(shards[0], "one of several shards: name their folder or index")
+    refuses(shards[0], r"do not fit .*config.json \((missing|of another shape): ")
     whole = shards[0].read_bytes()
     shutil.copy(shards[1], shards[0])
-    refuses(folder, "names shards that do not hold")
+    refuses(folder, "missing: ")
     shards[0].write_bytes(whole[:-9])
     refuses(folder, "damaged")
     shards[0].unlink()
@@ -261,13 +261,14 @@ def test_sharded_weights(models, tmp_path, compared, file):
 
 
 @pytest.mark.parametrize("edit, says", [
-    ({"model_type": "wavlm"}, "not supported: model_type 'wavlm', only wav2vec2 and hubert"),
-    ({"adapter_attn_dim": 16}, "not supported: attention adapters"),
-    ({"conv_pos_batch_norm": True}, "not supported: batch norm in the positional convolution"),
-    ({"feat_proj_layer_norm": False}, "not supported: a feature projection without layer norm"),
-    ({"hidden_act": "relu"}, "activation function other than gelu .hidden_act 'relu'"),
-    ({"feat_extract_activation": "gelu_new"}, "activation function other than gelu"),
-    ({"quantization_config": {"bits": 4}}, "not supported: quantized weights"),
+    ({"model_type": "wavlm"}, "not supported: model_type 'wavlm', only 'wav2vec2' and 'hubert'"),
+    ({"model_type": None}, "model_type is not a text"),
+    ({"adapter_attn_dim": 16}, "not supported: adapter_attn_dim 16, only None"),
+    ({"conv_pos_batch_norm": True}, "not supported: conv_pos_batch_norm True, only False"),
+    ({"feat_proj_layer_norm": False}, "not supported: feat_proj_layer_norm False, only True"),
+    ({"hidden_act": "relu"}, "not supported: hidden_act 'relu', only 'gelu'"),
+    ({"feat_extract_activation": "gelu_new"}, "feat_extract_activation 'gelu_new', only 'gelu'"),
+    ({"quantization_config": {"bits": 4}}, "not supported: quantization_config {'bits': 4}"),
     ({"num_feat_extract_layers": 6}, "differ in the number of convolutions"),
     ({"conv_kernel": [10, 3, 3, 3, 3, 2]}, "differ in the number of convolutions"),
     ({"layer_norm_eps": -1e-5}, "layer_norm_eps is not from 0 to 1"),
@@ -281,35 +282,31 @@ def test_what_is_not_supported_is_named(models, tmp_path, compared, edit, says):
     compared(2, "refusals")
 
 
-def test_parts_that_are_not_supported_are_named(models, tmp_path, compared):
-    """By the names of tensors: with a configuration, and of a file without."""
+def test_tensors_that_do_not_fit_are_named(models, tmp_path, compared):
+    """With a configuration, and of a file without: adapters, batch norm, WavLM's bias, LoRA."""
     _, model = models["layer, norm after"]
     state = spelled(model.state_dict(), "hubert.")
-    parts = {"hubert.encoder.layers.0.adapter_layer.norm.weight": "attention adapters",
-             "hubert.encoder.pos_conv_embed.batch_norm.weight": "batch norm in the positional",
-             "hubert.encoder.layers.0.attention.gru_rel_pos_const": "WavLM",
-             "hubert.encoder.layers.0.attention.k_proj.lora_A.weight": "LoRA",
-             "hubert.encoder.more": "unexpected: encoder.transformer.more"}
-    for name, says in parts.items():
-        folder = write_folder(tmp_path / "b", {**state, name: torch.zeros(64)})
-        with pytest.raises(UserError, match=says):
+    parts = ("layers.0.adapter_layer.norm.weight", "pos_conv_embed.batch_norm.weight",
+             "layers.0.attention.gru_rel_pos_const", "layers.0.attention.k_proj.lora_A.weight")
+    for name in parts:
+        folder = write_folder(tmp_path / "b", {**state, f"hubert.encoder.{name}": torch.zeros(64)})
+        with pytest.raises(UserError, match=f"config.json .unexpected: encoder.transformer.{name}"):
             Backbone(folder)
-        if "more" not in name:
-            (folder / "config.json").unlink()
-            with pytest.raises(UserError, match=f"not supported: {says}"):
-                Backbone(folder / "model.safetensors")
+        (folder / "config.json").unlink()
+        with pytest.raises(UserError, match="do not fit wav2vec2-base, for want of a config.json"):
+            Backbone(folder / "model.safetensors")
     name = "hubert.feature_projection.projection.weight"
     for value, says in ((state[name].to(torch.int8), "not floating-point"),
                         (state[name][:, :9], "of another shape")):
         with pytest.raises(UserError, match=says):
             Backbone(write_folder(tmp_path / "b", {**state, name: value.contiguous()}))
-    compared(2 * len(parts) + 1, "refusals")
+    compared(2 * len(parts) + 2, "refusals")
 
 
 @pytest.mark.parametrize("content, says", [
-    (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "a Git LFS pointer"),
-    (b"\n<!DOCTYPE html><html><body>404</body></html>", "an HTML page"), (b"", "empty"),
-    (b"Entry not found", "a text .Entry not found"), (b"\x89HDF\r\n\x1a\n", "an HDF5 file"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "text, .version .*git lfs pull"),
+    (b"\n<!DOCTYPE html><html><body>404</body></html>", "a text, .<!DOCTYPE html>"), (b"", "empty"),
+    (b"Entry not found", "a text, .Entry not found"), (b"\x89HDF\r\n\x1a\n\0", "damaged, or"),
     (b'{"error": "Invalid username or password."}', "a text"), (b"PK\3\4" + bytes(99), "damaged"),
     (b"\x09" + bytes(7) + b"{}}}}}}}}", "damaged")])
 @pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
@@ -347,8 +344,8 @@ def test_hugging_face_base_names_are_all_mapped(compared):
               "encoder.layers.3.final_layer_norm.weight"]
     with torch.device("meta"):
         ours = set(torchaudio.models.wav2vec2_base().state_dict())
-    renamed = from_hugging_face({"wav2vec2." + name: None for name in theirs})
-    assert len(renamed) == len(theirs)
+    renamed, were_theirs = in_torchaudios_names({"wav2vec2." + name: None for name in theirs})
+    assert were_theirs and len(renamed) == len(theirs)
     assert {name.replace("weight_g", NEW[0]) for name in renamed} <= ours
     compared(len(theirs), "names")
 
@@ -374,7 +371,7 @@ def test_refused_backbones(demo, tmp_path, fails, monkeypatch, compared):
                 ("text.bin", "not a file of weights"),
                 ("text.safetensors", "not a file of weights"),
                 ("other.bin", "do not fit"), ("list.bin", "not a state dict"), ("nan.bin", "NaN"),
-                ("folder", "config.json"), ("bare", "neither model.safetensors nor pytorch_model"),
+                ("folder", "config.json"), ("bare", "no weights in bare: it has none of model.safetensors"),
                 ("none.bin", "no such file or folder")]
     for name, says in refusals:
         place = name if name.isupper() else tmp_path / name
@@ -386,7 +383,7 @@ def test_refused_backbones(demo, tmp_path, fails, monkeypatch, compared):
 
     monkeypatch.setattr(torchaudio.pipelines._wav2vec2.utils, "_get_state_dict", download)
     message = fails(extract, *base, "--weights", "WAV2VEC2_BASE")
-    for says in ("wav2vec2_fairseq_base_ls960.pth", "--weights", "checkpoints"):
+    for says in ("not known", "/models/wav2vec2_fairseq_base_ls960.pth", "checkpoints"):
         assert says in message
     if not torch.cuda.is_available():
         assert "sees no NVIDIA GPU" in fails(extract, *base, "--device", "cuda")
@@ -524,7 +521,7 @@ def test_repositories(demo, hub, tmp_path, compared):
         return [line.split(" ", 1)[1] for line in lines]
 
     names = "demo/model", "demo/model@v1", "demo/pickled", "demo/shards"
-    bad = {"demo/empty": "no weights in demo/empty: it has neither model.safetensors nor pytorch_",
+    bad = {"demo/empty": "no weights in demo/empty: it has none of model.safetensors,",
            "demo/damaged": "is not a file of weights: damaged",
            "demo/unknown": "is not a wav2vec2 repository: it has no config.json",
            "demo/nowhere": "cannot get demo/nowhere from Hugging Face (",
