@@ -67,8 +67,8 @@ def find_weights(name):
     if REPOSITORY.fullmatch(name) and not os.path.isdir(os.path.dirname(name)):
         folder, commit = fetch_repository(name)
         return local_weights(folder, name.partition("@")[0], commit=commit)
-    raise UserError(f"--weights {name}: no such file or folder, Hugging Face repository "
-                    f"(owner/name) or bundle; bundles: {', '.join(sorted(bundles))}")
+    raise UserError(f"no backbone {name}: give --weights a file, a folder, a repository on Hugging "
+                    f"Face (owner/name) or a bundle, one of {', '.join(sorted(bundles))}")
 
 
 def bundle_weights(name, bundle):
