@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 from urllib.parse import urljoin
 
+import huggingface_hub
 import safetensors.torch
 import torch
 import torchaudio
@@ -17,9 +18,13 @@ import torchaudio
 from exact import Exact
 from kit.cli import UserError
 from kit.files import file_digest, load_tensors, read_json, sha256, shortened
-from kit.hub import PROCESSORS, REPOSITORY, fetch_repository, file_in, shards_of
 from kit.schema import check_schema
 
+REPOSITORY = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+INDEX = ".index.json"  # lists the files, called shards, over which weights are distributed
+WEIGHTS = ("model.safetensors", "model.safetensors" + INDEX,  # in transformers' order
+           "pytorch_model.bin", "pytorch_model.bin" + INDEX)
+PROCESSORS = "processor_config.json", "preprocessor_config.json"
 # What a Hugging Face config.json may leave out: transformers' own defaults, those of wav2vec2-base.
 # Its other fields concern heads, pretraining and masks in training, but for those of SUPPORTED.
 HUGGING_FACE = {
@@ -40,7 +45,7 @@ PROCESSOR = {"feature_extractor_type": "Wav2Vec2FeatureExtractor", "sampling_rat
 RENAMED = {  # how names begin in Hugging Face's state dicts, and in torchaudio's
     "feature_extractor.": "feature_extractor.",
     "feature_projection.": "encoder.feature_projection.", "encoder.": "encoder.transformer."}
-POSITION = "encoder.transformer.pos_conv_embed.conv."
+POSITION = "encoder.transformer.pos_conv_embed.conv."  # the positional convolution
 WEIGHT_NORM = (("weight_g", "weight_v"),  # length and direction, in either spelling
                ("parametrizations.weight.original0", "parametrizations.weight.original1"))
 
@@ -56,8 +61,10 @@ class Weights(NamedTuple):
 
 def find_weights(name):
     """The Weights that --weights names. Raises UserError."""
+    # not WavLM's: its layers share one position bias, and cannot run on cached states
     bundles = {key: value for key, value in vars(torchaudio.pipelines).items()
-               if isinstance(value, torchaudio.pipelines.Wav2Vec2Bundle)}
+               if isinstance(value, torchaudio.pipelines.Wav2Vec2Bundle)
+               and value._model_type == "Wav2Vec2"}
     if name in bundles:
         return bundle_weights(name, bundles[name])
     if os.path.isdir(name):
@@ -72,9 +79,7 @@ def find_weights(name):
 
 
 def bundle_weights(name, bundle):
-    if bundle._model_type == "WavLM":
-        raise UserError(f"{name} is a WavLM: its layers share one position bias, so that none can "
-                        "run on cached states; choose a WAV2VEC2_… or HUBERT_… bundle")
+    """Of one of torchaudio's bundles."""
     try:
         state = dict(torchaudio.pipelines._wav2vec2.utils._get_state_dict(
             bundle._path, {"progress": sys.stderr.isatty()}))
@@ -107,6 +112,57 @@ def local_weights(folder, name, file=None, commit=None):
     return Weights(params, state, processor["sampling_rate"],
                    1e-7 if processor["do_normalize"] else None, source_of(file, name, commit),
                    architecture)
+
+
+def weights_name(source):
+    """What --weights is to be to find a manifest's `source` again."""
+    return source["name"] + (f"@{source['revision']}" if source.get("revision") else "")
+
+
+# ------------------------------------------------------------------------------- Hugging Face's hub
+
+
+def fetch(repository, commit, name, optional=False):
+    """The path of a repository's file, downloaded unless huggingface_hub's cache has it; None where
+    the commit has none. optional: None also where, offline, the cache does not know."""
+    known = huggingface_hub.try_to_load_from_cache(repository, name, revision=commit)
+    offline = huggingface_hub.constants.HF_HUB_OFFLINE
+    if known is huggingface_hub._CACHED_NO_EXIST or not known and offline and optional:
+        return None
+    try:
+        return Path(huggingface_hub.hf_hub_download(repository, name, revision=commit))
+    except huggingface_hub.errors.RemoteEntryNotFoundError:
+        return None
+
+
+def fetch_repository(name):
+    """Download a Hugging Face repository's configuration and weights, or find them in
+    huggingface_hub's cache → (folder, the commit it is at). Raises UserError."""
+    repository, revision = REPOSITORY.fullmatch(name).groups()
+    try:
+        folder = Path(huggingface_hub.hf_hub_download(repository, "config.json",
+                                                      revision=revision)).parent
+        commit = folder.name  # of all files, though the branch may move on meanwhile
+        # a cache filled by others may not know of the newer of the two files
+        older = fetch(repository, commit, PROCESSORS[1])
+        fetch(repository, commit, PROCESSORS[0], optional=older is not None)
+        files = (fetch(repository, commit, file, optional=True) for file in WEIGHTS)
+        file = next(filter(None, files), None)
+        for shard in shards_of(file) if file else ():
+            fetch(repository, commit, shard.name)
+    except UserError:
+        raise
+    except huggingface_hub.errors.RemoteEntryNotFoundError:
+        raise UserError(f"{name} is not a wav2vec2 repository: it has no config.json") from None
+    except Exception as error:  # the hub's own, its HTTP client's, the system's: many kinds
+        reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
+        raise UserError(f"cannot get {name} from Hugging Face ({reason[:150]}): check the name and "
+                        "the network, or download its files elsewhere and pass the folder with "
+                        "--weights") from None
+    return folder, commit
+
+
+# ------------------------------------------------------------------------------------ configuration
 
 
 def read_architecture(file):
@@ -147,9 +203,27 @@ def read_processor(folder):
     return None
 
 
-def weights_name(source):
-    """What --weights is to be to find a manifest's `source` again."""
-    return source["name"] + (f"@{source['revision']}" if source.get("revision") else "")
+# --------------------------------------------------------------------------------- files of weights
+
+
+def file_in(folder, name):
+    """The file of weights in a folder, or the index of its shards."""
+    for file in WEIGHTS:
+        if os.path.lexists(folder / file):
+            return folder / file
+    raise UserError(f"no weights in {name}: it has none of {', '.join(WEIGHTS)}")
+
+
+def shards_of(file):
+    """The files that hold the tensors of a file of weights, by name: of an index the shards that it
+    lists, else the file itself. Raises UserError."""
+    if not file.name.endswith(INDEX):
+        return [file]
+    index = read_json(file, "an index of shards", {"weight_map": {str: str}})
+    names = sorted(set(index["weight_map"].values()))
+    if not names or any(Path(name).name != name for name in names):
+        raise UserError(f"{file} is not an index of shards: it has to name files beside it")
+    return [file.parent / name for name in names]
 
 
 def source_of(file, name, revision):
@@ -187,6 +261,9 @@ def read_file(file):
     state = load_tensors(file, "a file of weights")
     check_schema(state, {str: torch.Tensor}, f"{file} is not a state dict")
     return state
+
+
+# -------------------------------------------------------------------------------------- state dicts
 
 
 def in_torchaudios_names(state):

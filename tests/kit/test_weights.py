@@ -367,12 +367,12 @@ def test_refused_backbones(demo, tmp_path, fails, monkeypatch, compared):
     torch.save({"encoder.x": torch.tensor(torch.nan)}, tmp_path / "nan.bin")
     (tmp_path / "folder").mkdir()
     shutil.copytree(demo / "backbone", tmp_path / "bare").joinpath("model.safetensors").unlink()
-    refusals = [("WAVLM_BASE", "position bias"), ("NONE", "no backbone NONE: give --weights a file"),
-                ("text.bin", "not a file of weights"),
+    refusals = [("WAVLM_BASE", "no backbone WAVLM_BASE: give --weights"),
+                ("NONE", "no backbone NONE: give --weights a file"), ("text.bin", "not a file of weights"),
                 ("text.safetensors", "not a file of weights"),
                 ("other.bin", "do not fit"), ("list.bin", "not a state dict"), ("nan.bin", "NaN"),
-                ("folder", "config.json"), ("bare", "no weights in bare: it has none of model.safetensors"),
-                ("none.bin", "no backbone /")]
+                ("folder", "config.json"),
+                ("bare", "no weights in bare: it has none of model.safetensors"), ("none.bin", "no backbone /")]
     for name, says in refusals:
         place = name if name.isupper() else tmp_path / name
         assert says in fails(extract, *base, "--weights", place), name
