@@ -119,14 +119,11 @@ def weights_name(source):
     return source["name"] + (f"@{source['revision']}" if source.get("revision") else "")
 
 
-# ------------------------------------------------------------------------------- Hugging Face's hub
-
-
 def fetch(repository, commit, name, optional=False):
     """The path of a repository's file, downloaded unless huggingface_hub's cache has it; None where
     the commit has none. optional: None also where, offline, the cache does not know."""
     known = huggingface_hub.try_to_load_from_cache(repository, name, revision=commit)
-    offline = huggingface_hub.constants.HF_HUB_OFFLINE
+    offline = huggingface_hub.is_offline_mode()
     if known is huggingface_hub._CACHED_NO_EXIST or not known and offline and optional:
         return None
     try:
@@ -160,9 +157,6 @@ def fetch_repository(name):
                         "the network, or download its files elsewhere and pass the folder with "
                         "--weights") from None
     return folder, commit
-
-
-# ------------------------------------------------------------------------------------ configuration
 
 
 def read_architecture(file):
@@ -201,9 +195,6 @@ def read_processor(folder):
             check_schema(processor, PROCESSOR, complaint)
             return processor
     return None
-
-
-# --------------------------------------------------------------------------------- files of weights
 
 
 def file_in(folder, name):
@@ -261,9 +252,6 @@ def read_file(file):
     state = load_tensors(file, "a file of weights")
     check_schema(state, {str: torch.Tensor}, f"{file} is not a state dict")
     return state
-
-
-# -------------------------------------------------------------------------------------- state dicts
 
 
 def in_torchaudios_names(state):

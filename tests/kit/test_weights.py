@@ -6,20 +6,19 @@ import math
 import os
 import re
 import shutil
-import subprocess
-import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.error import URLError
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
 import torchaudio
-from conftest import ROOT, call, extraction
+from conftest import call, extraction
 from demo import CONFIG, PARAMS, PROCESSOR, demo_weights, hugging_face
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 import extract
@@ -304,7 +303,7 @@ def test_tensors_that_do_not_fit_are_named(models, tmp_path, compared):
 
 
 @pytest.mark.parametrize("content, says", [
-    (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "text, .version .*git lfs pull"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "text, .version .*git lfs"),
     (b"\n<!DOCTYPE html><html><body>404</body></html>", "a text, .<!DOCTYPE html>"), (b"", "empty"),
     (b"Entry not found", "a text, .Entry not found"), (b"\x89HDF\r\n\x1a\n\0", "damaged, or"),
     (b'{"error": "Invalid username or password."}', "a text"), (b"PK\3\4" + bytes(99), "damaged"),
@@ -368,11 +367,13 @@ def test_refused_backbones(demo, tmp_path, fails, monkeypatch, compared):
     (tmp_path / "folder").mkdir()
     shutil.copytree(demo / "backbone", tmp_path / "bare").joinpath("model.safetensors").unlink()
     refusals = [("WAVLM_BASE", "no backbone WAVLM_BASE: give --weights"),
-                ("NONE", "no backbone NONE: give --weights a file"), ("text.bin", "not a file of weights"),
+                ("NONE", "no backbone NONE: give --weights a file"),
+                ("text.bin", "not a file of weights"),
                 ("text.safetensors", "not a file of weights"),
                 ("other.bin", "do not fit"), ("list.bin", "not a state dict"), ("nan.bin", "NaN"),
                 ("folder", "config.json"),
-                ("bare", "no weights in bare: it has none of model.safetensors"), ("none.bin", "no backbone /")]
+                ("bare", "no weights in bare: it has none of model.safetensors"),
+                ("none.bin", "no backbone /")]
     for name, says in refusals:
         place = name if name.isupper() else tmp_path / name
         assert says in fails(extract, *base, "--weights", place), name
@@ -421,24 +422,10 @@ def test_no_configuration_ends_in_a_traceback(demo, tmp_path, monkeypatch, compa
 # ------------------------------------------------------------------------------- Hugging Face's hub
 
 MAIN, OTHER = "a" * 40, "b" * 40  # commits
-BACKBONES = """
-import sys, time; sys.path.insert(0, sys.argv[1])
-time.sleep = lambda _: None  # the client waits before it tries again
-from common import Backbone
-from kit.cli import UserError
-for name in sys.argv[2:]:
-    try:
-        backbone = Backbone(name)
-        print(name, backbone.digest, "from", *backbone.source.values(), backbone.epsilon)
-    except UserError as error:
-        print(name, "error:", error)
-"""
-
-
 @pytest.fixture(scope="module")
 def hub(demo, tmp_path_factory):
     """A server on 127.0.0.1 that speaks what huggingface_hub asks for: (its address, the list of
-    what was asked for, a function that runs Python with it)."""
+    what was asked for)."""
     folder, asked = tmp_path_factory.mktemp("hub"), []
     config, processor, file = (demo / "backbone" / name for name in (
         "config.json", "preprocessor_config.json", "model.safetensors"))
@@ -491,34 +478,39 @@ def hub(demo, tmp_path_factory):
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    surroundings = {name: value for name, value in os.environ.items() if not name.startswith("HF_")
-                    and not name.lower().endswith("_proxy")}
-
-    def python(*arguments, home, **more):
-        """Run Python with a home of its own (huggingface_hub reads its settings at import)."""
-        del asked[:]
-        settings = {"HF_HOME": str(home), "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
-        done = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True,
-                              text=True, timeout=120, env={**surroundings, **settings, **more},
-                              cwd=home)  # where no folder is called as a repository's owner is
-        assert "Traceback" not in done.stderr, done.stderr
-        return done
-
-    yield asked, python
+    yield f"http://127.0.0.1:{server.server_port}", asked
     server.shutdown()
     server.server_close()
 
 
-def test_repositories(demo, hub, tmp_path, compared):
+def test_repositories(demo, hub, tmp_path, monkeypatch, compared):
     """Downloaded, again from the cache, and from it alone; refused in one line."""
-    asked, python = hub
+    address, asked = hub
     own = Backbone(demo / "backbone").digest
+    monkeypatch.chdir(tmp_path)  # where no folder is called as a repository's owner is
+    monkeypatch.setattr(time, "sleep", lambda _: None)  # the client waits before it tries again
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    for name in list(os.environ):
+        if name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
 
-    def found(*names, **more):
-        done = python("-c", BACKBONES, ROOT, *names, home=tmp_path, **more)
-        lines = done.stdout.splitlines()
-        assert [line.split()[0] for line in lines] == list(names), done.stdout + done.stderr
-        return [line.split(" ", 1)[1] for line in lines]
+    def found(*names, endpoint=address, offline=False):
+        """What the kit finds, or the line that it says, for each name."""
+        del asked[:]
+        for name, value in (("ENDPOINT", endpoint), ("HF_HUB_OFFLINE", offline), (
+                "HUGGINGFACE_CO_URL_TEMPLATE",
+                endpoint + "/{repo_id}/resolve/{revision}/{filename}")):
+            monkeypatch.setattr(constants, name, value)
+        huggingface_hub.close_session()
+        lines = []
+        for name in names:
+            try:
+                backbone = Backbone(name)
+                lines.append(" ".join(map(str, (backbone.digest, "from", *backbone.source.values(),
+                                                backbone.epsilon))))
+            except UserError as error:
+                lines.append(f"error: {error}")
+        return lines
 
     names = "demo/model", "demo/model@v1", "demo/pickled", "demo/shards"
     bad = {"demo/empty": "no weights in demo/empty: it has none of model.safetensors,",
@@ -540,20 +532,17 @@ def test_repositories(demo, hub, tmp_path, compared):
                  and re.search("/model(.safetensors|-0)", path)]
     assert len(downloads) == len(set(downloads)) == 7  # three, and an index with three shards
 
-    with ThreadPoolExecutor(2) as both:
-        offline = both.submit(found, *names, f"demo/model@{OTHER}", "demo/nowhere",
-                              HF_HUB_OFFLINE="1")
-        no_network = both.submit(found, *names, "demo/nowhere", "demo/nowhere@v1",
-                                 HF_ENDPOINT="http://127.0.0.1:9").result()
-        offline = offline.result()
-    assert offline[:5] == [model, pinned, pickled, sharded, pinned] and not asked
+    offline = found(*names, f"demo/model@{OTHER}", "demo/nowhere", offline=True)
+    assert not asked
+    no_network = found(*names, "demo/nowhere", "demo/nowhere@v1", endpoint="http://127.0.0.1:9")
+    assert offline[:5] == [model, pinned, pickled, sharded, pinned]
     assert no_network[:4] == [model, pinned, pickled, sharded]
     for line in offline[5:] + no_network[4:]:
         assert "check the name and the network" in line and "pass the folder with --weights" in line
 
     # a cache that others filled may not know that there is no processor_config.json
     (tmp_path / f"hub/models--demo--model/.no_exist/{MAIN}/processor_config.json").unlink()
-    assert found("demo/model", HF_HUB_OFFLINE="1") == [model]
+    assert found("demo/model", offline=True) == [model]
     compared(4 + len(errors) + len(offline) + len(no_network), "answers")
 
 
