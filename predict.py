@@ -159,7 +159,7 @@ def run(args):
                               f"{name.rpartition('/')[2]}\nmodel {args.run.name} · windows of "
                               f"{seconds:.0f} s")
             bar.say(f"written: {args.figure.with_suffix('.png')} and .pdf")
-    if not args.csv and not args.figure:
+    if rows and not args.csv and not args.figure:
         print("next: --figure song.png draws one song over time, --csv songs.csv writes a table")
     return 0 if len(rows) == len(files) else 1
 

@@ -25,7 +25,6 @@ MOODS = ("excited, happy", "tense, angry", "sad, tired", "calm, content")  # aft
 KAGGLE = "imsparsh/deam-mediaeval-dataset-emotional-analysis-in-music/versions/1"
 STATIC = "static_annotations_averaged_songs_1_2000.csv"
 COLUMNS = ["song_id", "valence_mean", "valence_std", "arousal_mean", "arousal_std"]
-SPREADSHEET_MARKS = {";": "semicolons", "\t": "tabs", '"': "quotation marks"}
 FRESH_COPY = "take the file from a fresh copy of DEAM"
 SPLITS = {"train": [int], "val": [int], "test": [int]}
 
@@ -45,7 +44,7 @@ def song_rows(path, columns=()):
     Raises UserError for whatever else a spreadsheet makes of such a table: decimal commas, dates
     and lost columns could give wrong numbers."""
     text = read_text(path, "a table of labels")
-    for mark, name in SPREADSHEET_MARKS.items():
+    for mark, name in ((";", "semicolons"), ("\t", "tabs"), ('"', "quotation marks")):
         if mark in text:
             raise UserError(f"{path} has {name} in it, where DEAM's table has commas alone; it "
                             f"begins with {text[:40]!r}; {FRESH_COPY}")
@@ -219,16 +218,18 @@ def one_at_a_time(folder):
 def explain_download(error, archive):
     """One line on why a download failed and what to do. What is complete but not DEAM's archive is
     removed: kagglehub would go on with it."""
+    reason = " ".join(str(error).split())[:150] or type(error).__name__
+    if archive is None:  # kagglehub is not installed, or there is no home folder
+        return f"cannot use kagglehub ({reason}): install it, or pass a folder of DEAM with --deam"
     from requests import RequestException  # kagglehub's, which has been loaded
 
-    reason = " ".join(str(error).split())[:150] or type(error).__name__
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM,
                                          errno.EROFS):
         return (f"cannot write DEAM to {archive.parent} ({error.strerror}): make room there and "
                 "rerun, which resumes, or set KAGGLEHUB_CACHE to a folder on another disk that you "
                 "may write to")
     if type(error).__name__ == "DataCorruptionError" or (
-            archive and archive.exists() and not isinstance(error, RequestException)):
+            archive.exists() and not isinstance(error, RequestException)):
         archive.unlink(missing_ok=True)
         return (f"what came from Kaggle is not DEAM's archive, or damaged ({reason}); it has been "
                 "removed: rerun to download it again")
@@ -255,11 +256,9 @@ def files_below(root, most=100_000):
 
 def corrected(annotations, swapped):
     """Annotations with valence and arousal exchanged for the [[lowest id, highest id], …]."""
-    def exchanged(labels):
-        return Labels(labels.arousal, labels.arousal_std, labels.valence, labels.valence_std)
-
-    return {song: exchanged(labels) if any(low <= song <= high for low, high in swapped)
-            else labels for song, labels in annotations.items()}
+    return {song: Labels(labels.arousal, labels.arousal_std, labels.valence, labels.valence_std)
+            if any(low <= song <= high for low, high in swapped) else labels
+            for song, labels in annotations.items()}
 
 
 def labels_of(annotations, songs):

@@ -74,8 +74,9 @@ def find_weights(name):
     if REPOSITORY.fullmatch(name) and not os.path.isdir(os.path.dirname(name)):
         folder, commit = fetch_repository(name)
         return local_weights(folder, name.partition("@")[0], commit=commit)
-    raise UserError(f"no backbone {name}: give --weights a file, a folder, a repository on Hugging "
-                    f"Face (owner/name) or a bundle, one of {', '.join(sorted(bundles))}")
+    raise UserError(f"no backbone {name}: there is no such file or folder; --weights also takes a "
+                    "Hugging Face repository (owner/name) or one of torchaudio's bundles, "
+                    f"{', '.join(sorted(bundles))}")
 
 
 def bundle_weights(name, bundle):

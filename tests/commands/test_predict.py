@@ -41,7 +41,7 @@ def test_a_song_of_the_corpus_gets_what_eval_gave_it(demo, features, trained, pr
     monkeypatch.setattr("kit.figures.draw_report", lambda *_: None)
     run = shutil.copytree(trained, tmp_path / "run")
     assert call(eval_script, run, "--features", features, "--device", "cpu") == 0
-    stored = read_json(run / "eval-test/metrics.json", "")["predictions"]
+    stored = dict([*read_json(run / "eval-test/metrics.json", "")["predictions"].items()][:4])
     audio = DEAMHandler(demo / "DEAM").audio
     code, rows = predicted(*(audio[int(song)] for song in stored))
     assert code == 0 and len(rows) == len(stored)
@@ -192,7 +192,7 @@ def test_what_cannot_predict(demo, trained, tmp_path, fails, compared):
     state = load_file(other / "model.safetensors")
     save_file({name: value + 1 for name, value in state.items()}, other / "model.safetensors")
     assert "trained on features of another backbone" in fails(predict, trained, tmp_path, "--weights", other)
-    assert "no backbone backbone: give --weights" in fails(predict, trained, tmp_path)  # a folder's name is no place
+    assert "no backbone backbone: there is no such file or folder; --weights" in fails(predict, trained, tmp_path)  # a folder's name is no place
     (tmp_path / "old.csv").write_text("an older table")
     fails(predict, trained, tmp_path, "--csv", tmp_path / "old.csv")
     assert (tmp_path / "old.csv").read_text() == "an older table"

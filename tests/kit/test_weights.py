@@ -366,8 +366,8 @@ def test_refused_backbones(demo, tmp_path, fails, monkeypatch, compared):
     torch.save({"encoder.x": torch.tensor(torch.nan)}, tmp_path / "nan.bin")
     (tmp_path / "folder").mkdir()
     shutil.copytree(demo / "backbone", tmp_path / "bare").joinpath("model.safetensors").unlink()
-    refusals = [("WAVLM_BASE", "no backbone WAVLM_BASE: give --weights"),
-                ("NONE", "no backbone NONE: give --weights a file"),
+    refusals = [("WAVLM_BASE", "no backbone WAVLM_BASE: "),
+                ("NONE", "no backbone NONE: there is no such file or folder"),
                 ("text.bin", "not a file of weights"),
                 ("text.safetensors", "not a file of weights"),
                 ("other.bin", "do not fit"), ("list.bin", "not a state dict"), ("nan.bin", "NaN"),

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import QUICK, call, extraction
+from conftest import QUICK, call, extraction, few, made_features
 
 import audit
 import eval as eval_script
@@ -78,44 +78,41 @@ def test_damaged_dynamic_annotations(demo, tmp_path, fails, capsys, compared, ce
     compared(1, "damaged rows")
 
 
-@pytest.fixture(scope="module")
-def swapped(demo, features, tmp_path_factory):
-    """The demo with its static labels exchanged for ids up to 1000, as in DEAM; and its features,
-    those of the songs the same."""
-    folder = tmp_path_factory.mktemp("swapped")
-    shutil.copytree(demo / "DEAM", folder / "DEAM")
-    shutil.copytree(features / "songs", folder / "f/songs")
-    table = next((folder / "DEAM").rglob(STATIC))
+def test_what_the_audit_says(demo, features, tmp_path, capsys, compared):
+    """Of the demo, and of the demo with its static labels exchanged for ids up to 1000, as in DEAM.
+    A manifest has what it says, and the labels as they were."""
+    shutil.copytree(demo / "DEAM", tmp_path / "DEAM")
+    shutil.copytree(features / "songs", tmp_path / "f/songs")
+    table = next((tmp_path / "DEAM").rglob(STATIC))
     header, *rows = csv.reader(table.open())
     rows = [[i, a, b, v, s] if int(i) <= 1000 else [i, v, s, a, b] for i, v, s, a, b in rows]
     table.write_text("\n".join(map(",".join, [header, *rows])) + "\n")
-    command = ["--precision", "float32", "--deam", folder / "DEAM"]
-    assert call(extract, *extraction(demo, folder / "f", *command)) == 0
-    return folder
-
-
-def test_what_the_audit_says(demo, features, swapped, capsys, compared):
+    command = ["--precision", "float32", "--deam", tmp_path / "DEAM"]
+    assert call(extract, *extraction(demo, tmp_path / "f", *command)) == 0
     for folder, made, low, found in (
             (demo, features, "the labels are right", []),
-            (swapped, swapped / "f", "valence and arousal are swapped", [[1, 1000]])):
+            (tmp_path, tmp_path / "f", "valence and arousal are swapped", [[1, 1000]])):
         capsys.readouterr()
         assert call(audit, folder / "DEAM") == 0
         lines = capsys.readouterr().out.splitlines()
         assert f"ids 1–1000: {low}; ids 1001–2000: the labels are right." in lines
         assert read_json(made / "manifest.json", "")["swapped_labels"] == found
-    compared(2, "folders")
-
-
-def test_corrected_labels_exchange_what_the_audit_says(features, swapped, tmp_path, capsys,
-                                                       monkeypatch, compared):
-    monkeypatch.setattr("kit.figures.draw_history", lambda *_: None)
-    monkeypatch.setattr("kit.figures.draw_report", lambda *_: None)
-    made, clean = swapped / "f", read_annotations(features / "annotations.csv")
-    shipped = read_annotations(made / "annotations.csv")
+    clean, shipped = (read_annotations(made / "annotations.csv")
+                      for made in (features, tmp_path / "f"))
     for song, (v, s, a, b) in clean.items():
         assert shipped[song] == ((a, b, v, s) if song <= 1000 else (v, s, a, b))
+    compared(len(clean) + 2, "songs and folders")
+
+
+def test_corrected_labels_exchange_what_the_audit_says(splits, tmp_path, capsys, monkeypatch,
+                                                       no_histories, compared):
+    """From a features folder to evaluations on both kinds of labels."""
+    monkeypatch.setattr("kit.figures.draw_report", lambda *_: None)
+    made = made_features(tmp_path / "f", few(splits))
+    shipped = read_annotations(made / "annotations.csv")
     data = DEAMFeatHandler(made, labels="corrected")
-    assert data.annotations == clean
+    for song, (v, s, a, b) in shipped.items():
+        assert data.annotations[song] == ((a, b, v, s) if song <= 1000 else (v, s, a, b))
     assert not any("swapped" in note for note in data.notes())
     assert any("for ids 1–1000 valence and arousal are swapped" in note for note in
                DEAMFeatHandler(made).notes())
@@ -133,7 +130,7 @@ def test_corrected_labels_exchange_what_the_audit_says(features, swapped, tmp_pa
     assert (run / "eval-test/metrics.json").read_bytes() == first  # written beside
     found = read_json(run / "eval-test-shipped/metrics.json", "")
     assert (found["labels"], found["trained_on_labels"]) == ("shipped", "corrected")
-    compared(len(clean), "songs")
+    compared(len(shipped), "songs")
 
 
 def test_without_dynamic_annotations_nothing_is_corrected(demo, tmp_path, fails, capsys):
