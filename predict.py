@@ -19,10 +19,8 @@ from kit.cli import Parser, execute, number, path, start
 def parser():
     p = Parser(__doc__)
     p.add_argument("run", type=path, metavar="RUN", help="folder that train.py wrote")
-    p.add_argument("songs", type=path, nargs="+", metavar="SONG",
-                   help="audio files, or folders of them")
-    p.add_argument("--csv", type=path, metavar="FILE",
-                   help="write a .csv table with one row a song")
+    p.add_argument("songs", type=path, nargs="+", metavar="SONG", help="audio files or folders")
+    p.add_argument("--csv", type=path, metavar="FILE", help="write a table with one row a song")
     p.add_argument("--figure", type=path, metavar="FILE",
                    help="draw one song over time and through the plane (PNG, and PDF beside it)")
     p.add_argument("--window", type=number(float, 1, 600), default=45.0, metavar="SECONDS",
@@ -89,11 +87,12 @@ class Predictor:
         settings, source = content["settings"], content["backbone"]
         backbone = Backbone(args.weights or weights_name(source))
         expected = [settings[key] for key in ("weights", "sample_rate", "normalize_epsilon")]
-        weights = backbone.digest if settings["weights"] else None  # a notebook's do not say
+        weights = backbone.digest if settings["weights"] else None  # a notebook's are not known
         if expected != [weights, backbone.sample_rate, backbone.epsilon]:
-            raise UserError(f"{args.run} was trained on features of another backbone, "
-                            f"{source['name']} ({str(settings['weights'])[:16]}…), than this one "
-                            f"({backbone.digest[:16]}…): name that one with --weights")
+            raise UserError(f"{args.run} was trained on features of {source['name']} "
+                            f"({str(settings['weights'])[:16]}…), and this backbone "
+                            f"({backbone.digest[:16]}…) differs in weights, sample rate or "
+                            "normalisation: name the right one with --weights")
         self.backbone = backbone.to(Arithmetic(settings["precision"], args.device),
                                     settings["layer"])
         self.stored = getattr(torch, settings["store"])

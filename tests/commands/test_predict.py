@@ -191,7 +191,7 @@ def test_what_cannot_predict(demo, trained, tmp_path, fails, compared):
     other = shutil.copytree(demo / "backbone", tmp_path / "other")
     state = load_file(other / "model.safetensors")
     save_file({name: value + 1 for name, value in state.items()}, other / "model.safetensors")
-    assert "trained on features of another backbone" in fails(predict, trained, tmp_path, "--weights", other)
+    assert "differs in weights, sample rate or normalisation" in fails(predict, trained, tmp_path, "--weights", other)
     assert "no backbone backbone: there is no such file or folder; --weights" in fails(predict, trained, tmp_path)  # a folder's name is no place
     (tmp_path / "old.csv").write_text("an older table")
     fails(predict, trained, tmp_path, "--csv", tmp_path / "old.csv")
