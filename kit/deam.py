@@ -38,11 +38,11 @@ class Labels(NamedTuple):
     arousal_std: float
 
 
-def song_rows(path, columns=()):
-    """Yield (line number, song id, cells) of a table of DEAM: the cells of these columns, without
-    columns those of all but song_id. Spaces around cells, other columns and empty lines are fine.
-    Raises UserError for whatever else a spreadsheet makes of such a table: decimal commas, dates
-    and lost columns could give wrong numbers."""
+def song_rows(path, columns=("song_id",)):
+    """Yield (line number, song id, {other column: cell}) of a table of DEAM that has at least these
+    columns. Spaces around cells, other columns and empty lines are fine. Raises UserError for
+    whatever else a spreadsheet makes of such a table: decimal commas, dates and lost columns could
+    give wrong numbers."""
     text = read_text(path, "a table of labels")
     for mark, name in ((";", "semicolons"), ("\t", "tabs"), ('"', "quotation marks")):
         if mark in text:
@@ -51,21 +51,21 @@ def song_rows(path, columns=()):
     table = [(line, [cell.strip() for cell in row.split(",")])
              for line, row in enumerate(text.split("\n"), 1) if row.strip(", ")]
     (_, header), *rows = table or [(1, [])]
-    if wrong := [name for name in ("song_id", *columns) if header.count(name) != 1]:
+    names = dict.fromkeys([*columns, *header])
+    if wrong := [name for name in names if name and header.count(name) != 1]:
         raise UserError(f"{path} needs one column {', '.join(wrong)}, separated by commas; its "
                         f"header is {','.join(header)[:80]!r}; {FRESH_COPY}")
-    song_place, songs = header.index("song_id"), set()
-    places = ([header.index(name) for name in columns]
-              or [place for place in range(len(header)) if place != song_place])
+    songs = set()
     for line, cells in rows:
-        if len(cells) != len(header) or not re.fullmatch("[0-9]{1,9}", cells[song_place]):
+        row = dict(zip(header, cells))
+        if len(cells) != len(header) or not re.fullmatch("[0-9]{1,9}", row["song_id"]):
             raise UserError(f"{path}, line {line}: not a song id and {len(header) - 1} other cells "
                             f"({','.join(cells)[:60]}); {FRESH_COPY}")
-        song = int(cells[song_place])
+        song = int(row.pop("song_id"))
         if song in songs:
             raise UserError(f"{path}, line {line}: song {song} appears twice; {FRESH_COPY}")
         songs.add(song)
-        yield line, song, [cells[place] for place in places]
+        yield line, song, row
     if not songs:
         raise UserError(f"{path}: no songs in it; {FRESH_COPY}")
 
@@ -81,7 +81,8 @@ def read_annotations(path):
     """Static annotations, {song id: Labels}. Raises UserError for a table that song_rows does not
     take, and for gaps, NaN, and labels outside 1–9."""
     songs = {}
-    for line, song, cells in song_rows(path, COLUMNS[1:]):
+    for line, song, row in song_rows(path, COLUMNS):
+        cells = [row[name] for name in COLUMNS[1:]]
         labels = Labels(*map(plain_number, cells))
         if not (1 <= labels.valence <= 9 and 0 <= labels.valence_std <= 8
                 and 1 <= labels.arousal <= 9 and 0 <= labels.arousal_std <= 8):
@@ -96,8 +97,8 @@ def dynamic_means(path):
     and NaN are skipped. Raises UserError for other cells and tables that song_rows does not
     take."""
     means = {}
-    for line, song, cells in song_rows(path):
-        values = [plain_number(cell) for cell in cells if cell and cell.lower() != "nan"]
+    for line, song, row in song_rows(path):
+        values = [plain_number(cell) for cell in row.values() if cell and cell.lower() != "nan"]
         if not all(abs(value) <= 1 for value in values):
             raise UserError(f"{path}, line {line}: not numbers from -1 to 1; {FRESH_COPY}")
         if values:

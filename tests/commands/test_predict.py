@@ -191,8 +191,14 @@ def test_what_cannot_predict(demo, trained, tmp_path, fails, compared):
     other = shutil.copytree(demo / "backbone", tmp_path / "other")
     state = load_file(other / "model.safetensors")
     save_file({name: value + 1 for name, value in state.items()}, other / "model.safetensors")
-    assert "differs in weights, sample rate or normalisation" in fails(predict, trained, tmp_path, "--weights", other)
-    assert "no backbone backbone: there is no such file or folder; --weights" in fails(predict, trained, tmp_path)  # a folder's name is no place
+    differs = "differs in weights, sample rate or normalisation: name the right one with --weights"
+    assert differs in fails(predict, trained, tmp_path, "--weights", other)
+    other = shutil.copytree(demo / "backbone", tmp_path / "z-scored")
+    processor = other / "preprocessor_config.json"
+    processor.write_text(processor.read_text().replace("false", "true"))
+    assert differs in fails(predict, trained, tmp_path, "--weights", other)
+    message = fails(predict, trained, tmp_path)  # a folder's name is no place
+    assert "no backbone backbone: there is no such file or folder; --weights" in message
     (tmp_path / "old.csv").write_text("an older table")
     fails(predict, trained, tmp_path, "--csv", tmp_path / "old.csv")
     assert (tmp_path / "old.csv").read_text() == "an older table"
@@ -200,4 +206,4 @@ def test_what_cannot_predict(demo, trained, tmp_path, fails, compared):
     damaged[len(damaged) // 2] ^= 1
     (tmp_path / "model.pt").write_bytes(damaged)
     assert "damaged" in fails(predict, tmp_path, tmp_path, "--weights", demo / "backbone")
-    compared(5, "refusals")
+    compared(6, "refusals")
