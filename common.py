@@ -22,8 +22,8 @@ from kit.audio import RATES, read_waveform
 from kit.cli import UserError
 from kit.containers import ENDINGS
 from kit.deam import (SPLITS, corrected, download_deam, dynamic_annotations, files_below,
-                      label_statistics, labels_of, own_splits, quadrant, read_annotations,
-                      songs_of, static_annotations)
+                      label_statistics, labels_of, quadrant, read_annotations, songs_of,
+                      splits_for, static_annotations)
 from kit.features import NOTEBOOK_MANIFEST, FeatureReader, read_manifest
 from kit.files import plain_json, prefetch, read_tensors, sha256, shortened, state_digest
 from kit.schema import check_schema
@@ -255,7 +255,7 @@ class DEAMFeatHandler:
                          else NOTEBOOK_MANIFEST)
         self.settings, self.digest = self.manifest["settings"], self.manifest["digest"]
         self.annotations = self.read_labels()
-        self.splits = splits or own_splits(self.root)
+        self.splits = splits or splits_for(self.root)
         self.reader = FeatureReader(self.root, self.manifest["songs"],
                                     self.top_layers["params"]["encoder_embed_dim"])
         self.ids = self.available(allow_missing)

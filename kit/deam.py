@@ -148,21 +148,21 @@ def read_splits(path):
     return splits
 
 
-def own_splits(folder):
-    """The splits of a features folder or a run: its own, or the kit's. extract.py copies those it
-    used into the features folder, train.py into the run."""
+def splits_for(folder):
+    """The splits of a features folder or a run, or the kit's where it has none. extract.py copies
+    those it used into the features folder, train.py into the run."""
     own = Path(folder) / "splits.json"
     return read_splits(own if own.exists() else HERE / "splits.json")
 
 
-def fold_splits(fold, own):
+def fold_splits(fold, splits):
     """Splits of folds.json, no artist in two of them: test is fold `fold` of ten, val the next one,
-    train the others; of the songs of `own`, the splits of a features folder. Raises UserError."""
+    train the others; of the songs of these splits. Raises UserError."""
     content = read_json(HERE / "folds.json", "a file of folds", {"source": str, "folds": [[int]]})
-    folds, songs, source = content["folds"], set(songs_of(own)), content["source"]
+    folds, songs, source = content["folds"], set(songs_of(splits)), content["source"]
     if not songs >= set(sum(folds, [])):
         folds = [[song for song in each if song in songs] for each in folds]
-        source = f"{own['source']}; {source}"
+        source = f"{splits['source']}; {source}"
     val = (fold + 1) % len(folds)
     if not folds[fold] or not folds[val]:
         raise UserError(f"--fold {fold}: none of these songs is in fold {fold} or in fold {val}")
