@@ -51,19 +51,18 @@ from kit.deam import splits_digest
 from kit.files import json_digest, prefetch, write_file, write_json
 from kit.machine import Arithmetic, FrozenOutputs, environment
 from kit.metrics import (artist_groups, label_digest, measure_folds, measure_split,
-                         paired_difference, predicted_values, ridge, true_values)
+                         paired_difference, predicted_values, resampled_metrics, ridge, true_values)
 from kit.published import beside_evaluation
 from kit.records import flat_config, predictions_table, read_metrics, read_run
 from kit.verdict import Verdict, compare_numbers, compare_predictions
 
 
 class Evaluation(NamedTuple):
-    """A run on one split, or folds pooled: where its report goes, the run's configuration, the
-    features, and what its metrics.json is to hold."""
-    folder: Path
-    config: dict
+    """A run on one split, or folds pooled."""
+    folder: Path  # of its report
+    config: dict  # of the run
     data: DEAMFeatHandler
-    content: dict
+    content: dict  # of metrics.json
 
 
 # ------------------------------------------------------------------------------------- predictions
@@ -79,10 +78,15 @@ def predictions(model, data, split, scale, arithmetic):
     values = (model.predict(bar, arithmetic) * scale.std + scale.mean).numpy()
     if not np.isfinite(values).all():
         raise UserError("a prediction is NaN or infinite")
-    return dict(zip(map(str, data.ids[split]), (values.round(6) + 0.0).tolist()))
+    return by_song(data.ids[split], values)
 
 
-POOLED = {}  # by the reader's key: for several runs a file is read once
+def by_song(songs, values):
+    """{song id: [valence, arousal]} of values[N, 2], to six decimals, no minus zero."""
+    return dict(zip(map(str, songs), (values.round(6) + 0.0).tolist()))
+
+
+POOLED = {}  # mean features by the reader's key: for several runs a file is read once
 
 
 def pooled_features(dataset, index):
@@ -103,8 +107,7 @@ def ridge_predictions(data, split):
         bar = Progress(pooled, total=len(dataset), desc=f"ridge {name}", unit="song", leave=False)
         x[name], y[name] = np.stack([*bar]), dataset.labels.numpy() / std
     predict, penalty = ridge(x["train"], y["train"], x["val"], y["val"])
-    pred = (predict(x[split]) * std).round(6) + 0.0
-    return dict(zip(map(str, data.ids[split]), pred.tolist())), penalty
+    return by_song(data.ids[split], predict(x[split]) * std), penalty
 
 
 # -------------------------------------------------------------------------------------- evaluation
@@ -112,7 +115,7 @@ def ridge_predictions(data, split):
 
 def evaluate(args, folder, arithmetic, opened):
     """The Evaluation of a run. opened: features by labels and splits, for the runs that follow."""
-    model_file, (content, splits) = folder / "model.pt", read_run(folder)
+    content, splits = read_run(folder)
     config, split = flat_config(content["config"]), args.split
     labels = args.labels or config["labels"]
     key = labels, splits_digest(splits)
@@ -123,9 +126,9 @@ def evaluate(args, folder, arithmetic, opened):
         raise UserError(f"{folder} was trained on features {str(config['features'])[:16]}…, "
                         f"{data.root} holds {str(data.digest)[:16]}…: name its own with "
                         "--features, or extract them again with its settings")
-    if not data.ids[split]:
-        raise UserError(f"{data.summary}: no {split} song to evaluate on")
-    model = load_model(content, model_file).to(arithmetic.device, arithmetic.dtype)
+    if len(data.ids[split]) < 2:
+        raise UserError(f"{data.summary}: too few {split} songs to evaluate on")
+    model = load_model(content, folder / "model.pt").to(arithmetic.device, arithmetic.dtype)
     pred = predictions(model, data, split, SimpleNamespace(**content), arithmetic)
     ridge_pred, penalty = ridge_predictions(data, split)
     metrics = {
@@ -161,29 +164,33 @@ def pool_folds(evaluations):
     if differing := differing_settings(evaluations, "seed", "splits", "songs", "fold"):
         raise UserError(f"these runs have no song in common, and differ in {differing}: give the "
                         "folds of one configuration, or one run at a time")
-    first, names = evaluations[0], [each.content["run"] for each in evaluations]
-    if len(set(names)) < len(names):
+    contents, first = [each.content for each in evaluations], evaluations[0]
+    runs = {each["run"]: each for each in contents}
+    if len(runs) < len(contents):
         raise UserError("two of these folds have one name: rename a folder, so that the report can "
                         "name its models")
-    folds = [(list(map(int, each.content["predictions"])), each.content["predictions"],
-              each.content["ridge_predictions"],
-              each.data.datasets["train"].labels.numpy().mean(0)) for each in evaluations]
+    pred, ridge_pred = ({song: values for each in contents for song, values in each[kind].items()}
+                        for kind in ("predictions", "ridge_predictions"))
+    folds = [list(map(int, each["predictions"])) for each in contents]
+    mean_labels = [each.data.datasets["train"].labels.numpy().mean(0) for each in evaluations]
     own = "model", "initial_model", "splits", "label_values", "ridge_penalty"  # of each fold
-    metrics = {key: value for key, value in first.content.items() if key not in own}
-    metrics |= {kind: {song: values for each in evaluations
-                       for song, values in each.content[kind].items()}
-                for kind in ("predictions", "ridge_predictions")}
-    base = names[0].rstrip("0123456789").removesuffix("-fold")
-    numbers = sorted(name.removeprefix(f"{base}-fold") for name in names)
-    some = "" if len(names) == 10 else "-of-" + "-".join(numbers)  # ten are all of folds.json
-    metrics |= {"run": f"{base}-pooled{some}", "songs": len(metrics["predictions"]),
-                "split": f"pooled {metrics['split']}",
-                "numbers": measure_folds(first.data.annotations, folds),
-                "runs": {each.content["run"]: {key: each.content[key] for key in own}
-                         for each in evaluations}}
-    folder = first.folder.parent.parent / metrics["run"]
+    content = {key: value for key, value in first.content.items() if key not in own}
+    content |= {"run": pooled_name(list(runs)), "songs": len(pred),
+                "split": f"pooled {content['split']}", "predictions": pred,
+                "ridge_predictions": ridge_pred,
+                "numbers": measure_folds(first.data.annotations, folds, pred, ridge_pred,
+                                         mean_labels),
+                "runs": {name: {key: each[key] for key in own} for name, each in runs.items()}}
+    folder = first.folder.parent.parent / content["run"]
     return first._replace(folder=folder / first.folder.name.replace("eval-", "eval-pooled-", 1),
-                          content=metrics)
+                          content=content)
+
+
+def pooled_name(names):
+    """"last1-pooled" of ten folds, which are all of folds.json, "last1-pooled-of-0-1" of two."""
+    base = names[0].rstrip("0123456789").removesuffix("-fold")
+    numbers = "-".join(sorted(name.removeprefix(f"{base}-fold") for name in names))
+    return f"{base}-pooled" + ("" if len(names) == 10 else f"-of-{numbers}")
 
 
 def compare(evaluations, others):
@@ -202,11 +209,10 @@ def compare(evaluations, others):
             raise UserError(f"the runs of one side differ in {differing}: give seeds of one "
                             "configuration")
     ids = list(map(int, first[0]["predictions"]))
-    values, intervals = paired_difference(
-        true_values(evaluations[0].data.annotations, ids),
-        *([predicted_values(each["predictions"], ids) for each in side]
-          for side in (first, second)), artist_groups(ids))
-    report.print_difference(first, second, values, intervals)
+    true, artists = true_values(evaluations[0].data.annotations, ids), artist_groups(ids)
+    report.print_difference(first, second, paired_difference(*(
+        [resampled_metrics(true, predicted_values(each["predictions"], ids), artists)
+         for each in side] for side in (first, second))))
 
 
 # --------------------------------------------------------------------------------------------- run
@@ -220,13 +226,8 @@ def write_report(evaluation, device, draw=True):
     write_file(folder / "predictions.csv", predictions_table(content["predictions"],
                                                              data.annotations))
     if draw:
-        caption = figures.caption_of(content["finetune"], content["labels"],
-                                     f"{content['split']}, n = {content['songs']}",
-                                     content["source"])
-        songs = list(map(int, content["predictions"]))
-        figures.draw_or_say(figures.draw_report, true_values(data.annotations, songs),
-                            predicted_values(content["predictions"], songs), content["numbers"],
-                            folder, caption, beside_evaluation(content, config))
+        figures.draw_or_say(figures.draw_report, content, data.annotations, folder,
+                            beside_evaluation(content, config))
 
 
 def verify(expected, file, evaluation):
@@ -251,10 +252,6 @@ def run(args):
     arithmetic, opened = Arithmetic("exact", args.device), {}
     evaluations = [evaluate(args, folder, arithmetic, opened) for folder in args.runs]
     folds = are_folds(evaluations)
-    small = [each for each in evaluations if each.content["songs"] < 2]
-    if small and not folds:
-        raise UserError(f"{small[0].data.summary}: too few {args.split} songs to evaluate on")
-
     # what is verified is never written over
     write = not expected or not args.verify.resolve().is_relative_to(args.runs[0].resolve())
     for each in evaluations if write else ():
@@ -264,7 +261,7 @@ def run(args):
         write_report(evaluations[0], arithmetic.device)
     for each in evaluations:
         report.print_evaluation(each)
-        print(f"written: {each.folder}/metrics.json, predictions.csv and four figures" if write else
+        print(f"written: {each.folder}/metrics.json, predictions.csv and figures" if write else
               "nothing written: what is verified is in this run's folder",
               end="\n\n" if each is not evaluations[-1] else "\n")
     if len(evaluations) > 1:

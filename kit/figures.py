@@ -24,7 +24,8 @@ from matplotlib.textpath import text_to_path
 
 from kit.deam import DIMENSIONS, MOODS, QUADRANTS
 from kit.files import write_file
-from kit.metrics import with_interval
+from kit.metrics import predicted_values, true_values
+from kit.report import right_of_first, with_interval
 
 COLOURS = {"valence": "#0072b2", "arousal": "#d55e00", "train": "#009e73", "val": "#cc79a7",
            "grey": "#666666"}
@@ -151,21 +152,6 @@ def prepare_plane(axis):
 
 
 @matplotlib.rc_context(STYLE)
-def draw_plane(true, pred, numbers, folder, caption):
-    r = {each: with_interval(numbers, "correlation", each) for each in ("true", "predicted")}
-    figure = Figure((COLUMN, 3.9))
-    axis = figure.subplots()
-    prepare_plane(axis)
-    size = point_size(len(true))
-    axis.scatter(*true.T, s=size, facecolors="none", edgecolors="#555555", linewidth=0.6,
-                 label=f"true, r {r['true']}")
-    axis.scatter(*pred.T, s=size, alpha=0.7, marker="^", color=COLOURS["val"], linewidth=0,
-                 label=f"predicted, r {r['predicted']}")
-    axis.legend(**ABOVE)
-    save(figure, folder, "plane", caption)
-
-
-@matplotlib.rc_context(STYLE)
 def draw_confusion(numbers, folder, caption, published=None):
     """confusion.png: counts and shares of each true quadrant; beside them those of a published run,
     if there is one."""
@@ -201,33 +187,19 @@ def matrix(axis, counts):
     axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
 
 
-@matplotlib.rc_context(STYLE)
-def draw_histograms(true, pred, folder, caption):
-    figure = Figure((COLUMN, 3.3))
-    axes = figure.subplots(2, 1, sharex=True)
-    bins = np.arange(1, 9.1, 0.5)
-    for n, (axis, name) in enumerate(zip(axes, DIMENSIONS)):
-        axis.hist(pred[:, n], bins=bins, alpha=0.6, color=COLOURS[name], label=f"predicted {name}")
-        axis.hist(true[:, n], bins=bins, histtype="step", color="k", linewidth=0.8,
-                  label=f"true {name}")
-        axis.set(ylabel="songs", xlim=(1, 9), xticks=range(1, 10))
-        axis.legend(loc="upper left")
-    axes[-1].set_xlabel("1–9 scale")
-    save(figure, folder, "histograms", caption)
-
-
 def caption_of(finetune, labels, songs, source):
     """What a picture shows: the model, its labels, which songs and where they come from."""
     return f"{finetune} · {labels} labels · {songs}\n{source}"
 
 
-def draw_report(true, pred, numbers, folder, caption, published=None):
-    """The four figures of a report; numbers: of `measure`; published: a run of published.json."""
-    noted = caption.replace("\n", " · [95% bootstrap intervals]\n", 1)
-    draw_true_vs_predicted(true, pred, numbers, folder, noted)
-    draw_plane(true, pred, numbers, folder, noted)
-    draw_confusion(numbers, folder, noted, published)
-    draw_histograms(true, pred, folder, caption)
+def draw_report(content, annotations, folder, published=None):
+    """The figures of a report. content: of metrics.json; published: a run of published.json."""
+    songs, numbers = list(map(int, content["predictions"])), content["numbers"]
+    caption = caption_of(content["finetune"], content["labels"], f"{content['split']}, "
+                         f"n = {len(songs)} · [95% bootstrap intervals]", content["source"])
+    draw_true_vs_predicted(true_values(annotations, songs),
+                           predicted_values(content["predictions"], songs), numbers, folder, caption)
+    draw_confusion(numbers, folder, caption, published)
 
 
 @matplotlib.rc_context(STYLE)

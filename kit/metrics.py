@@ -14,7 +14,7 @@ import torch
 from kit.deam import (DIMENSIONS, QUADRANTS, label_statistics, labels_of, quadrant, read_artists,
                       songs_of)
 from kit.files import json_digest
-from kit.published import TEST_SONGS, are_published, read_published
+from kit.published import TEST_SONGS, are_published
 
 # A variance below this is rounding alone: labels have one decimal, predictions six.
 EQUAL = 1e-13
@@ -84,8 +84,6 @@ def all_metrics(mean):
     arousal, `correlation` of valence with arousal; `excess` how much stronger the predicted one is
     than the true one."""
     metrics = {name: regression(mean, name) for name in DIMENSIONS}
-    metrics["average"] = {key: (metrics["valence"][key] + metrics["arousal"][key]) / 2
-                          for key in ("mse", "mae", "r2", "pearson", "ccc")}
     var, cov = {}, {}
     for kind in ("true", "pred"):
         first, second = (mean[f"{name}_{kind}"] for name in DIMENSIONS)
@@ -105,6 +103,11 @@ def all_metrics(mean):
     return metrics
 
 
+def plain_metrics(true, pred):
+    """`all_metrics` of true and pred [N, 2]."""
+    return all_metrics({name: values.mean() for name, values in song_terms(true, pred).items()})
+
+
 def confusion(true, pred):
     """4×4 counts: rows true, columns predicted quadrant."""
     counts = np.zeros((4, 4), int)
@@ -113,10 +116,6 @@ def confusion(true, pred):
 
 
 # --------------------------------------------------------------------------------------- intervals
-
-
-def means(terms):
-    return {name: values.mean() for name, values in terms.items()}
 
 
 @functools.lru_cache(4)  # a report resamples the same groups for several sets of terms
@@ -132,19 +131,38 @@ def resampled_weights(groups, resamples=10_000):
 
 
 def resampled_means(terms, groups):
-    """The means of the terms {name: float64[N]} over each of 10,000 resamples: {name:
-    float64[10,000]}. Whole groups of songs, groups[N], are drawn with replacement; two calls with
+    """{name: float64[1 + 10,000]} of terms {name: float64[N]}: the mean over all songs, then that
+    over each resample. Whole groups of songs, groups[N], are drawn with replacement; two calls with
     the same groups draw the same songs."""
     names, index = np.unique(groups, return_inverse=True)
     sums = np.zeros((len(names), len(terms) + 1))
     np.add.at(sums, index, np.column_stack([*terms.values(), np.ones(len(groups))]))
     totals = resampled_weights(len(names)) @ sums
-    return dict(zip(terms, (totals[:, :-1] / totals[:, -1:]).T))
+    return {name: np.append(values.mean(), totals[:, n] / totals[:, -1])
+            for n, (name, values) in enumerate(terms.items())}
+
+
+def resampled_metrics(true, pred, groups):
+    """`all_metrics` of true and pred [N, 2], each float64[1 + 10,000]."""
+    return all_metrics(resampled_means(song_terms(true, pred), groups))
+
+
+def mapped(function, *trees):
+    """Apply a function to the leaves of nested dicts of one shape."""
+    if not isinstance(trees[0], dict):
+        return function(*trees)
+    return {key: mapped(function, *(tree[key] for tree in trees)) for key in trees[0]}
 
 
 def interval(values):
     """The 95% percentile interval (Efron & Tibshirani 1993), [low, high]."""
     return np.nanquantile(values, [0.025, 0.975]).tolist()
+
+
+def with_intervals(resampled):
+    """{"metrics": values, "intervals": …} of nested dicts of float64[1 + resamples]."""
+    return {"metrics": mapped(lambda values: float(values[0]), resampled),
+            "intervals": mapped(lambda values: interval(values[1:]), resampled)}
 
 
 def wilson(right, count):
@@ -155,53 +173,34 @@ def wilson(right, count):
     return [(middle - half) / (1 + z**2 / count), (middle + half) / (1 + z**2 / count)]
 
 
-def mapped(function, *trees):
-    """Apply a function to the leaves of nested dicts of one shape."""
-    if not isinstance(trees[0], dict):
-        return function(*trees)
-    return {key: mapped(function, *(tree[key] for tree in trees)) for key in trees[0]}
-
-
-def with_intervals(terms, groups, function=all_metrics):
-    """(values, their intervals) of function(means of the terms)."""
-    return (mapped(float, function(means(terms))),
-            mapped(interval, function(resampled_means(terms, groups))))
-
-
 def artist_groups(ids):
     """The artist of each song, as a number; a song whose artist is not known is its own."""
     artists = read_artists()
     return np.array([artists.get(song, -song) for song in ids])
 
 
-def paired_difference(true, preds, others, groups):
-    """R², r, CCC and MSE of predictions less those of others of the same songs, as `with_intervals`
-    has them. preds, others: lists of [N, 2], a model each; with several to a side their metrics are
-    averaged, and every resample draws models as well as groups of songs."""
-    draw = np.random.default_rng(1)
-
-    def side(predictions, take):
-        each = [all_metrics(take(song_terms(true, pred))) for pred in predictions]
-        return mapped(lambda *values: average_of_drawn(values, draw), *(
-            {name: {key: metrics[name][key] for key in ("r2", "pearson", "ccc", "mse")}
-             for name in DIMENSIONS} for metrics in each))
-
-    values, intervals = (
-        mapped(np.subtract, side(preds, take), side(others, take))
-        for take in (means, lambda terms: resampled_means(terms, groups)))
-    return mapped(float, values), mapped(interval, intervals)
+def paired_difference(models, others):
+    """R², r, CCC and MSE of models less those of others on the same songs, with intervals. models,
+    others: lists of `resampled_metrics`; with several to a side their metrics are averaged, and
+    every resample draws models as well as groups of songs."""
+    generator = np.random.default_rng(1)
+    first, second = ({name: {key: average_of_drawn([each[name][key] for each in side], generator)
+                             for key in ("r2", "pearson", "ccc", "mse")} for name in DIMENSIONS}
+                     for side in (models, others))
+    return with_intervals(mapped(np.subtract, first, second))
 
 
 def average_of_drawn(values, generator):
-    """The average over models of a metric; of its resamples [R], that of as many models drawn with
-    replacement for each. Drawing from n models gives (n − 1)/n of the variance that other models
-    would, so what a draw deviates by is scaled up."""
+    """The average over models of a metric, values[models, 1 + resamples]; for each resample that of
+    as many models drawn with replacement. Drawing from n models gives (n − 1)/n of the variance
+    that other models would, so what a draw deviates by is scaled up."""
     values = np.array(values)
     average, count = values.mean(0), len(values)
-    if values.ndim == 1 or count == 1:
-        return average
-    drawn = np.take_along_axis(values, generator.integers(0, count, values.shape), 0).mean(0)
-    return average + (drawn - average) * math.sqrt(count / (count - 1))
+    if count > 1:
+        resamples = values[:, 1:]
+        drawn = np.take_along_axis(resamples, generator.integers(0, count, resamples.shape), 0)
+        average[1:] += (drawn.mean(0) - average[1:]) * math.sqrt(count / (count - 1))
+    return average
 
 
 # ------------------------------------------------------------------- what the labels allow to reach
@@ -226,11 +225,12 @@ def noise_ceiling(mean):
 def noise_free_accuracy(true, deviation):
     """The share of quadrants that a predictor without any error of its own would get right, since
     the labels have one: true values Gaussian with the labels' mean and their covariance less the
-    noise, labels Gaussian around them. Integrated over ±5 standard deviations."""
+    noise, labels Gaussian around them. Integrated over ±5 standard deviations. None where the
+    labels hold no noise, or nothing else."""
     noise, mean = (deviation**2).mean(0) / 9, true.mean(0)
     covariance = np.cov(true.T, ddof=0) - np.diag(noise)
     if noise.min() <= 0 or np.linalg.eigvalsh(covariance).min() <= 0:
-        return math.nan
+        return None
     z = np.linspace(-5, 5, 201)
     density = np.exp(-0.5 * z**2)
     density /= density.sum()
@@ -277,12 +277,6 @@ def predicted_values(pred, songs):
     return np.array([pred[str(song)] for song in songs])
 
 
-def deviations(annotations, songs):
-    """float64[N, 2]: the annotators' standard deviations of the songs' valence and arousal."""
-    return np.array([[annotations[song].valence_std, annotations[song].arousal_std]
-                     for song in songs])
-
-
 def label_digest(annotations, splits):
     """sha256 over the labels of the splits' songs and their standard deviations."""
     return json_digest({str(song): annotations[song] for song in songs_of(splits)})
@@ -294,110 +288,73 @@ def measure(annotations, ids, pred, ridge_pred, mean_label, groups):
     what is resampled, songs or artists."""
     true, pred, ridge_pred = (true_values(annotations, ids), predicted_values(pred, ids),
                               predicted_values(ridge_pred, ids))
-    deviation, quadrants = deviations(annotations, ids), np.bincount(quadrant(true, 5), minlength=4)
-    metrics, intervals = with_intervals(song_terms(true, pred), groups)
-    linear, linear_intervals = with_intervals(song_terms(true, ridge_pred), groups)
-    constant = all_metrics(means(song_terms(true, np.broadcast_to(mean_label, true.shape))))
-    numbers = {"metrics": metrics, "intervals": intervals, "confusion": confusion(true, pred),
-               "baselines": {"ridge": linear, "training mean": mapped(float, constant)},
-               "ridge_intervals": linear_intervals}
-    for name, (values, edges) in {
-            "less_ridge": paired_difference(true, [pred], [ridge_pred], groups),
-            "noise_ceiling": with_intervals(noise_terms(true, deviation), groups, noise_ceiling)
-            }.items():
-        numbers[name] = {"metrics": values, "intervals": edges}
-    numbers["confusion"] = numbers["confusion"].tolist()
-    numbers["quadrants"] = {
-        "largest_share": float(quadrants.max() / len(true)),
-        "noise_free_accuracy": finite(noise_free_accuracy(true, deviation)),
-        "on_a_border": float((true == 5).any(1).mean())}
-    return numbers
-
-
-def finite(value):
-    return value if math.isfinite(value) else None
+    deviation = np.array([[annotations[song].valence_std, annotations[song].arousal_std]
+                          for song in ids])
+    network, linear = (resampled_metrics(true, each, groups) for each in (pred, ridge_pred))
+    ridge_numbers, constant = with_intervals(linear), np.broadcast_to(mean_label, true.shape)
+    ceiling = noise_ceiling(resampled_means(noise_terms(true, deviation), groups))
+    return {
+        **with_intervals(network), "confusion": confusion(true, pred).tolist(),
+        "baselines": {"ridge": ridge_numbers["metrics"],
+                      "training mean": mapped(float, plain_metrics(true, constant))},
+        "ridge_intervals": ridge_numbers["intervals"],
+        "less_ridge": paired_difference([network], [linear]),
+        "noise_ceiling": with_intervals(ceiling),
+        "quadrants": {
+            "largest_share": float(np.bincount(quadrant(true, 5)).max() / len(true)),
+            "noise_free_accuracy": noise_free_accuracy(true, deviation),
+            "on_a_border": float((true == 5).any(1).mean())}}
 
 
 def measure_split(annotations, splits, split, pred, ridge_pred):
     """`measure` for a split, songs resampled; z-scored errors; for the published test split also
-    the songs of artists that the model never heard."""
+    what the notebooks print, and the songs of artists that the model never heard."""
     ids, known = splits[split], splits["train"] + splits["val"]
     mean_label = true_values(annotations, splits["train"]).mean(0)
     numbers = measure(annotations, ids, pred, ridge_pred, mean_label, np.array(ids))
-    mean, std = (value.tolist() for value in label_statistics(annotations, known))
-    numbers |= {"label_mean": mean, "label_std": std, "z_scored": {
-        name: {"mse": numbers["metrics"][name]["mse"] / scale**2,
-               "mae": numbers["metrics"][name]["mae"] / scale}
-        for name, scale in zip(DIMENSIONS, std)}}
+    std = label_statistics(annotations, known)[1].tolist()
+    numbers["z_scored"] = {name: {"mse": numbers["metrics"][name]["mse"] / scale**2,
+                                  "mae": numbers["metrics"][name]["mae"] / scale}
+                           for name, scale in zip(DIMENSIONS, std)}
     if split == "test" and are_published(splits):
-        numbers["published"] = beside_published(true_values(annotations, ids),
-                                                predicted_values(pred, ids), np.array(std))
-        artists = read_artists()
+        first, artists = ids[:TEST_SONGS], read_artists()
         heard = {artists[song] for song in known}
         unseen = [song for song in ids if artists[song] not in heard]
-        terms = song_terms(true_values(annotations, unseen), predicted_values(pred, unseen))
-        metrics, intervals = with_intervals(terms, np.array(unseen))
-        numbers["unseen_artists"] = {"songs": len(unseen), "metrics": metrics,
-                                     "intervals": intervals}
+        numbers["published"] = {"this_run": as_published(
+            true_values(annotations, first), predicted_values(pred, first), std)}
+        numbers["unseen_artists"] = {"songs": len(unseen), **with_intervals(resampled_metrics(
+            true_values(annotations, unseen), predicted_values(pred, unseen), np.array(unseen)))}
     return numbers
 
 
-def beside_published(true, pred, std):
-    """What the notebooks print of their test songs, and the same of these predictions."""
-    true, pred, content = true[:TEST_SONGS], pred[:TEST_SONGS], read_published()
-    metrics = mapped(float, all_metrics(means(song_terms(true, pred))))
-    mse, counts = [metrics[name]["mse"] for name in DIMENSIONS], confusion(true, pred)
-    z_mse = [value / scale**2 for value, scale in zip(mse, std.tolist())]
-    this_run = {"test_mse": mse, "test_z_mse_each": z_mse, "test_z_mse": sum(z_mse) / 2,
-                "quadrants_right": int(counts.trace()), "confusion": counts.tolist(),
-                "predicted_correlation": metrics["correlation"]["predicted"],
-                "true_correlation": metrics["correlation"]["true"]}
-    runs = {name: {key: value for key, value in run.items() if key not in ("columns", "epochs")}
-            for name, run in content["runs"].items()}
-    for each in runs.values():
-        each["true_correlation"] = content["labels"]["true_correlation_first_160_test"]
-    runs["this_run"] = this_run
-    for each in runs.values():
-        each["quadrants_interval"] = wilson(each["quadrants_right"], TEST_SONGS)
-    return {key: content[key] for key in ("source", "protocol", "confusion_order")} | runs
+def as_published(true, pred, std):
+    """What the notebooks print of predictions, as a run in published.json has it."""
+    metrics, counts = mapped(float, plain_metrics(true, pred)), confusion(true, pred)
+    mse = [metrics[name]["mse"] for name in DIMENSIONS]
+    z_mse = [value / scale**2 for value, scale in zip(mse, std)]
+    return {"test_mse": mse, "test_z_mse_each": z_mse, "test_z_mse": sum(z_mse) / 2,
+            "quadrants_right": int(counts.trace()), "confusion": counts.tolist(),
+            "predicted_correlation": metrics["correlation"]["predicted"],
+            "true_correlation": metrics["correlation"]["true"]}
 
 
-def measure_folds(annotations, folds):
+def measure_folds(annotations, folds, pred, ridge_pred, mean_labels):
     """`measure` for folds together, artists resampled, with the standard deviation of R² over the
-    folds and R² by year. folds: a list of (ids, predictions, ridge's, mean label of its training
-    songs[2])."""
-    ids = [song for fold in folds for song in fold[0]]
-    pred, ridge_pred = ({song: values for fold in folds for song, values in fold[n].items()}
-                        for n in (1, 2))
-    mean_label = np.concatenate([np.tile(fold[3], (len(fold[0]), 1)) for fold in folds])
-    numbers = measure(annotations, ids, pred, ridge_pred, mean_label, artist_groups(ids))
-
-    def r2(songs):
-        terms = song_terms(true_values(annotations, songs), predicted_values(pred, songs))
-        metrics = all_metrics(means(terms))
-        return {name: float(metrics[name]["r2"]) for name in DIMENSIONS}
-
-    each = [r2(fold[0]) for fold in folds]
-    numbers["r2_over_folds"] = mapped(lambda *values: float(np.std(values, ddof=1)), *each)
-    numbers["r2_by_year"] = {year: r2(songs) for year, (low, high) in YEARS.items()
-                             if len(songs := [song for song in ids if low <= song <= high]) > 1}
+    folds and R² by year. folds: lists of song ids; mean_labels[folds, 2]: of the songs that each
+    was trained on."""
+    ids, counts = sum(folds, []), list(map(len, folds))
+    numbers = measure(annotations, ids, pred, ridge_pred, np.repeat(mean_labels, counts, 0),
+                      artist_groups(ids))
+    years = {year: [song for song in ids if low <= song <= high]
+             for year, (low, high) in YEARS.items()}
+    r2 = [r2_of(annotations, songs, pred) for songs in folds]
+    numbers["r2_over_folds"] = mapped(lambda *values: float(np.std(values, ddof=1)), *r2)
+    numbers["r2_by_year"] = {year: r2_of(annotations, songs, pred)
+                             for year, songs in years.items() if len(songs) > 1}
     return numbers
 
 
-# ------------------------------------------------------------------------------------------- words
-
-
-
-def rounded(value, digits=".2f"):
-    """A number as reports show it: "−0.52"; two or more digits before the point need none after."""
-    if abs(value) >= 1000:
-        return "<−999" if value < 0 else ">999"
-    digits = digits.replace(".2f", ".0f") if abs(value) >= 10 else digits
-    return f"{value:{digits.replace('.', 'z.')}}".replace("-", "−")  # z: no minus zero
-
-
-def with_interval(numbers, name, key, digits=".2f"):
-    """"0.52 [0.41, 0.60]": a metric with its interval."""
-    value, edges = numbers["metrics"][name][key], numbers["intervals"][name][key]
-    low, high = (rounded(each, digits) for each in edges)
-    return f"{rounded(value, digits)} [{low}, {high}]"
+def r2_of(annotations, songs, pred):
+    """{dimension: R²} of the predictions of some songs."""
+    metrics = plain_metrics(true_values(annotations, songs), predicted_values(pred, songs))
+    return {name: float(metrics[name]["r2"]) for name in DIMENSIONS}

@@ -38,5 +38,8 @@ def published_history(config):
 def beside_evaluation(content, config):
     """The published run to show beside an evaluation's `content`; None unless it is about the same
     songs and labels."""
-    published = content["numbers"].get("published")
-    return published[run_like(config)] if published and content["labels"] == "shipped" else None
+    if "published" not in content["numbers"] or content["labels"] != "shipped":
+        return None
+    published = read_published()
+    return {**published["runs"][run_like(config)],
+            "true_correlation": published["labels"]["true_correlation_first_160_test"]}

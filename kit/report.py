@@ -5,7 +5,7 @@ import textwrap
 import numpy as np
 
 from kit.deam import DIMENSIONS
-from kit.metrics import perfect_correlation, rounded, true_values, with_interval
+from kit.metrics import perfect_correlation, true_values, wilson
 from kit.published import TEST_SONGS, beside_evaluation
 
 WIDTH = 80
@@ -15,6 +15,33 @@ def say(text, indent=""):
     """Print a text, its lines broken between words."""
     print(textwrap.fill(text, WIDTH, subsequent_indent=indent, break_long_words=False,
                         break_on_hyphens=False))
+
+
+def rounded(value, digits=".2f"):
+    """A number as reports show it: "−0.52"; two or more digits before the point need none after."""
+    if abs(value) >= 1000:
+        return "<−999" if value < 0 else ">999"
+    digits = digits.replace(".2f", ".0f") if abs(value) >= 10 else digits
+    return f"{value:{digits.replace('.', 'z.')}}".replace("-", "−")  # z: no minus zero
+
+
+def with_interval(numbers, name, key, digits=".2f"):
+    """"0.52 [0.41, 0.60]": a metric with its interval."""
+    low, high = (rounded(each, digits) for each in numbers["intervals"][name][key])
+    return f"{rounded(numbers['metrics'][name][key], digits)} [{low}, {high}]"
+
+
+def right_of_first(run):
+    """"107, 67% [59%, 74%]": the quadrants right of the first test songs, with Wilson's interval.
+    run: of published.json, or what is to be compared with one."""
+    right = run["quadrants_right"]
+    low, high = wilson(right, TEST_SONGS)
+    return f"{right}, {right / TEST_SONGS:.0%} [{low:.0%}, {high:.0%}]"
+
+
+def ridge_of(numbers):
+    """Ridge regression's metrics and intervals."""
+    return {"metrics": numbers["baselines"]["ridge"], "intervals": numbers["ridge_intervals"]}
 
 
 def print_evaluation(evaluation):
@@ -60,12 +87,11 @@ def print_details(numbers):
     def row(title, cell):
         print(f"{title:24}" + "".join(f"{cell(name):28}" for name in DIMENSIONS).rstrip())
 
-    ridge = {"metrics": numbers["baselines"]["ridge"], "intervals": numbers["ridge_intervals"]}
     mean = numbers["baselines"]["training mean"]
     print()
     row("", str)
     for title, each, digits in (("R², noise ceiling", numbers["noise_ceiling"], ".2f"),
-                                ("R², ridge regression", ridge, ".2f"),
+                                ("R², ridge regression", ridge_of(numbers), ".2f"),
                                 ("R², network less ridge", numbers["less_ridge"], "+.2f")):
         row(title, lambda name: with_interval(each, name, "r2", digits))
     row("R², mean training label", lambda name: rounded(mean[name]["r2"]))
@@ -123,10 +149,9 @@ def print_correlation(evaluation):
     """The correlation of valence with arousal, and whether it is a collapse, for the network and
     ridge alike."""
     numbers = evaluation.content["numbers"]
-    ridge = {"metrics": numbers["baselines"]["ridge"], "intervals": numbers["ridge_intervals"]}
     print("\nCorrelation of valence with arousal\n"
           f"  labels   {rounded(numbers['metrics']['correlation']['true'])}")
-    for name, each in (("network", numbers), ("ridge", ridge)):
+    for name, each in (("network", numbers), ("ridge", ridge_of(numbers))):
         print(f"  {name:8} {with_interval(each, 'correlation', 'predicted')}"
               + (", a collapse: nearly one number" if collapsed(each["intervals"]) else ""))
     swapped = evaluation.data.manifest["swapped_labels"]
@@ -148,47 +173,43 @@ def print_exchange(data, swapped):
 
 # ---------------------------------------------------------------------------------- published runs
 
-ROWS = (("MSE of valence", "test_mse", 0), ("MSE of arousal", "test_mse", 1),
-        ("z-scored MSE of valence", "test_z_mse_each", 0),
-        ("z-scored MSE of arousal", "test_z_mse_each", 1),
-        ("z-scored MSE", "test_z_mse", None),
-        ("correlation, labels", "true_correlation", None),
-        ("correlation, predicted", "predicted_correlation", None))
+ROWS = {"z-scored MSE": "test_z_mse", "correlation, labels": "true_correlation",
+        "correlation, predicted": "predicted_correlation"}
+PAIRS = {"MSE": "test_mse", "z-scored MSE": "test_z_mse_each"}  # of valence and arousal
 
 
 def print_published(evaluation):
     """Beside each number that was published of the first test songs, the same of this run."""
-    content = evaluation.content
-    own, published = content["numbers"]["published"]["this_run"], beside_evaluation(
-        content, evaluation.config)
+    content, published = evaluation.content, beside_evaluation(evaluation.content,
+                                                               evaluation.config)
     print()
     if not published:
         say("The published numbers are about the shipped labels: --labels shipped compares.")
         return
-    for line in published_table(published, own, content["predictions"]):
-        print("{:28}{:>18}{:>18}".format(*line).rstrip())
+    own = content["numbers"]["published"]["this_run"]
+    print(f"{f'first {TEST_SONGS} test songs':28}{'published':>20}{'this run':>20}")
+    for row in published_rows(published, own, content["predictions"]):
+        print("{:28}{:>20}{:>20}".format(*row))
     seconds = published["seconds_an_epoch"]
     say(f"Published: {published['notebook']}, {published['options']}; {published['gpu']}"
         + (f", {seconds} s an epoch" if seconds else ""))
 
 
-def published_table(published, own, predictions):
-    """(title, published, this run), a line each."""
-    def number(value, place):
-        value = value[place] if place is not None and value else value
-        return "–" if value is None else f"{value:.4f}".replace("-", "−")
-
-    def right(run):
-        low, high = run["quadrants_interval"]
-        return f"{run['quadrants_right']} [{100 * low:.0f}, {100 * high:.0f}] %"
-
-    yield f"first {TEST_SONGS} test songs", "published", "this run"
-    for title, key, place in ROWS:
-        yield title, number(published.get(key), place), number(own[key], place)
-    yield "quadrants right", right(published), right(own)
+def published_rows(published, own, predictions):
+    """Yield (title, published, this run)."""
+    for title, key in PAIRS.items():
+        for dimension, *pair in zip(DIMENSIONS, published.get(key, [None] * 2), own[key]):
+            yield f"{title} of {dimension}", *map(four_digits, pair)
+    for title, key in ROWS.items():
+        yield title, four_digits(published[key]), four_digits(own[key])
+    yield "quadrants right", right_of_first(published), right_of_first(own)
     for song, values in published["predictions"].items():
         yield (f"song {song}: valence, arousal",
                *("{:.2f}, {:.2f}".format(*each) for each in (values, predictions[song])))
+
+
+def four_digits(value):
+    return "–" if value is None else rounded(value, ".4f")
 
 
 # ------------------------------------------------------------------------------------ several runs
@@ -216,8 +237,9 @@ def print_runs(evaluations, same_settings):
               + f"{rounded(row[6]):>9}{rounded(row[7]):>8}")
 
 
-def print_difference(first, second, values, intervals):
-    """What two sides' models differ by. first, second: contents of metrics.json, one a model."""
+def print_difference(first, second, numbers):
+    """What two sides' models differ by. first, second: contents of metrics.json, one a model;
+    numbers: their `paired_difference`."""
     def side(contents):
         return contents[0]["run"] + (f" and {len(contents) - 1} more" if contents[1:] else "")
 
@@ -227,7 +249,7 @@ def print_difference(first, second, values, intervals):
         f"{first[0]['labels']} labels"
         + (f" (trained on {trained[0]} and {trained[1]} ones)" if len(set(trained)) > 1 else ""))
     for name in DIMENSIONS:
-        print(main_metrics({"metrics": values, "intervals": intervals}, name, "+.2f"))
+        print(main_metrics(numbers, name, "+.2f"))
     say("95% intervals resample artists" + (
         " and the models of a side that has several." if max(len(first), len(second)) > 1 else
         "; the trained models are fixed. An interval without 0 is necessary for a claim, and not "
