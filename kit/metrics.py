@@ -24,30 +24,20 @@ YEARS = {"2013": (1, 1000), "2014": (1001, 2000)}  # ids of the songs annotated 
 
 
 def song_terms(true, pred):
-    """{name: float64[N]}, of true and pred [N, 2] on the 1–9 scale: terms of which `all_metrics`
+    """float64[30, N], of true and pred [N, 2] on the 1–9 scale: the terms of which `all_metrics`
     takes the means. Values are centred, so that differences of large means lose no digits."""
-    centre = true.mean(0)
-    error, true_quadrant, pred_quadrant = pred - true, quadrant(true, 5), quadrant(pred, 5)
-    t, p = true - centre, pred - centre
-    terms = {"true_product": t[:, 0] * t[:, 1], "pred_product": p[:, 0] * p[:, 1],
-             "error_product": error[:, 0] * error[:, 1],
-             "right": (true_quadrant == pred_quadrant).astype(float)}
-    for n, name in enumerate(DIMENSIONS):
-        terms |= {f"{name}_true": t[:, n], f"{name}_true_square": t[:, n] ** 2,
-                  f"{name}_pred": p[:, n], f"{name}_pred_square": p[:, n] ** 2,
-                  f"{name}_product": t[:, n] * p[:, n], f"{name}_square": error[:, n] ** 2,
-                  f"{name}_absolute": abs(error[:, n])}
-    for n, name in enumerate(QUADRANTS):
-        is_true, is_pred = (true_quadrant == n) * 1.0, (pred_quadrant == n) * 1.0
-        terms |= {f"{name}_true": is_true, f"{name}_pred": is_pred,
-                  f"{name}_both": is_true * is_pred}
-    return terms
+    t, p, error = (values.T.copy() for values in (true - true.mean(0), pred - true.mean(0),
+                                                  pred - true))
+    is_true, is_pred = (np.eye(4)[:, quadrant(each, 5)] for each in (true, pred))
+    right = is_true * is_pred
+    return np.vstack([t, p, t**2, p**2, t * p, error**2, abs(error),  # of valence and arousal
+                      is_true, is_pred, right,  # of the four quadrants
+                      t[0] * t[1], p[0] * p[1], error[0] * error[1], right.sum(0)])
 
 
 def ratio(a, b, none=0.0):
     """a / b; `none` where b is 0 but for rounding."""
-    out = np.full(np.broadcast(a, b).shape, none)
-    return np.divide(a, b, out=out, where=np.asarray(b) > EQUAL)
+    return np.divide(a, b, out=np.full_like(b, none), where=b > EQUAL)
 
 
 def variance(mean, mean_square):
@@ -66,46 +56,36 @@ def r_squared(square, variance):
     return np.where(variance > 0, 1 - ratio(square, variance), 0.0)
 
 
-def regression(mean, name):
-    """Metrics of one dimension from means of `song_terms`; concordance (ccc): Lin 1989,
-    Biometrics 45."""
-    true, pred, square = mean[f"{name}_true"], mean[f"{name}_pred"], mean[f"{name}_square"]
-    var_true = variance(true, mean[f"{name}_true_square"])
-    var_pred = variance(pred, mean[f"{name}_pred_square"])
-    covariance = mean[f"{name}_product"] - true * pred
-    return {"mse": square, "rmse": np.sqrt(square), "mae": mean[f"{name}_absolute"],
+def all_metrics(mean):
+    """Everything that eval reports, from means [30, …] of `song_terms`. `ccc`: concordance (Lin
+    1989, Biometrics 45); `difference` is valence minus arousal, `correlation` of valence with
+    arousal; `excess` how much stronger the predicted one is than the true one."""
+    each, quadrants, (true_product, pred_product, error_product, right) = np.split(mean, [14, 26])
+    true, pred, true_square, pred_square, product, square, absolute = each.reshape(
+        7, 2, *mean.shape[1:])
+    is_true, is_pred, both = quadrants.reshape(3, 4, *mean.shape[1:])
+    var_true, var_pred = variance(true, true_square), variance(pred, pred_square)
+    covariance = product - true * pred
+    each = {"mse": square, "rmse": np.sqrt(square), "mae": absolute,
             "r2": r_squared(square, var_true),
             "pearson": correlation(covariance, var_true, var_pred),
             "ccc": ratio(2 * covariance, var_true + var_pred + (true - pred) ** 2)}
-
-
-def all_metrics(mean):
-    """Everything that eval reports, from means [...] of `song_terms`. `difference` is valence minus
-    arousal, `correlation` of valence with arousal; `excess` how much stronger the predicted one is
-    than the true one."""
-    metrics = {name: regression(mean, name) for name in DIMENSIONS}
-    var, cov = {}, {}
-    for kind in ("true", "pred"):
-        first, second = (mean[f"{name}_{kind}"] for name in DIMENSIONS)
-        var[kind] = [variance(mean[f"{name}_{kind}"], mean[f"{name}_{kind}_square"])
-                     for name in DIMENSIONS]
-        cov[kind] = mean[f"{kind}_product"] - first * second
-    square = mean["valence_square"] + mean["arousal_square"] - 2 * mean["error_product"]
-    metrics["difference"] = {"r2": r_squared(square, variance(0, sum(var["true"])
-                                                              - 2 * cov["true"]))}
-    r = {kind: correlation(cov[kind], *var[kind]) for kind in var}
-    metrics["correlation"] = {"true": r["true"], "predicted": r["pred"],
-                              "excess": abs(r["pred"]) - abs(r["true"])}
+    cov_true, cov_pred = true_product - true[0] * true[1], pred_product - pred[0] * pred[1]
+    r_true, r_pred = correlation(cov_true, *var_true), correlation(cov_pred, *var_pred)
     # a quadrant that is neither true nor predicted has no F1
-    f1 = [ratio(2 * mean[f"{name}_both"], mean[f"{name}_true"] + mean[f"{name}_pred"], math.nan)
-          for name in QUADRANTS]
-    metrics["quadrant"] = {"accuracy": mean["right"], "macro_f1": np.nanmean(f1, 0)}
-    return metrics
+    f1 = ratio(2 * both, is_true + is_pred, math.nan)
+    return {
+        **{name: {key: values[n] for key, values in each.items()}
+           for n, name in enumerate(DIMENSIONS)},
+        "difference": {"r2": r_squared(square.sum(0) - 2 * error_product,
+                                       variance(0, var_true.sum(0) - 2 * cov_true))},
+        "correlation": {"true": r_true, "predicted": r_pred, "excess": abs(r_pred) - abs(r_true)},
+        "quadrant": {"accuracy": right, "macro_f1": np.nanmean(f1, 0)}}
 
 
 def plain_metrics(true, pred):
     """`all_metrics` of true and pred [N, 2]."""
-    return all_metrics({name: values.mean() for name, values in song_terms(true, pred).items()})
+    return all_metrics(song_terms(true, pred).mean(1))
 
 
 def confusion(true, pred):
@@ -131,15 +111,14 @@ def resampled_weights(groups, resamples=10_000):
 
 
 def resampled_means(terms, groups):
-    """{name: float64[1 + 10,000]} of terms {name: float64[N]}: the mean over all songs, then that
-    over each resample. Whole groups of songs, groups[N], are drawn with replacement; two calls with
-    the same groups draw the same songs."""
+    """float64[K, 1 + 10,000] of terms[K, N]: the means over all songs, then those over each
+    resample. Whole groups of songs, groups[N], are drawn with replacement; two calls with the same
+    groups draw the same songs."""
     names, index = np.unique(groups, return_inverse=True)
     sums = np.zeros((len(names), len(terms) + 1))
-    np.add.at(sums, index, np.column_stack([*terms.values(), np.ones(len(groups))]))
+    np.add.at(sums, index, np.vstack([terms, np.ones(len(groups))]).T)
     totals = resampled_weights(len(names)) @ sums
-    return {name: np.append(values.mean(), totals[:, n] / totals[:, -1])
-            for n, (name, values) in enumerate(terms.items())}
+    return np.column_stack([terms.mean(1), (totals[:, :-1] / totals[:, -1:]).T])
 
 
 def resampled_metrics(true, pred, groups):
@@ -207,19 +186,19 @@ def average_of_drawn(values, generator):
 
 
 def noise_terms(true, deviation):
-    """Terms of `noise_ceiling`. deviation[N, 2]: the annotators' standard deviation of each song.
+    """float64[6, N]: terms of `noise_ceiling`. deviation[N, 2]: the annotators' for each song.
     DEAM gives it with ddof 0 over ten annotators, so the variance of their mean is σ²/9."""
-    noise, centred = deviation**2 / 9, true - true.mean(0)
-    return {f"{name}_{kind}": values[:, n] for n, name in enumerate(DIMENSIONS)
-            for kind, values in (("noise", noise), ("true", centred), ("square", centred**2))}
+    noise, centred = (deviation**2 / 9).T.copy(), (true - true.mean(0)).T.copy()
+    return np.vstack([noise, centred, centred**2])
 
 
 def noise_ceiling(mean):
     """The expected R² of predicting what infinitely many such annotators would say, the labels'
-    reliability: ICC(1, 10) of Shrout & Fleiss 1979, but for the degree of freedom of the songs'
-    mean. A sample can exceed it; its square root bounds r."""
-    return {name: {"r2": r_squared(mean[f"{name}_noise"], variance(
-        mean[f"{name}_true"], mean[f"{name}_square"]))} for name in DIMENSIONS}
+    reliability, from means [6, …] of `noise_terms`: ICC(1, 10) of Shrout & Fleiss 1979, but for the
+    degree of freedom of the songs' mean. A sample can exceed it; its square root bounds r."""
+    noise, centred, square = mean.reshape(3, 2, *mean.shape[1:])
+    r2 = r_squared(noise, variance(centred, square))
+    return {name: {"r2": r2[n]} for n, name in enumerate(DIMENSIONS)}
 
 
 def noise_free_accuracy(true, deviation):

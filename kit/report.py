@@ -4,7 +4,7 @@ import textwrap
 
 import numpy as np
 
-from kit.deam import DIMENSIONS
+from kit.deam import DIMENSIONS, songs_of
 from kit.metrics import perfect_correlation, true_values, wilson
 from kit.published import TEST_SONGS, beside_evaluation
 
@@ -31,12 +31,11 @@ def with_interval(numbers, name, key, digits=".2f"):
     return f"{rounded(numbers['metrics'][name][key], digits)} [{low}, {high}]"
 
 
-def right_of_first(run):
-    """"107, 67% [59%, 74%]": the quadrants right of the first test songs, with Wilson's interval.
-    run: of published.json, or what is to be compared with one."""
-    right = run["quadrants_right"]
-    low, high = wilson(right, TEST_SONGS)
-    return f"{right}, {right / TEST_SONGS:.0%} [{low:.0%}, {high:.0%}]"
+def main_metrics(numbers, name, digits=".2f"):
+    """One line: R², r and CCC of a dimension with their intervals."""
+    cells = [f"{label} {with_interval(numbers, name, key, digits):20}"
+             for label, key in (("R²", "r2"), ("r", "pearson"), ("CCC", "ccc"))]
+    return " ".join([f"{name:7}", *cells]).rstrip()
 
 
 def ridge_of(numbers):
@@ -61,7 +60,6 @@ def print_evaluation(evaluation):
     say(f"95% intervals resample {'artists' if len(runs) > 1 else 'songs'}; the trained models are "
         "fixed: other seeds and training songs vary them as much again.")
     print_details(numbers)
-    say(ridge_verdict(numbers["less_ridge"]))
     print_quadrants(numbers)
     print_correlation(evaluation)
     if "published" in numbers:
@@ -75,52 +73,41 @@ def print_evaluation(evaluation):
               f"model    {each['model'][:16]}  {name}")
 
 
-def main_metrics(numbers, name, digits=".2f"):
-    """One line: R², r and CCC of a dimension with their intervals."""
-    cells = [f"{label} {with_interval(numbers, name, key, digits):20}"
-             for label, key in (("R²", "r2"), ("r", "pearson"), ("CCC", "ccc"))]
-    return " ".join([f"{name:7}", *cells]).rstrip()
-
-
 def print_details(numbers):
     """A table of both dimensions: what R² is to be compared with, and the errors."""
     def row(title, cell):
         print(f"{title:24}" + "".join(f"{cell(name):28}" for name in DIMENSIONS).rstrip())
 
-    mean = numbers["baselines"]["training mean"]
+    def row_of(title, values, keys, digits):
+        row(title, lambda name: ", ".join(rounded(values[name][key], digits) for key in keys))
+
+    less_ridge = numbers["less_ridge"]
     print()
     row("", str)
-    for title, each, digits in (("R², noise ceiling", numbers["noise_ceiling"], ".2f"),
-                                ("R², ridge regression", ridge_of(numbers), ".2f"),
-                                ("R², network less ridge", numbers["less_ridge"], "+.2f")):
-        row(title, lambda name: with_interval(each, name, "r2", digits))
-    row("R², mean training label", lambda name: rounded(mean[name]["r2"]))
+    row("R², noise ceiling", lambda name: with_interval(numbers["noise_ceiling"], name, "r2"))
+    row("R², ridge regression", lambda name: with_interval(ridge_of(numbers), name, "r2"))
+    row("R², network less ridge", lambda name: with_interval(less_ridge, name, "r2", "+.2f"))
+    row_of("R², mean training label", numbers["baselines"]["training mean"], ["r2"], ".2f")
     for year, r2 in numbers.get("r2_by_year", {}).items():
         row(f"R², songs of {year}", lambda name: rounded(r2[name]))
     if "r2_over_folds" in numbers:
         row("R², sd over folds", lambda name: rounded(numbers["r2_over_folds"][name]))
     if "unseen_artists" in numbers:
         row("R², unseen artists", lambda name: with_interval(numbers["unseen_artists"], name, "r2"))
-    row("MSE, RMSE, MAE", lambda name: ", ".join(
-        rounded(numbers["metrics"][name][key], ".3f") for key in ("mse", "rmse", "mae")))
+    row_of("MSE, RMSE, MAE", numbers["metrics"], ["mse", "rmse", "mae"], ".3f")
     if "z_scored" in numbers:
-        row("z-scored MSE, MAE", lambda name: ", ".join(
-            rounded(numbers["z_scored"][name][key], ".3f") for key in ("mse", "mae")))
+        row_of("z-scored MSE, MAE", numbers["z_scored"], ["mse", "mae"], ".3f")
     if "unseen_artists" in numbers:
         say(f"Unseen artists: {numbers['unseen_artists']['songs']} songs, too few to compare "
             "models by.")
+    say("The network " + " and ".join(f"{ridge_verdict(less_ridge, name)} in {name}"
+                                      for name in DIMENSIONS) + ".")
 
 
-def ridge_verdict(less_ridge):
+def ridge_verdict(less_ridge, name):
     """Whether the network beats ridge regression on the same features."""
-    verdicts = []
-    for name in DIMENSIONS:
-        low, high = less_ridge["intervals"][name]["r2"]
-        verdicts.append("beats ridge" if low > 0 else "loses to ridge" if high < 0 else
-                        "ties with ridge")
-    if len(set(verdicts)) == 1:
-        return f"The network {verdicts[0]} in both dimensions."
-    return "The network " + " and ".join(map(" in ".join, zip(verdicts, DIMENSIONS))) + "."
+    low, high = less_ridge["intervals"][name]["r2"]
+    return "beats ridge" if low > 0 else "loses to ridge" if high < 0 else "ties with ridge"
 
 
 def print_quadrants(numbers):
@@ -147,21 +134,17 @@ def collapsed(intervals):
 
 def print_correlation(evaluation):
     """The correlation of valence with arousal, and whether it is a collapse, for the network and
-    ridge alike."""
-    numbers = evaluation.content["numbers"]
+    ridge alike; how much of it comes from the labels themselves."""
+    numbers, data = evaluation.content["numbers"], evaluation.data
     print("\nCorrelation of valence with arousal\n"
           f"  labels   {rounded(numbers['metrics']['correlation']['true'])}")
     for name, each in (("network", numbers), ("ridge", ridge_of(numbers))):
         print(f"  {name:8} {with_interval(each, 'correlation', 'predicted')}"
               + (", a collapse: nearly one number" if collapsed(each["intervals"]) else ""))
-    swapped = evaluation.data.manifest["swapped_labels"]
-    if swapped and evaluation.content["trained_on_labels"] == "shipped":
-        print_exchange(evaluation.data, swapped)
-
-
-def print_exchange(data, swapped):
-    """How much of a collapse comes from the labels themselves."""
-    songs = [song for ids in data.splits.values() if isinstance(ids, list) for song in ids]
+    swapped = data.manifest["swapped_labels"]
+    if not swapped or evaluation.content["trained_on_labels"] != "shipped":
+        return
+    songs = songs_of(data.splits)
     exchanged = np.array([any(low <= song <= high for low, high in swapped) for song in songs])
     values = true_values(data.annotations, songs)
     if data.labels == "shipped":  # back to their places
@@ -173,43 +156,44 @@ def print_exchange(data, swapped):
 
 # ---------------------------------------------------------------------------------- published runs
 
-ROWS = {"z-scored MSE": "test_z_mse", "correlation, labels": "true_correlation",
-        "correlation, predicted": "predicted_correlation"}
-PAIRS = {"MSE": "test_mse", "z-scored MSE": "test_z_mse_each"}  # of valence and arousal
+ROWS = {"MSE of valence, arousal": "test_mse",
+        "z-scored MSE of these": "test_z_mse_each", "z-scored MSE": "test_z_mse",
+        "correlation, labels": "true_correlation", "correlation, predicted": "predicted_correlation"}
+
+
+def right_of_first(run):
+    """"107, 67% [59%, 74%]": the quadrants right of the first test songs, with Wilson's interval.
+    run: of published.json, or what is to be compared with one."""
+    right = run["quadrants_right"]
+    low, high = wilson(right, TEST_SONGS)
+    return f"{right}, {right / TEST_SONGS:.0%} [{low:.0%}, {high:.0%}]"
 
 
 def print_published(evaluation):
     """Beside each number that was published of the first test songs, the same of this run."""
-    content, published = evaluation.content, beside_evaluation(evaluation.content,
-                                                               evaluation.config)
+    content = evaluation.content
+    published = beside_evaluation(content, evaluation.config)
     print()
     if not published:
         say("The published numbers are about the shipped labels: --labels shipped compares.")
         return
+
+    def row(title, *values, digits=".4f"):
+        cells = [value if isinstance(value, str) else "–" if value is None else
+                 ", ".join(rounded(each, digits) for each in np.atleast_1d(value))
+                 for value in values]
+        print("{:28}{:>20}{:>20}".format(title, *cells))
+
     own = content["numbers"]["published"]["this_run"]
-    print(f"{f'first {TEST_SONGS} test songs':28}{'published':>20}{'this run':>20}")
-    for row in published_rows(published, own, content["predictions"]):
-        print("{:28}{:>20}{:>20}".format(*row))
+    row(f"first {TEST_SONGS} test songs", "published", "this run")
+    for title, key in ROWS.items():
+        row(title, published.get(key), own[key])
+    row("quadrants right", right_of_first(published), right_of_first(own))
+    for song, values in published["predictions"].items():
+        row(f"song {song}: valence, arousal", values, content["predictions"][song], digits=".2f")
     seconds = published["seconds_an_epoch"]
     say(f"Published: {published['notebook']}, {published['options']}; {published['gpu']}"
         + (f", {seconds} s an epoch" if seconds else ""))
-
-
-def published_rows(published, own, predictions):
-    """Yield (title, published, this run)."""
-    for title, key in PAIRS.items():
-        for dimension, *pair in zip(DIMENSIONS, published.get(key, [None] * 2), own[key]):
-            yield f"{title} of {dimension}", *map(four_digits, pair)
-    for title, key in ROWS.items():
-        yield title, four_digits(published[key]), four_digits(own[key])
-    yield "quadrants right", right_of_first(published), right_of_first(own)
-    for song, values in published["predictions"].items():
-        yield (f"song {song}: valence, arousal",
-               *("{:.2f}, {:.2f}".format(*each) for each in (values, predictions[song])))
-
-
-def four_digits(value):
-    return "–" if value is None else rounded(value, ".4f")
 
 
 # ------------------------------------------------------------------------------------ several runs
