@@ -4,27 +4,20 @@ Captions say what was run, on which songs; colours are Okabe and Ito's, distinct
 colour-blind and in grey.
 """
 
-import contextlib
 import io
 import os
-import re
 import sys
+import textwrap
 
-BACKEND = os.environ.pop("MPLBACKEND", None)  # a notebook's, perhaps not installed; none is used
+os.environ.pop("MPLBACKEND", None)  # a notebook's, perhaps not installed; none is used
 import matplotlib
-
-if BACKEND is not None:  # for the notebook's own pictures
-    os.environ["MPLBACKEND"] = BACKEND
-    with contextlib.suppress(ValueError):
-        matplotlib.rcParams["backend"] = BACKEND
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties
-from matplotlib.textpath import text_to_path
 
 from kit.deam import DIMENSIONS, MOODS, QUADRANTS
 from kit.files import write_file
 from kit.metrics import predicted_values, true_values
+from kit.published import TEST_SONGS
 from kit.report import right_of_first, with_interval
 
 COLOURS = {"valence": "#0072b2", "arousal": "#d55e00", "train": "#009e73", "val": "#cc79a7",
@@ -52,33 +45,17 @@ def draw_or_say(draw, *arguments):
               "on disk", file=sys.stderr)
 
 
-CAPTION = 5.2  # points
-
-
 def save(figure, folder, name, caption):
-    """Write a figure as PNG and PDF; each line of its caption as far as it fits."""
-    lines = [fitted(line, 0.94 * 72 * figure.get_figwidth()) for line in caption.split("\n")]
-    figure.suptitle("\n".join(lines), fontsize=CAPTION, color=COLOURS["grey"])
+    """Write a figure as PNG and PDF, with a caption above it; of a line of the caption that would
+    fill more than six the beginning."""
+    letters = round(66 * figure.get_figwidth() / COLUMN)  # so many fit, even capitals
+    lines = [textwrap.fill(line, letters, max_lines=6, placeholder=" …")
+             for line in caption.split("\n")]
+    figure.suptitle("\n".join(lines), fontsize=5.2, color=COLOURS["grey"])
     for kind, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None})):
         image = io.BytesIO()
         figure.savefig(image, format=kind, dpi=300, metadata=metadata)
         write_file(folder / f"{name}.{kind}", image.getvalue())
-
-
-def fitted(line, width):
-    """As many whole clauses of a line as fit into a width in points; of a first one that does not
-    fit alone its beginning and "…"."""
-    def fits(text):
-        font = FontProperties(size=CAPTION)
-        return text_to_path.get_text_width_height_descent(text, font, False)[0] <= width
-
-    clauses = re.split(r"(?<=[,;:.])(?= )|(?= · )", line)
-    for count in range(len(clauses), 0, -1):
-        text = line if count == len(clauses) else "".join(clauses[:count]).rstrip(" ,;:.")
-        if fits(text):
-            return text
-    return next(text for count in range(len(line), -1, -1)
-                if fits(text := line[:count].rstrip() + "…"))
 
 
 @matplotlib.rc_context(STYLE)
@@ -88,37 +65,38 @@ def draw_history(history, selected, lowest, level, folder, caption, published=No
     the curves of a published run's history, if there is one."""
     figure = Figure((COLUMN, 4.6))
     axes = figure.subplots(3, 1, sharex=True)
-    epochs = [row["epoch"] for row in history]
-    last = max(len(epochs), len(published or []))
+    last = max(len(history), len(published or []))
     titles = {"loss": "loss", "mse": "MSE (z-scored)", "mae": "MAE (z-scored)"}
+    epochs = ({selected: ("-", "selected"), lowest: ("-.", "lowest val loss")}
+              if selected != lowest else {selected: ("-", "selected, lowest val loss")})
     for axis, (name, title) in zip(axes, titles.items()):
-        for split, style in (("train", "-"), ("val", "--")):
-            if published:
-                axis.plot([row["epoch"] for row in published],
-                          [row[f"{split}_{name}"] for row in published], style, linewidth=0.5,
-                          color=COLOURS["grey"], label=f"{split}, published")
-            axis.plot(epochs, [row[f"{split}_{name}"] for row in history], style, marker=".",
-                      markersize=2, color=COLOURS[split], label=split)
+        plot_curves(axis, history, name, "", linewidth=1, zorder=3, marker=".", markersize=2)
         if name in level:
             axis.axhline(level[name], color="k", linewidth=0.6, linestyle=":",
                          label="val, predicting the mean")
-        axis.axvline(selected, color=COLOURS["grey"], linewidth=0.8, label="selected" if
-                     selected != lowest else "selected, lowest val loss")
-        if selected != lowest:
-            axis.axvline(lowest, color=COLOURS["grey"], linewidth=0.8, linestyle="-.",
-                         label="lowest val loss")
+        for epoch, (style, label) in epochs.items():
+            axis.axvline(epoch, color=COLOURS["grey"], linewidth=0.8, linestyle=style, label=label)
+        if published:
+            plot_curves(axis, published, name, ", published", linewidth=0.5,
+                        color=COLOURS["grey"])
         axis.set(ylabel=title, xlim=(0.5, last + 0.5), ylim=(0, 1.06 * axis.dataLim.y1))
         axis.xaxis.get_major_locator().set_params(integer=True)
     axes[-1].set_xlabel("epoch")
-    handles = sorted(zip(*axes[1].get_legend_handles_labels()), key=lambda each: (
-        each[1].endswith("published"), not each[1] in ("train", "val")))
-    figure.legend(*zip(*handles), loc="outside lower center", ncols=3, columnspacing=1)
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=3,
+                  columnspacing=1)
     save(figure, folder, "history", caption)
+
+
+def plot_curves(axis, history, name, note, **style):
+    """A loss or an error of train and val over epochs."""
+    for split, linestyle in (("train", "-"), ("val", "--")):
+        axis.plot([row["epoch"] for row in history], [row[f"{split}_{name}"] for row in history],
+                  linestyle, label=split + note, **{"color": COLOURS[split], **style})
 
 
 @matplotlib.rc_context(STYLE)
 def draw_true_vs_predicted(true, pred, numbers, folder, caption):
-    figure = Figure((2 * COLUMN, 3.75))
+    figure = Figure((2 * COLUMN, 4.1))
     axes = figure.subplots(1, 2)
     for n, (axis, dimension) in enumerate(zip(axes, DIMENSIONS)):
         scatter(axis, true[:, n], pred[:, n], dimension)
@@ -155,19 +133,16 @@ def prepare_plane(axis):
 def draw_confusion(numbers, folder, caption, published=None):
     """confusion.png: counts and shares of each true quadrant; beside them those of a published run,
     if there is one."""
-    panels = 2 if published else 1
-    figure = Figure((panels * COLUMN, 3.5))
-    axes = figure.subplots(1, panels, squeeze=False)[0]
-    matrix(axes[0], numbers["confusion"])
-    right = with_interval(numbers, "quadrant", "accuracy", ".0%")
-    axes[0].set_title(f"quadrants right: {right}")
+    panels = [(numbers["confusion"], f"quadrants right of {np.sum(numbers['confusion'])}: "
+               + with_interval(numbers, "quadrant", "accuracy", ".0%"))]
     if published:
-        matrix(axes[1], published["confusion"])
-        low, high = published["quadrants_interval"]
-        count = np.sum(published["confusion"])
-        axes[0].set_title(f"this run, n = {np.sum(numbers['confusion'])}, right: {right}")
-        axes[1].set_title(f"published, the first {count} songs, right: "
-                          f"{published['quadrants_right'] / count:.0%} [{low:.0%}, {high:.0%}]")
+        panels.append((published["confusion"], f"published, right of {TEST_SONGS}: "
+                       + right_of_first(published)))
+    figure = Figure((len(panels) * COLUMN, 3.5))
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (counts, title) in zip(axes, panels):
+        matrix(axis, counts)
+        axis.set_title(title)
     save(figure, folder, "confusion", caption)
 
 
@@ -196,24 +171,25 @@ def draw_report(content, annotations, folder, published=None):
     """The figures of a report. content: of metrics.json; published: a run of published.json."""
     songs, numbers = list(map(int, content["predictions"])), content["numbers"]
     caption = caption_of(content["finetune"], content["labels"], f"{content['split']}, "
-                         f"n = {len(songs)} · [95% bootstrap intervals]", content["source"])
+                         f"n = {len(songs)} · [95% intervals]", content["source"])
     draw_true_vs_predicted(true_values(annotations, songs),
                            predicted_values(content["predictions"], songs), numbers, folder, caption)
     draw_confusion(numbers, folder, caption, published)
 
 
 @matplotlib.rc_context(STYLE)
-def draw_song(times, values, spread, folder, name, caption):
+def draw_song(times, values, deviation, folder, name, caption):
     """One song: valence and arousal over time, values[windows, 2] at `times` (seconds, the middle
-    of each window), a band of ± their spread[2] over windows; and the path through the plane."""
+    of each window), a band of ± their standard deviation[2] over windows; and the path through the
+    plane."""
     figure = Figure((COLUMN, 6.2))
     over_time, plane = figure.subplots(2, 1, height_ratios=[1, 1.6])
     for n, (dimension, style) in enumerate(zip(DIMENSIONS, ("-o", "--s"))):
         mean = values[:, n].mean()
-        over_time.axhspan(mean - spread[n], mean + spread[n], color=COLOURS[dimension], alpha=0.15,
+        over_time.axhspan(mean - deviation[n], mean + deviation[n], color=COLOURS[dimension], alpha=0.15,
                           linewidth=0)
         over_time.plot(times, values[:, n], style, markersize=3, color=COLOURS[dimension],
-                       label=f"{dimension} {mean:.2f} ± {spread[n]:.2f}")
+                       label=f"{dimension} {mean:.2f} ± {deviation[n]:.2f}")
     over_time.set(xlabel="time (s), middle of the window", ylabel="1–9 scale", ylim=(1, 9),
                   yticks=range(1, 10, 2))
     over_time.legend(**ABOVE)

@@ -100,14 +100,13 @@ def print_details(numbers):
     if "unseen_artists" in numbers:
         say(f"Unseen artists: {numbers['unseen_artists']['songs']} songs, too few to compare "
             "models by.")
-    say("The network " + " and ".join(f"{ridge_verdict(less_ridge, name)} in {name}"
-                                      for name in DIMENSIONS) + ".")
+    say("Against ridge regression the network " + " and ".join(
+        f"{ridge_verdict(less_ridge, name)} in {name}" for name in DIMENSIONS) + ".")
 
 
 def ridge_verdict(less_ridge, name):
-    """Whether the network beats ridge regression on the same features."""
     low, high = less_ridge["intervals"][name]["r2"]
-    return "beats ridge" if low > 0 else "loses to ridge" if high < 0 else "ties with ridge"
+    return "wins" if low > 0 else "loses" if high < 0 else "ties"
 
 
 def print_quadrants(numbers):
