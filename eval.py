@@ -37,32 +37,23 @@ if __name__ == "__main__":
     ARGS = start(parser(), "rerun the same command")  # before torch is imported
 
 import functools
-from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import numpy as np
 from torch.utils.data import DataLoader
 
 from common import DEAMFeatHandler, collate, load_model
-from kit import figures, report
+from kit import report
 from kit.cli import Progress, UserError
 from kit.deam import splits_digest
-from kit.files import json_digest, prefetch, write_file, write_json
-from kit.machine import Arithmetic, FrozenOutputs, environment
+from kit.evaluations import (Evaluation, are_folds, check_comparable, differing_settings,
+                             folds_by_name, pooled_name, write_report)
+from kit.files import prefetch
+from kit.machine import Arithmetic, FrozenOutputs
 from kit.metrics import (artist_groups, label_digest, measure_folds, measure_split,
                          paired_difference, predicted_values, resampled_metrics, ridge, true_values)
-from kit.published import beside_evaluation
-from kit.records import flat_config, predictions_table, read_metrics, read_run
+from kit.records import flat_config, read_metrics, read_run
 from kit.verdict import Verdict, compare_numbers, compare_predictions
-
-
-class Evaluation(NamedTuple):
-    """A run on one split, or folds pooled."""
-    folder: Path  # of its report
-    config: dict  # of the run
-    data: DEAMFeatHandler
-    content: dict  # of metrics.json
 
 
 # ------------------------------------------------------------------------------------- predictions
@@ -132,9 +123,10 @@ def evaluate(args, folder, arithmetic, opened):
     pred = predictions(model, data, split, SimpleNamespace(**content), arithmetic)
     ridge_pred, penalty = ridge_predictions(data, split)
     metrics = {
-        "run": folder.resolve().name, "finetune": config["finetune"], "precision": config["precision"],
-        "source": splits["source"], "split": split, "labels": labels,
-        "trained_on_labels": config["labels"], "songs": len(pred), "features": data.digest,
+        "run": folder.resolve().name, "finetune": config["finetune"],
+        "precision": config["precision"], "source": splits["source"], "split": split,
+        "labels": labels, "trained_on_labels": config["labels"], "songs": len(pred),
+        "features": data.digest,
         "splits": splits_digest(splits), "label_values": label_digest(data.annotations, splits),
         "swapped_labels": data.manifest["swapped_labels"],
         "initial_model": content["initial_model"], "model": content["digest"],
@@ -144,34 +136,13 @@ def evaluate(args, folder, arithmetic, opened):
     return Evaluation(folder / f"eval-{split}{suffix}", config, data, metrics)
 
 
-def are_folds(evaluations):
-    """Whether several runs were evaluated on songs that no two share."""
-    songs = [song for each in evaluations for song in each.content["predictions"]]
-    return len(evaluations) > 1 and len(set(songs)) == len(songs)
-
-
-def differing_settings(evaluations, *ignored):
-    """"finetune, lr": in which settings evaluated runs differ; empty where in none."""
-    first = evaluations[0].config
-    names = dict.fromkeys(key for each in evaluations for key in each.config)
-    return ", ".join(key for key in names if key not in ignored and any(
-        each.config.get(key) != first.get(key) for each in evaluations))
-
-
 def pool_folds(evaluations):
-    """The Evaluation of folds as one; intervals by resampling artists. Raises UserError for runs
-    that differ in more than their songs and seed."""
-    if differing := differing_settings(evaluations, "seed", "splits", "songs", "fold"):
-        raise UserError(f"these runs have no song in common, and differ in {differing}: give the "
-                        "folds of one configuration, or one run at a time")
-    contents, first = [each.content for each in evaluations], evaluations[0]
-    runs = {each["run"]: each for each in contents}
-    if len(runs) < len(contents):
-        raise UserError("two of these folds have one name: rename a folder, so that the report can "
-                        "name its models")
-    pred, ridge_pred = ({song: values for each in contents for song, values in each[kind].items()}
-                        for kind in ("predictions", "ridge_predictions"))
-    folds = [list(map(int, each["predictions"])) for each in contents]
+    """The Evaluation of folds as one: every song predicted by the model that was not trained on it,
+    intervals by resampling artists. Raises UserError for folds of different configurations."""
+    first, runs = evaluations[0], folds_by_name(evaluations)
+    pred, ridge_pred = ({song: values for each in runs.values() for song, values in
+                         each[kind].items()} for kind in ("predictions", "ridge_predictions"))
+    folds = [list(map(int, each["predictions"])) for each in runs.values()]
     mean_labels = [each.data.datasets["train"].labels.numpy().mean(0) for each in evaluations]
     own = "model", "initial_model", "splits", "label_values", "ridge_penalty"  # of each fold
     content = {key: value for key, value in first.content.items() if key not in own}
@@ -186,48 +157,19 @@ def pool_folds(evaluations):
                           content=content)
 
 
-def pooled_name(names):
-    """"last1-pooled" of ten folds, which are all of folds.json, "last1-pooled-of-0-1" of two."""
-    base = names[0].rstrip("0123456789").removesuffix("-fold")
-    numbers = "-".join(sorted(name.removeprefix(f"{base}-fold") for name in names))
-    return f"{base}-pooled" + ("" if len(names) == 10 else f"-of-{numbers}")
+# -------------------------------------------------------------------------------------- comparison
 
 
 def compare(evaluations, others):
-    """Print what the models of two sides differ by, song by song. Raises UserError where they are
-    not about the same songs and labels."""
+    """Print what the models of two sides differ by, song by song, artists resampled. Raises
+    UserError where they are not about the same songs and labels."""
+    check_comparable(evaluations, others)
     first, second = ([each.content for each in side] for side in (evaluations, others))
-    for each in first + second:
-        if set(each["predictions"]) != set(first[0]["predictions"]):
-            raise UserError(f"{first[0]['run']} and {each['run']} predict different songs: nothing "
-                            "to compare song by song")
-        if each["labels"] != first[0]["labels"]:
-            raise UserError(f"{first[0]['run']} and {each['run']} were trained on different "
-                            "labels: say with --labels which to compare with")
-    for side in (evaluations, others):
-        if differing := differing_settings(side, "seed"):
-            raise UserError(f"the runs of one side differ in {differing}: give seeds of one "
-                            "configuration")
     ids = list(map(int, first[0]["predictions"]))
     true, artists = true_values(evaluations[0].data.annotations, ids), artist_groups(ids)
     report.print_difference(first, second, paired_difference(*(
         [resampled_metrics(true, predicted_values(each["predictions"], ids), artists)
          for each in side] for side in (first, second))))
-
-
-# --------------------------------------------------------------------------------------------- run
-
-
-def write_report(evaluation, device, draw=True):
-    """metrics.json, predictions.csv and the figures."""
-    folder, config, data, content = evaluation
-    content = {**content, "environment": environment(device)}
-    write_json(folder / "metrics.json", {**content, "digest": json_digest(content)})
-    write_file(folder / "predictions.csv", predictions_table(content["predictions"],
-                                                             data.annotations))
-    if draw:
-        figures.draw_or_say(figures.draw_report, content, data.annotations, folder,
-                            beside_evaluation(content, config))
 
 
 def verify(expected, file, evaluation):
@@ -243,6 +185,9 @@ def verify(expected, file, evaluation):
     compare_predictions(verdict, expected, content)
     verdict.end()
     return verdict.finish()
+
+
+# --------------------------------------------------------------------------------------------- run
 
 
 def run(args):

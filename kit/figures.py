@@ -18,14 +18,13 @@ from kit.deam import DIMENSIONS, MOODS, QUADRANTS
 from kit.files import write_file
 from kit.metrics import predicted_values, true_values
 from kit.published import TEST_SONGS
-from kit.report import right_of_first, with_interval
+from kit.report import main_metrics, right_of_first, with_interval
 
 COLOURS = {"valence": "#0072b2", "arousal": "#d55e00", "train": "#009e73", "val": "#cc79a7",
            "grey": "#666666"}
 COLUMN = 8.5 / 2.54  # inches
-SCALE = {"xlim": (1, 9), "ylim": (1, 9), "xticks": range(1, 10), "yticks": range(1, 10),
-         "aspect": "equal"}  # of labels, both ways
-ABOVE = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": 2, "columnspacing": 1}
+# of labels, both ways; no aspect: with one, a long caption pushes words out of the page
+SCALE = {"xlim": (1, 9), "ylim": (1, 9), "xticks": range(1, 10), "yticks": range(1, 10)}
 DEFAULTS = {name: value for name, value in matplotlib.rcParamsDefault.items() if name != "backend"}
 # the same for everyone, whatever their matplotlibrc says; captions hold names of files: no formulas
 STYLE = {**DEFAULTS, "text.parse_math": False,
@@ -96,13 +95,11 @@ def plot_curves(axis, history, name, note, **style):
 
 @matplotlib.rc_context(STYLE)
 def draw_true_vs_predicted(true, pred, numbers, folder, caption):
-    figure = Figure((2 * COLUMN, 4.1))
+    figure = Figure((2 * COLUMN, 3.9))
     axes = figure.subplots(1, 2)
     for n, (axis, dimension) in enumerate(zip(axes, DIMENSIONS)):
         scatter(axis, true[:, n], pred[:, n], dimension)
-        axis.set_title("   ".join(f"{label} {with_interval(numbers, dimension, key)}" for label, key
-                                  in (("R²", "r2"), ("r", "pearson"), ("CCC", "ccc"))),
-                       fontsize=5.5)
+        axis.set_title(main_metrics(numbers, dimension), fontsize=5.5)
     save(figure, folder, "true_vs_predicted", caption)
 
 
@@ -110,23 +107,10 @@ def scatter(axis, true, pred, dimension):
     """Predicted over true values [N] of a dimension."""
     axis.plot([1, 9], [1, 9], "k--", linewidth=0.7)
     axis.annotate("y = x", (8.4, 8.4), textcoords="offset points", xytext=(-5, 1), ha="right")
-    axis.scatter(true, pred, s=point_size(len(true)), alpha=0.6 if len(true) < 500 else 0.4,
-                 linewidth=0, color=COLOURS[dimension], marker={"valence": "o"}.get(dimension, "s"))
+    few = len(true) < 500
+    axis.scatter(true, pred, s=9 if few else 4, alpha=0.6 if few else 0.4, linewidth=0,
+                 color=COLOURS[dimension], marker={"valence": "o"}.get(dimension, "s"))
     axis.set(xlabel=f"true {dimension} (1–9)", ylabel=f"predicted {dimension} (1–9)", **SCALE)
-
-
-def point_size(count):
-    return 16 if count < 50 else 9 if count < 500 else 4
-
-
-def prepare_plane(axis):
-    """Valence to the right, arousal up, and the names of the quadrants."""
-    axis.set(xlabel="valence (1–9)", ylabel="arousal (1–9)", **SCALE)
-    axis.axhline(5, color="k", linewidth=0.6)
-    axis.axvline(5, color="k", linewidth=0.6)
-    for name, mood, x, y in zip(QUADRANTS, MOODS, (8.9, 1.1, 1.1, 8.9), (8.65, 8.65, 1.15, 1.15)):
-        axis.text(x, y, f"{name}: {mood}", ha="right" if x > 5 else "left", fontsize=5.5,
-                  weight="bold", color=COLOURS["grey"])
 
 
 @matplotlib.rc_context(STYLE)
@@ -138,7 +122,7 @@ def draw_confusion(numbers, folder, caption, published=None):
     if published:
         panels.append((published["confusion"], f"published, right of {TEST_SONGS}: "
                        + right_of_first(published)))
-    figure = Figure((len(panels) * COLUMN, 3.5))
+    figure = Figure((len(panels) * COLUMN, 3.7))
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (counts, title) in zip(axes, panels):
         matrix(axis, counts)
@@ -159,7 +143,7 @@ def matrix(axis, counts):
     axis.set(xlabel="predicted quadrant (share of the row)",
              ylabel="true quadrant", xticks=range(4), xticklabels=QUADRANTS,
              yticks=range(4), yticklabels=QUADRANTS)
-    axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axis.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
 
 
 def caption_of(finetune, labels, songs, source):
@@ -169,11 +153,12 @@ def caption_of(finetune, labels, songs, source):
 
 def draw_report(content, annotations, folder, published=None):
     """The figures of a report. content: of metrics.json; published: a run of published.json."""
-    songs, numbers = list(map(int, content["predictions"])), content["numbers"]
+    pred, numbers = content["predictions"], content["numbers"]
+    songs = list(map(int, pred))
     caption = caption_of(content["finetune"], content["labels"], f"{content['split']}, "
-                         f"n = {len(songs)} · [95% intervals]", content["source"])
-    draw_true_vs_predicted(true_values(annotations, songs),
-                           predicted_values(content["predictions"], songs), numbers, folder, caption)
+                         f"n = {len(songs)} · [95% CI]", content["source"])
+    draw_true_vs_predicted(true_values(annotations, songs), predicted_values(pred, songs), numbers,
+                           folder, caption)
     draw_confusion(numbers, folder, caption, published)
 
 
@@ -186,14 +171,25 @@ def draw_song(times, values, deviation, folder, name, caption):
     over_time, plane = figure.subplots(2, 1, height_ratios=[1, 1.6])
     for n, (dimension, style) in enumerate(zip(DIMENSIONS, ("-o", "--s"))):
         mean = values[:, n].mean()
-        over_time.axhspan(mean - deviation[n], mean + deviation[n], color=COLOURS[dimension], alpha=0.15,
-                          linewidth=0)
+        over_time.axhspan(mean - deviation[n], mean + deviation[n], color=COLOURS[dimension],
+                          alpha=0.15, linewidth=0)
         over_time.plot(times, values[:, n], style, markersize=3, color=COLOURS[dimension],
                        label=f"{dimension} {mean:.2f} ± {deviation[n]:.2f}")
     over_time.set(xlabel="time (s), middle of the window", ylabel="1–9 scale", ylim=(1, 9),
                   yticks=range(1, 10, 2))
-    over_time.legend(**ABOVE)
-    prepare_plane(plane)
+    over_time.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, columnspacing=1)
+    draw_path(plane, times, values)
+    save(figure, folder, name, caption)
+
+
+def draw_path(plane, times, values):
+    """The way of a song through the plane: valence to the right, arousal up, time as colour."""
+    plane.set(xlabel="valence (1–9)", ylabel="arousal (1–9)", **SCALE)
+    plane.axhline(5, color="k", linewidth=0.6)
+    plane.axvline(5, color="k", linewidth=0.6)
+    for name, mood, x, y in zip(QUADRANTS, MOODS, (8.9, 1.1, 1.1, 8.9), (8.65, 8.65, 1.15, 1.15)):
+        plane.text(x, y, f"{name}: {mood}", ha="right" if x > 5 else "left", fontsize=5.5,
+                   weight="bold", color=COLOURS["grey"])
     plane.plot(*values.T, "-", color=COLOURS["grey"], linewidth=0.8)
     points = plane.scatter(*values.T, c=times, cmap="viridis", s=14, zorder=3)
     start_is_left = values[0, 0] <= values[-1, 0]
@@ -202,5 +198,4 @@ def draw_song(times, values, deviation, folder, name, caption):
             plane.annotate(word, values[place], textcoords="offset points", fontsize=6,
                            xytext=(-4 if is_left else 4, 4), ha="right" if is_left else "left")
     if len(values) > 1:
-        figure.colorbar(points, label="time (s)", location="bottom", aspect=40)
-    save(figure, folder, name, caption)
+        plane.figure.colorbar(points, label="time (s)", location="bottom", aspect=40)

@@ -11,8 +11,7 @@ import math
 import numpy as np
 import torch
 
-from kit.deam import (DIMENSIONS, QUADRANTS, label_statistics, labels_of, quadrant, read_artists,
-                      songs_of)
+from kit.deam import (DIMENSIONS, label_statistics, labels_of, quadrant, read_artists, songs_of)
 from kit.files import json_digest
 from kit.published import TEST_SONGS, are_published
 
@@ -26,6 +25,7 @@ YEARS = {"2013": (1, 1000), "2014": (1001, 2000)}  # ids of the songs annotated 
 def song_terms(true, pred):
     """float64[30, N], of true and pred [N, 2] on the 1–9 scale: the terms of which `all_metrics`
     takes the means. Values are centred, so that differences of large means lose no digits."""
+    # copies: numpy sums a row of its own as it does a vector, to the last digit
     t, p, error = (values.T.copy() for values in (true - true.mean(0), pred - true.mean(0),
                                                   pred - true))
     is_true, is_pred = (np.eye(4)[:, quadrant(each, 5)] for each in (true, pred))
@@ -101,13 +101,10 @@ def confusion(true, pred):
 @functools.lru_cache(4)  # a report resamples the same groups for several sets of terms
 def resampled_weights(groups, resamples=10_000):
     """int16[resamples, groups]: how often each group is drawn, with a fixed seed."""
-    generator, parts = np.random.default_rng(0), []
-    for _ in range(0, resamples, 1000):
-        drawn = generator.integers(0, groups, (1000, groups))
-        drawn += np.arange(1000)[:, None] * groups  # count all 1000 in one go
-        counts = np.bincount(drawn.ravel(), minlength=1000 * groups)
-        parts.append(counts.reshape(1000, groups).astype(np.int16))
-    return np.concatenate(parts)
+    generator, counts = np.random.default_rng(0), np.empty((resamples, groups), np.int16)
+    for row in counts:
+        row[:] = np.bincount(generator.integers(0, groups, groups), minlength=groups)
+    return counts
 
 
 def resampled_means(terms, groups):
@@ -133,15 +130,12 @@ def mapped(function, *trees):
     return {key: mapped(function, *(tree[key] for tree in trees)) for key in trees[0]}
 
 
-def interval(values):
-    """The 95% percentile interval (Efron & Tibshirani 1993), [low, high]."""
-    return np.nanquantile(values, [0.025, 0.975]).tolist()
-
-
 def with_intervals(resampled):
-    """{"metrics": values, "intervals": …} of nested dicts of float64[1 + resamples]."""
+    """{"metrics": values, "intervals": their 95% percentile intervals (Efron & Tibshirani 1993),
+    [low, high]} of nested dicts of float64[1 + resamples]."""
     return {"metrics": mapped(lambda values: float(values[0]), resampled),
-            "intervals": mapped(lambda values: interval(values[1:]), resampled)}
+            "intervals": mapped(lambda values: np.nanquantile(values[1:], [0.025, 0.975]).tolist(),
+                                resampled)}
 
 
 def wilson(right, count):

@@ -73,33 +73,42 @@ def print_evaluation(evaluation):
               f"model    {each['model'][:16]}  {name}")
 
 
+def print_row(title, *cells):
+    """A line of a table with two columns."""
+    print(f"{title:28}" + "".join(f"{cell:26}" for cell in cells).rstrip())
+
+
+def listed(values, digits):
+    """"0.761, 0.873": a number or several; "–" where there is none."""
+    return "–" if values is None else ", ".join(rounded(each, digits)
+                                                for each in np.atleast_1d(values))
+
+
 def print_details(numbers):
     """A table of both dimensions: what R² is to be compared with, and the errors."""
-    def row(title, cell):
-        print(f"{title:24}" + "".join(f"{cell(name):28}" for name in DIMENSIONS).rstrip())
+    def print_errors(title, values, keys, digits=".3f"):
+        print_row(title, *(listed([values[name][key] for key in keys], digits)
+                           for name in DIMENSIONS))
 
-    def row_of(title, values, keys, digits):
-        row(title, lambda name: ", ".join(rounded(values[name][key], digits) for key in keys))
-
-    less_ridge = numbers["less_ridge"]
     print()
-    row("", str)
-    row("R², noise ceiling", lambda name: with_interval(numbers["noise_ceiling"], name, "r2"))
-    row("R², ridge regression", lambda name: with_interval(ridge_of(numbers), name, "r2"))
-    row("R², network less ridge", lambda name: with_interval(less_ridge, name, "r2", "+.2f"))
-    row_of("R², mean training label", numbers["baselines"]["training mean"], ["r2"], ".2f")
-    for year, r2 in numbers.get("r2_by_year", {}).items():
-        row(f"R², songs of {year}", lambda name: rounded(r2[name]))
-    if "r2_over_folds" in numbers:
-        row("R², sd over folds", lambda name: rounded(numbers["r2_over_folds"][name]))
-    if "unseen_artists" in numbers:
-        row("R², unseen artists", lambda name: with_interval(numbers["unseen_artists"], name, "r2"))
-    row_of("MSE, RMSE, MAE", numbers["metrics"], ["mse", "rmse", "mae"], ".3f")
+    print_row("", *DIMENSIONS)
+    less_ridge, unseen = numbers["less_ridge"], numbers.get("unseen_artists")
+    for title, each, digits in (("R², noise ceiling", numbers["noise_ceiling"], ".2f"),
+                                ("R², ridge regression", ridge_of(numbers), ".2f"),
+                                ("R², network less ridge", less_ridge, "+.2f"),
+                                ("R², unseen artists", unseen, ".2f")):
+        if each:
+            print_row(title, *(with_interval(each, name, "r2", digits) for name in DIMENSIONS))
+    print_errors("R², mean training label", numbers["baselines"]["training mean"], ["r2"], ".2f")
+    by_year = {f"songs of {year}": r2 for year, r2 in numbers.get("r2_by_year", {}).items()}
+    for title, r2 in {**by_year, "sd over folds": numbers.get("r2_over_folds")}.items():
+        if r2:
+            print_row(f"R², {title}", *(rounded(r2[name]) for name in DIMENSIONS))
+    print_errors("MSE, RMSE, MAE", numbers["metrics"], ["mse", "rmse", "mae"])
     if "z_scored" in numbers:
-        row_of("z-scored MSE, MAE", numbers["z_scored"], ["mse", "mae"], ".3f")
-    if "unseen_artists" in numbers:
-        say(f"Unseen artists: {numbers['unseen_artists']['songs']} songs, too few to compare "
-            "models by.")
+        print_errors("z-scored MSE, MAE", numbers["z_scored"], ["mse", "mae"])
+    if unseen:
+        say(f"Unseen artists: {unseen['songs']} songs, too few to compare models by.")
     say("Against ridge regression the network " + " and ".join(
         f"{ridge_verdict(less_ridge, name)} in {name}" for name in DIMENSIONS) + ".")
 
@@ -155,9 +164,9 @@ def print_correlation(evaluation):
 
 # ---------------------------------------------------------------------------------- published runs
 
-ROWS = {"MSE of valence, arousal": "test_mse",
-        "z-scored MSE of these": "test_z_mse_each", "z-scored MSE": "test_z_mse",
-        "correlation, labels": "true_correlation", "correlation, predicted": "predicted_correlation"}
+ROWS = {"MSE of valence, arousal": "test_mse", "z-scored MSE of each": "test_z_mse_each",
+        "z-scored MSE": "test_z_mse", "correlation, labels": "true_correlation",
+        "correlation, predicted": "predicted_correlation"}
 
 
 def right_of_first(run):
@@ -177,19 +186,14 @@ def print_published(evaluation):
         say("The published numbers are about the shipped labels: --labels shipped compares.")
         return
 
-    def row(title, *values, digits=".4f"):
-        cells = [value if isinstance(value, str) else "–" if value is None else
-                 ", ".join(rounded(each, digits) for each in np.atleast_1d(value))
-                 for value in values]
-        print("{:28}{:>20}{:>20}".format(title, *cells))
-
     own = content["numbers"]["published"]["this_run"]
-    row(f"first {TEST_SONGS} test songs", "published", "this run")
+    print_row(f"first {TEST_SONGS} test songs", "published", "this run")
     for title, key in ROWS.items():
-        row(title, published.get(key), own[key])
-    row("quadrants right", right_of_first(published), right_of_first(own))
+        print_row(title, *(listed(run.get(key), ".4f") for run in (published, own)))
+    print_row("quadrants right", right_of_first(published), right_of_first(own))
     for song, values in published["predictions"].items():
-        row(f"song {song}: valence, arousal", values, content["predictions"][song], digits=".2f")
+        print_row(f"song {song}: valence, arousal", listed(values, ".2f"),
+                  listed(content["predictions"][song], ".2f"))
     seconds = published["seconds_an_epoch"]
     say(f"Published: {published['notebook']}, {published['options']}; {published['gpu']}"
         + (f", {seconds} s an epoch" if seconds else ""))
@@ -201,23 +205,20 @@ def print_published(evaluation):
 def print_runs(evaluations, same_settings):
     """One row a run; the mean and standard deviation (of the sample) over runs that differ in the
     seed alone."""
-    def cells(content):
-        metrics = content["numbers"]["metrics"]
-        return [*(metrics[name][key] for name in DIMENSIONS for key in ("r2", "pearson", "ccc")),
-                metrics["correlation"]["predicted"], metrics["quadrant"]["accuracy"]]
-
     names = [each.content["run"] for each in evaluations]
     if len(set(names)) < len(names):
         names = [str(each.folder.parent)[-19:] for each in evaluations]
-    table = np.array([cells(each.content) for each in evaluations])
+    columns = [(name, key) for name in DIMENSIONS for key in ("r2", "pearson", "ccc")]
+    columns += [("correlation", "predicted"), ("quadrant", "accuracy")]
+    table = np.array([[each.content["numbers"]["metrics"][name][key] for name, key in columns]
+                      for each in evaluations])
     rows = [*zip(names, table)]
     if same_settings:
         rows += [("mean", table.mean(0)), ("standard deviation", table.std(0, ddof=1))]
-    print(f"\n{'':20}{'valence':>21}{'arousal':>21}{'r(V, A)':>9}{'quadr.':>8}\n{'run':20}"
-          + f"{'R²':>7}{'r':>7}{'CCC':>7}" * 2 + f"{'pred.':>9}{'right':>8}")
+    print(f"\n{'':20}{'valence':>21}{'arousal':>21}{'r(V,A)':>7}{'quadr.':>7}\n{'run':20}"
+          + f"{'R²':>7}{'r':>7}{'CCC':>7}" * 2 + f"{'pred.':>7}{'right':>7}")
     for name, row in rows:
-        print(f"{name[:19]:20}" + "".join(f"{rounded(value):>7}" for value in row[:6])
-              + f"{rounded(row[6]):>9}{rounded(row[7]):>8}")
+        print(f"{name[:19]:20}" + "".join(f"{rounded(value):>7}" for value in row))
 
 
 def print_difference(first, second, numbers):
