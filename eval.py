@@ -77,6 +77,8 @@ def by_song(songs, values):
     return dict(zip(map(str, songs), (values.round(6) + 0.0).tolist()))
 
 
+# ------------------------------------------------------------------------------------------- ridge
+
 POOLED = {}  # mean features by the reader's key: for several runs a file is read once
 
 
@@ -126,8 +128,8 @@ def evaluate(args, folder, arithmetic, opened):
         "run": folder.resolve().name, "finetune": config["finetune"],
         "precision": config["precision"], "source": splits["source"], "split": split,
         "labels": labels, "trained_on_labels": config["labels"], "songs": len(pred),
-        "features": data.digest,
-        "splits": splits_digest(splits), "label_values": label_digest(data.annotations, splits),
+        "features": data.digest, "splits": splits_digest(splits),
+        "label_values": label_digest(data.annotations, splits),
         "swapped_labels": data.manifest["swapped_labels"],
         "initial_model": content["initial_model"], "model": content["digest"],
         "numbers": measure_split(data.annotations, splits, split, pred, ridge_pred),
