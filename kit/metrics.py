@@ -11,7 +11,7 @@ import math
 import numpy as np
 import torch
 
-from kit.deam import (DIMENSIONS, label_statistics, labels_of, quadrant, read_artists, songs_of)
+from kit.deam import DIMENSIONS, label_statistics, labels_of, quadrant, read_artists, songs_of
 from kit.files import json_digest
 from kit.published import TEST_SONGS, are_published
 

@@ -86,34 +86,38 @@ def listed(values, digits):
 
 def print_details(numbers):
     """A table of both dimensions: what R² is to be compared with, and the errors."""
-    def print_errors(title, values, keys, digits=".3f"):
-        print_row(title, *(listed([values[name][key] for key in keys], digits)
-                           for name in DIMENSIONS))
+    def r2(each, digits=".2f"):
+        return [with_interval(each, name, "r2", digits) for name in DIMENSIONS]
 
+    def errors(values, *keys):
+        return [listed([values[name][key] for key in keys], ".3f") for name in DIMENSIONS]
+
+    mean = numbers["baselines"]["training mean"]
     print()
     print_row("", *DIMENSIONS)
-    less_ridge, unseen = numbers["less_ridge"], numbers.get("unseen_artists")
-    for title, each, digits in (("R², noise ceiling", numbers["noise_ceiling"], ".2f"),
-                                ("R², ridge regression", ridge_of(numbers), ".2f"),
-                                ("R², network less ridge", less_ridge, "+.2f"),
-                                ("R², unseen artists", unseen, ".2f")):
-        if each:
-            print_row(title, *(with_interval(each, name, "r2", digits) for name in DIMENSIONS))
-    print_errors("R², mean training label", numbers["baselines"]["training mean"], ["r2"], ".2f")
-    by_year = {f"songs of {year}": r2 for year, r2 in numbers.get("r2_by_year", {}).items()}
-    for title, r2 in {**by_year, "sd over folds": numbers.get("r2_over_folds")}.items():
-        if r2:
-            print_row(f"R², {title}", *(rounded(r2[name]) for name in DIMENSIONS))
-    print_errors("MSE, RMSE, MAE", numbers["metrics"], ["mse", "rmse", "mae"])
+    print_row("R², noise ceiling", *r2(numbers["noise_ceiling"]))
+    print_row("R², ridge regression", *r2(ridge_of(numbers)))
+    print_row("R², network less ridge", *r2(numbers["less_ridge"], "+.2f"))
+    print_row("R², mean training label", *(rounded(mean[name]["r2"]) for name in DIMENSIONS))
+    for year, values in numbers.get("r2_by_year", {}).items():
+        print_row(f"R², songs of {year}", *(rounded(values[name]) for name in DIMENSIONS))
+    if "r2_over_folds" in numbers:
+        deviation = numbers["r2_over_folds"]
+        print_row("R², sd over folds", *(rounded(deviation[name]) for name in DIMENSIONS))
+    if "unseen_artists" in numbers:
+        print_row("R², unseen artists", *r2(numbers["unseen_artists"]))
+    print_row("MSE, RMSE, MAE", *errors(numbers["metrics"], "mse", "rmse", "mae"))
     if "z_scored" in numbers:
-        print_errors("z-scored MSE, MAE", numbers["z_scored"], ["mse", "mae"])
-    if unseen:
-        say(f"Unseen artists: {unseen['songs']} songs, too few to compare models by.")
-    say("Against ridge regression the network " + " and ".join(
-        f"{ridge_verdict(less_ridge, name)} in {name}" for name in DIMENSIONS) + ".")
+        print_row("z-scored MSE, MAE", *errors(numbers["z_scored"], "mse", "mae"))
+    if "unseen_artists" in numbers:
+        say(f"Unseen artists: {numbers['unseen_artists']['songs']} songs, too few to compare "
+            "models by.")
+    verdicts = [f"{ridge_verdict(numbers['less_ridge'], name)} in {name}" for name in DIMENSIONS]
+    say(f"Against ridge regression the network {' and '.join(verdicts)}.")
 
 
 def ridge_verdict(less_ridge, name):
+    """Whether the network beats ridge regression, or loses: only with the whole interval."""
     low, high = less_ridge["intervals"][name]["r2"]
     return "wins" if low > 0 else "loses" if high < 0 else "ties"
 
