@@ -26,6 +26,13 @@ def run_like(options):
     return read_published()["runs"]["no_penalties" if no_penalties else "penalties"]
 
 
+def published_results():
+    """{run: what is published of its test songs}: its facts without the curves."""
+    curves = "columns", "epochs"
+    return {name: {fact: value for fact, value in run.items() if fact not in curves}
+            for name, run in read_published()["runs"].items()}
+
+
 def published_history(config):
     """[{"epoch": 1, "train_loss": …}, …] of the published run to compare a run of this
     configuration with; None unless it is about the same songs and labels."""

@@ -120,8 +120,9 @@ def test_every_fact_is_used_or_shown(runs, compared):
         in_table = {*report.ROWS.values(), "quadrants_right", "predictions"} & facts.keys()
         said = {"notebook", "options", "gpu", "seconds_an_epoch"}
         assert facts.keys() == in_table | said | {"columns", "epochs", "confusion"}
-        own = read_json(folder / "eval-test/metrics.json", "")["numbers"]["published"]["this_run"]
-        assert in_table - own.keys() == {"predictions"}
+        kept = read_json(folder / "eval-test/metrics.json", "")["numbers"]["published"]
+        assert in_table - kept["this_run"].keys() == {"predictions"}
+        assert kept[name] == {key: facts[key] for key in facts.keys() - {"columns", "epochs"}}
     assert FACTS.keys() == {"labels", "parameters", "runs", "source", "protocol",
                             "confusion_order"}
     compared(2, "runs")
