@@ -54,15 +54,14 @@ def print_audit(rows):
 
 
 def overlap(splits, artists):
-    """{"train": n, "val": n, "either": n}: test songs whose artist has a song there too."""
-    heard = {name: {artists[song] for song in splits[name]} for name in ("train", "val")}
-    heard["either"] = heard["train"] | heard["val"]
-    return {name: sum(artists[song] in there for song in splits["test"])
-            for name, there in heard.items()}
+    """{"train": n, "val": n, "either": n}: test songs whose artist has a song in that split."""
+    known = {name: {artists[song] for song in splits[name]} for name in ("train", "val")}
+    known["either"] = known["train"] | known["val"]
+    return {name: sum(artists[song] in known[name] for song in splits["test"]) for name in known}
 
 
 def print_artists(splits):
-    """How many test songs are by an artist whom the model heard, where their artists are known."""
+    """How many test songs are by an artist in train or val, where all artists are known."""
     artists = read_artists()
     if splits["test"] and artists.keys() >= set(songs_of(splits)):
         shared = overlap(splits, artists)

@@ -19,7 +19,7 @@ from exact import Exact
 from kit.audio import read_waveform
 from kit.cli import UserError
 from kit.deam import (audio_files, dynamic_annotations, find_deam, label_statistics, labels_of,
-                      own_splits, quadrant, static_annotations)
+                      quadrant, splits_for, static_annotations)
 from kit.features import (NOTEBOOK_MANIFEST, FeatureReader, notes_on, read_labels, read_manifest,
                           songs_by_split)
 from kit.files import prefetch, state_digest
@@ -180,7 +180,7 @@ class DEAMFeatHandler:
         self.manifest = read_manifest(manifest) if manifest.exists() else NOTEBOOK_MANIFEST
         self.settings, self.digest = self.manifest["settings"], self.manifest["digest"]
         self.annotations = read_labels(self.root, self.manifest, labels)
-        self.splits = splits or own_splits(self.root)
+        self.splits = splits or splits_for(self.root)
         self.reader = FeatureReader(self.root, self.manifest["songs"],
                                     self.top_layers["params"]["encoder_embed_dim"])
         self.ids = songs_by_split(self.splits, self.annotations, self.reader, allow_missing)

@@ -37,33 +37,23 @@ if __name__ == "__main__":
     ARGS = start(parser(), "rerun the same command")  # before torch is imported
 
 import functools
-from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import numpy as np
 from torch.utils.data import DataLoader
 
 from common import DEAMFeatHandler, collate, load_model
-from kit import figures, report
+from kit import report
 from kit.cli import Progress, UserError
 from kit.deam import splits_digest
-from kit.files import json_digest, prefetch, write_file, write_json
-from kit.machine import Arithmetic, FrozenOutputs, environment
+from kit.evaluations import (Evaluation, are_folds, check_comparable, differing_settings,
+                             folds_by_name, pooled_name, write_report)
+from kit.files import prefetch
+from kit.machine import Arithmetic, FrozenOutputs
 from kit.metrics import (artist_groups, label_digest, measure_folds, measure_split,
-                         paired_difference, predicted_values, ridge, true_values)
-from kit.published import beside_evaluation
-from kit.records import flat_config, predictions_table, read_metrics, read_run
+                         paired_difference, predicted_values, resampled_metrics, ridge, true_values)
+from kit.records import flat_config, read_metrics, read_run
 from kit.verdict import Verdict, compare_numbers, compare_predictions
-
-
-class Evaluation(NamedTuple):
-    """A run on one split, or folds pooled: where its report goes, the run's configuration, the
-    features, and what its metrics.json is to hold."""
-    folder: Path
-    config: dict
-    data: DEAMFeatHandler
-    content: dict
 
 
 # ------------------------------------------------------------------------------------- predictions
@@ -79,10 +69,17 @@ def predictions(model, data, split, scale, arithmetic):
     values = (model.predict(bar, arithmetic) * scale.std + scale.mean).numpy()
     if not np.isfinite(values).all():
         raise UserError("a prediction is NaN or infinite")
-    return dict(zip(map(str, data.ids[split]), (values.round(6) + 0.0).tolist()))
+    return by_song(data.ids[split], values)
 
 
-POOLED = {}  # by the reader's key: for several runs a file is read once
+def by_song(songs, values):
+    """{song id: [valence, arousal]} of values[N, 2], to six decimals, no minus zero."""
+    return dict(zip(map(str, songs), (values.round(6) + 0.0).tolist()))
+
+
+# ------------------------------------------------------------------------------------------- ridge
+
+POOLED = {}  # mean features by the reader's key: for several runs a file is read once
 
 
 def pooled_features(dataset, index):
@@ -103,8 +100,7 @@ def ridge_predictions(data, split):
         bar = Progress(pooled, total=len(dataset), desc=f"ridge {name}", unit="song", leave=False)
         x[name], y[name] = np.stack([*bar]), dataset.labels.numpy() / std
     predict, penalty = ridge(x["train"], y["train"], x["val"], y["val"])
-    pred = (predict(x[split]) * std).round(6) + 0.0
-    return dict(zip(map(str, data.ids[split]), pred.tolist())), penalty
+    return by_song(data.ids[split], predict(x[split]) * std), penalty
 
 
 # -------------------------------------------------------------------------------------- evaluation
@@ -112,7 +108,7 @@ def ridge_predictions(data, split):
 
 def evaluate(args, folder, arithmetic, opened):
     """The Evaluation of a run. opened: features by labels and splits, for the runs that follow."""
-    model_file, (content, splits) = folder / "model.pt", read_run(folder)
+    content, splits = read_run(folder)
     config, split = flat_config(content["config"]), args.split
     labels = args.labels or config["labels"]
     key = labels, splits_digest(splits)
@@ -123,16 +119,17 @@ def evaluate(args, folder, arithmetic, opened):
         raise UserError(f"{folder} was trained on features {str(config['features'])[:16]}…, "
                         f"{data.root} holds {str(data.digest)[:16]}…: name its own with "
                         "--features, or extract them again with its settings")
-    if not data.ids[split]:
-        raise UserError(f"{data.summary}: no {split} song to evaluate on")
-    model = load_model(content, model_file).to(arithmetic.device, arithmetic.dtype)
+    if len(data.ids[split]) < 2:
+        raise UserError(f"{data.summary}: too few {split} songs to evaluate on")
+    model = load_model(content, folder / "model.pt").to(arithmetic.device, arithmetic.dtype)
     pred = predictions(model, data, split, SimpleNamespace(**content), arithmetic)
     ridge_pred, penalty = ridge_predictions(data, split)
     metrics = {
-        "run": folder.resolve().name, "finetune": config["finetune"], "precision": config["precision"],
-        "source": splits["source"], "split": split, "labels": labels,
-        "trained_on_labels": config["labels"], "songs": len(pred), "features": data.digest,
-        "splits": splits_digest(splits), "label_values": label_digest(data.annotations, splits),
+        "run": folder.resolve().name, "finetune": config["finetune"],
+        "precision": config["precision"], "source": splits["source"], "split": split,
+        "labels": labels, "trained_on_labels": config["labels"], "songs": len(pred),
+        "features": data.digest, "splits": splits_digest(splits),
+        "label_values": label_digest(data.annotations, splits),
         "swapped_labels": data.manifest["swapped_labels"],
         "initial_model": content["initial_model"], "model": content["digest"],
         "numbers": measure_split(data.annotations, splits, split, pred, ridge_pred),
@@ -141,92 +138,40 @@ def evaluate(args, folder, arithmetic, opened):
     return Evaluation(folder / f"eval-{split}{suffix}", config, data, metrics)
 
 
-def are_folds(evaluations):
-    """Whether several runs were evaluated on songs that no two share."""
-    songs = [song for each in evaluations for song in each.content["predictions"]]
-    return len(evaluations) > 1 and len(set(songs)) == len(songs)
-
-
-def differing_settings(evaluations, *ignored):
-    """"finetune, lr": in which settings evaluated runs differ; empty where in none."""
-    first = evaluations[0].config
-    names = dict.fromkeys(key for each in evaluations for key in each.config)
-    return ", ".join(key for key in names if key not in ignored and any(
-        each.config.get(key) != first.get(key) for each in evaluations))
-
-
 def pool_folds(evaluations):
-    """The Evaluation of folds as one; intervals by resampling artists. Raises UserError for runs
-    that differ in more than their songs and seed."""
-    if differing := differing_settings(evaluations, "seed", "splits", "songs", "fold"):
-        raise UserError(f"these runs have no song in common, and differ in {differing}: give the "
-                        "folds of one configuration, or one run at a time")
-    first, names = evaluations[0], [each.content["run"] for each in evaluations]
-    if len(set(names)) < len(names):
-        raise UserError("two of these folds have one name: rename a folder, so that the report can "
-                        "name its models")
-    folds = [(list(map(int, each.content["predictions"])), each.content["predictions"],
-              each.content["ridge_predictions"],
-              each.data.datasets["train"].labels.numpy().mean(0)) for each in evaluations]
+    """The Evaluation of folds as one: every song predicted by the model that was not trained on it,
+    intervals by resampling artists. Raises UserError for folds of different configurations."""
+    first, runs = evaluations[0], folds_by_name(evaluations)
+    pred, ridge_pred = ({song: values for each in runs.values() for song, values in
+                         each[kind].items()} for kind in ("predictions", "ridge_predictions"))
+    folds = [list(map(int, each["predictions"])) for each in runs.values()]
+    mean_labels = [each.data.datasets["train"].labels.numpy().mean(0) for each in evaluations]
     own = "model", "initial_model", "splits", "label_values", "ridge_penalty"  # of each fold
-    metrics = {key: value for key, value in first.content.items() if key not in own}
-    metrics |= {kind: {song: values for each in evaluations
-                       for song, values in each.content[kind].items()}
-                for kind in ("predictions", "ridge_predictions")}
-    base = names[0].rstrip("0123456789").removesuffix("-fold")
-    numbers = sorted(name.removeprefix(f"{base}-fold") for name in names)
-    some = "" if len(names) == 10 else "-of-" + "-".join(numbers)  # ten are all of folds.json
-    metrics |= {"run": f"{base}-pooled{some}", "songs": len(metrics["predictions"]),
-                "split": f"pooled {metrics['split']}",
-                "numbers": measure_folds(first.data.annotations, folds),
-                "runs": {each.content["run"]: {key: each.content[key] for key in own}
-                         for each in evaluations}}
-    folder = first.folder.parent.parent / metrics["run"]
+    content = {key: value for key, value in first.content.items() if key not in own}
+    content |= {"run": pooled_name(list(runs)), "songs": len(pred),
+                "split": f"pooled {content['split']}", "predictions": pred,
+                "ridge_predictions": ridge_pred,
+                "numbers": measure_folds(first.data.annotations, folds, pred, ridge_pred,
+                                         mean_labels),
+                "runs": {name: {key: each[key] for key in own} for name, each in runs.items()}}
+    folder = first.folder.parent.parent / content["run"]
     return first._replace(folder=folder / first.folder.name.replace("eval-", "eval-pooled-", 1),
-                          content=metrics)
+                          content=content)
+
+
+# -------------------------------------------------------------------------------------- comparison
 
 
 def compare(evaluations, others):
-    """Print what the models of two sides differ by, song by song. Raises UserError where they are
-    not about the same songs and labels."""
+    """Print what the models of two sides differ by, song by song, artists resampled. Raises
+    UserError where they are not about the same songs and labels."""
+    check_comparable(evaluations, others)
     first, second = ([each.content for each in side] for side in (evaluations, others))
-    for each in first + second:
-        if set(each["predictions"]) != set(first[0]["predictions"]):
-            raise UserError(f"{first[0]['run']} and {each['run']} predict different songs: nothing "
-                            "to compare song by song")
-        if each["labels"] != first[0]["labels"]:
-            raise UserError(f"{first[0]['run']} and {each['run']} were trained on different "
-                            "labels: say with --labels which to compare with")
-    for side in (evaluations, others):
-        if differing := differing_settings(side, "seed"):
-            raise UserError(f"the runs of one side differ in {differing}: give seeds of one "
-                            "configuration")
     ids = list(map(int, first[0]["predictions"]))
-    values, intervals = paired_difference(
-        true_values(evaluations[0].data.annotations, ids),
-        *([predicted_values(each["predictions"], ids) for each in side]
-          for side in (first, second)), artist_groups(ids))
-    report.print_difference(first, second, values, intervals)
-
-
-# --------------------------------------------------------------------------------------------- run
-
-
-def write_report(evaluation, device, draw=True):
-    """metrics.json, predictions.csv and the figures."""
-    folder, config, data, content = evaluation
-    content = {**content, "environment": environment(device)}
-    write_json(folder / "metrics.json", {**content, "digest": json_digest(content)})
-    write_file(folder / "predictions.csv", predictions_table(content["predictions"],
-                                                             data.annotations))
-    if draw:
-        caption = figures.caption_of(content["finetune"], content["labels"],
-                                     f"{content['split']}, n = {content['songs']}",
-                                     content["source"])
-        songs = list(map(int, content["predictions"]))
-        figures.draw_or_say(figures.draw_report, true_values(data.annotations, songs),
-                            predicted_values(content["predictions"], songs), content["numbers"],
-                            folder, caption, beside_evaluation(content, config))
+    true, artists = true_values(evaluations[0].data.annotations, ids), artist_groups(ids)
+    report.print_difference(first, second, paired_difference(*(
+        [resampled_metrics(true, predicted_values(each["predictions"], ids), artists)
+         for each in side] for side in (first, second))))
 
 
 def verify(expected, file, evaluation):
@@ -244,6 +189,9 @@ def verify(expected, file, evaluation):
     return verdict.finish()
 
 
+# --------------------------------------------------------------------------------------------- run
+
+
 def run(args):
     if args.verify and (len(args.runs) > 1 or args.against):
         raise UserError("--verify is about one run: name only one")
@@ -251,10 +199,6 @@ def run(args):
     arithmetic, opened = Arithmetic("exact", args.device), {}
     evaluations = [evaluate(args, folder, arithmetic, opened) for folder in args.runs]
     folds = are_folds(evaluations)
-    small = [each for each in evaluations if each.content["songs"] < 2]
-    if small and not folds:
-        raise UserError(f"{small[0].data.summary}: too few {args.split} songs to evaluate on")
-
     # what is verified is never written over
     write = not expected or not args.verify.resolve().is_relative_to(args.runs[0].resolve())
     for each in evaluations if write else ():
@@ -264,7 +208,7 @@ def run(args):
         write_report(evaluations[0], arithmetic.device)
     for each in evaluations:
         report.print_evaluation(each)
-        print(f"written: {each.folder}/metrics.json, predictions.csv and four figures" if write else
+        print(f"written: {each.folder}/metrics.json, predictions.csv and figures" if write else
               "nothing written: what is verified is in this run's folder",
               end="\n\n" if each is not evaluations[-1] else "\n")
     if len(evaluations) > 1:

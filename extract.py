@@ -53,7 +53,7 @@ import torch
 from common import Backbone, DEAMHandler
 from kit.audio import BadClip, read_clip
 from kit.cli import Progress, UserError, torchrun
-from kit.deam import own_splits, read_splits, songs_of
+from kit.deam import read_splits, songs_of, splits_for
 from kit.features import FeatureFolder, describe_features
 from kit.files import prefetch, shortened
 from kit.machine import Arithmetic, cores, environment
@@ -99,7 +99,7 @@ def run(args):
     if on_gpu:  # torch's other threads would only spin, on the cores that decode
         torch.set_num_threads(1)
     deam = DEAMHandler(args.deam)
-    splits = read_splits(args.splits) if args.splits else own_splits(args.features)
+    splits = read_splits(args.splits) if args.splits else splits_for(args.features)
     ids = choose_songs(args, deam, splits)
     backbone = Backbone(args.weights)
     manifest = {**describe_features(deam, backbone, args.layer, args.precision, args.store),

@@ -89,7 +89,7 @@ import torch
 from common import DEAMFeatHandler, EmotionModel, emotion_loss, quadrant_weights, seeds
 from kit.audio import sin_pi
 from kit.cli import Progress, UserError, torchrun
-from kit.deam import SPLITS, fold_splits, own_splits, splits_digest
+from kit.deam import SPLITS, fold_splits, splits_digest, splits_for
 from kit.files import lock, state_digest, tensor_digest
 from kit.machine import Arithmetic, flat_parameter, frozen_outputs
 from kit.network import start_from
@@ -109,7 +109,7 @@ def open_data(args, splits=None):
     """The features and the splits to train on, the folder's own or those of --fold. Raises
     UserError where they are too few."""
     if args.fold is not None and not splits:
-        splits = fold_splits(args.fold, own_splits(args.features))
+        splits = fold_splits(args.fold, splits_for(args.features))
     data = DEAMFeatHandler(args.features, splits, args.batch_size, args.seed, args.allow_missing,
                            args.labels)
     if len(data.ids["train"]) < args.batch_size:

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import functools
+import math
 import os
 import re
 import statistics
@@ -15,8 +16,7 @@ import torch
 from exact import Exact
 from kit.cli import UserError
 from kit.containers import ENDINGS
-from kit.files import json_digest, read_json
-from kit.tables import plain_number, read_spreadsheet
+from kit.files import json_digest, read_json, read_text
 
 HERE = Path(__file__).resolve().parent.parent
 DIMENSIONS = ("valence", "arousal")
@@ -26,6 +26,7 @@ MOODS = ("excited, happy", "tense, angry", "sad, tired", "calm, content")  # aft
 KAGGLE = "imsparsh/deam-mediaeval-dataset-emotional-analysis-in-music/versions/1"
 STATIC = "static_annotations_averaged_songs_1_2000.csv"
 COLUMNS = ["song_id", "valence_mean", "valence_std", "arousal_mean", "arousal_std"]
+FRESH_COPY = "take the file from a fresh copy of DEAM"
 SPLITS = {"train": [int], "val": [int], "test": [int]}
 
 
@@ -38,66 +39,82 @@ class Labels(NamedTuple):
     arousal_std: float
 
 
-def read_annotations(path):
-    """Static annotations, {song id: Labels}. Other columns, stray spaces and what spreadsheets
-    write (see read_spreadsheet) are fine; missing columns, gaps, NaN, labels outside 1–9 and double
-    ids raise UserError."""
-    header, rows = read_spreadsheet(path, "a table of labels", COLUMNS)
-    places, songs = [header.index(name) for name in COLUMNS], {}
-    fresh = "take the file from a fresh copy of DEAM"
-    for line, row in rows:
-        song, *cells = [row[place] for place in places]
-        try:
-            values = tuple(map(plain_number, cells))
-            valid = (re.fullmatch("[0-9]{1,9}", song) and all(1 <= values[n] <= 9 for n in (0, 2))
-                     and all(0 <= values[n] <= 8 for n in (1, 3)))
-        except ValueError:
-            valid = False
-        if not valid:
-            raise UserError(f"{path}, line {line}: not a song id, two labels from 1 to 9 and their "
-                            f"standard deviations ({', '.join([song, *cells])}); {fresh}")
-        if int(song) in songs:
-            raise UserError(f"{path}, line {line}: song {song} appears twice; {fresh}")
-        songs[int(song)] = Labels(*values)
+def song_rows(path, columns=("song_id",)):
+    """Yield (line number, song id, {other column: cell}) of a table of DEAM that has at least these
+    columns. Spaces around cells, other columns and empty lines are fine. Raises UserError for
+    whatever else a spreadsheet makes of such a table: decimal commas, dates and lost columns could
+    give wrong numbers."""
+    text = read_text(path, "a table of labels")
+    for mark, name in ((";", "semicolons"), ("\t", "tabs"), ('"', "quotation marks")):
+        if mark in text:
+            raise UserError(f"{path} has {name} in it, where DEAM's table has commas alone; it "
+                            f"begins with {text[:40]!r}; {FRESH_COPY}")
+    table = [(line, [cell.strip() for cell in row.split(",")])
+             for line, row in enumerate(text.split("\n"), 1) if row.strip(", ")]
+    (_, header), *rows = table or [(1, [])]
+    names = dict.fromkeys([*columns, *header])
+    if wrong := [name for name in names if name and header.count(name) != 1]:
+        raise UserError(f"{path} needs one column {', '.join(wrong)}, separated by commas; its "
+                        f"header is {','.join(header)[:80]!r}; {FRESH_COPY}")
+    songs = set()
+    for line, cells in rows:
+        row = dict(zip(header, cells))
+        if len(cells) != len(header) or not re.fullmatch("[0-9]{1,9}", row["song_id"]):
+            raise UserError(f"{path}, line {line}: not a song id and {len(header) - 1} other cells "
+                            f"({','.join(cells)[:60]}); {FRESH_COPY}")
+        song = int(row.pop("song_id"))
+        if song in songs:
+            raise UserError(f"{path}, line {line}: song {song} appears twice; {FRESH_COPY}")
+        songs.add(song)
+        yield line, song, row
     if not songs:
-        raise UserError(f"{path}: no songs in it")
+        raise UserError(f"{path}: no songs in it; {FRESH_COPY}")
+
+
+def plain_number(cell):
+    """A cell's number. NaN for everything else: what float() takes beside digits and a decimal
+    point (1_5, inf, other scripts' digits), and leading zeros, which dates have."""
+    number = r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?"
+    return float(cell) if re.fullmatch(number, cell) else math.nan
+
+
+def read_annotations(path):
+    """Static annotations, {song id: Labels}. Raises UserError for a table that song_rows does not
+    take, and for gaps, NaN, and labels outside 1–9."""
+    songs = {}
+    for line, song, row in song_rows(path, COLUMNS):
+        cells = [row[name] for name in COLUMNS[1:]]
+        labels = Labels(*map(plain_number, cells))
+        if not (1 <= labels.valence <= 9 and 0 <= labels.valence_std <= 8
+                and 1 <= labels.arousal <= 9 and 0 <= labels.arousal_std <= 8):
+            raise UserError(f"{path}, line {line}: not two labels from 1 to 9 with their standard "
+                            f"deviations ({', '.join(cells)}); {FRESH_COPY}")
+        songs[song] = labels
     return songs
 
 
 def dynamic_means(path):
     """{song id: mean over time} of a dynamic annotations file, its values from -1 to 1; empty cells
-    and NaN are skipped. Raises UserError for any other cell and for double ids."""
-    header, rows = read_spreadsheet(path, "a table of labels", ["song_id"])
-    place, means, songs = header.index("song_id"), {}, set()
-    fresh = "take the file from a fresh copy of DEAM"
-    for line, cells in rows:
-        song = cells.pop(place)
-        try:
-            values = [plain_number(cell) for cell in cells if cell and cell.lower() != "nan"]
-            valid = re.fullmatch(r"[0-9]{1,9}(\.0)?", song) and all(
-                abs(value) <= 1 for value in values)
-        except ValueError:
-            valid = False
-        if not valid:
-            raise UserError(f"{path}, line {line}: not a song id and numbers from -1 to 1; {fresh}")
-        number = int(float(song))
-        if number in songs:
-            raise UserError(f"{path}, line {line}: song {number} appears twice; {fresh}")
-        songs.add(number)
+    and NaN are skipped. Raises UserError for other cells and tables that song_rows does not
+    take."""
+    means = {}
+    for line, song, row in song_rows(path):
+        values = [plain_number(cell) for cell in row.values() if cell and cell.lower() != "nan"]
+        if not all(abs(value) <= 1 for value in values):
+            raise UserError(f"{path}, line {line}: not numbers from -1 to 1; {FRESH_COPY}")
         if values:
-            means[number] = statistics.fmean(values)
+            means[song] = statistics.fmean(values)
     return means
 
 
-def only_content(paths, read):
-    """What read(path) gives for each of the paths. Raises UserError, naming two of them, unless
-    it is the same for all."""
+def one_table(paths, read):
+    """The first of the paths by name. Raises UserError, naming two of them, unless read(path) gives
+    the same for all."""
     first, *others = sorted(paths)
-    content = read(first)
     for path in others:
-        if read(path) != content:
+        if read(path) != read(first):
             raise UserError(f"two tables of labels that differ: {first} and {path}; keep one")
-    return content
+    return first
 
 
 def static_annotations(files, root):
@@ -107,21 +124,15 @@ def static_annotations(files, root):
     if not tables:
         raise UserError(f"no DEAM in {root}: {STATIC} is nowhere in it; unpack DEAM_Annotations "
                         "there")
-    return only_content(tables, read_annotations)
+    return read_annotations(one_table(tables, read_annotations))
 
 
 def dynamic_annotations(files):
     """{"valence": path, "arousal": path} of the annotations over time, where they are among the
     files. Raises UserError where two files of one name differ."""
-    found = {}
-    for name in DIMENSIONS:
-        tables = [path for path in files if path.name == f"{name}.csv"
-                  and "dynamic" in path.parent.name]
-        if len(tables) > 1:
-            only_content(tables, dynamic_means)
-        if tables:
-            found[name] = min(tables)
-    return found
+    found = {name: [path for path in files if path.name == f"{name}.csv"
+                    and "dynamic" in path.parent.name] for name in DIMENSIONS}
+    return {name: one_table(paths, dynamic_means) for name, paths in found.items() if paths}
 
 
 def read_splits(path):
@@ -138,21 +149,21 @@ def read_splits(path):
     return splits
 
 
-def own_splits(folder):
-    """The splits of a features folder or a run: its own, or the kit's. extract.py copies those it
-    used into the features folder, train.py into the run."""
+def splits_for(folder):
+    """The splits of a features folder or a run, or the kit's where it has none. extract.py copies
+    those it used into the features folder, train.py into the run."""
     own = Path(folder) / "splits.json"
     return read_splits(own if own.exists() else HERE / "splits.json")
 
 
-def fold_splits(fold, own):
+def fold_splits(fold, splits):
     """Splits of folds.json, no artist in two of them: test is fold `fold` of ten, val the next one,
-    train the others; of the songs of `own`, the splits of a features folder. Raises UserError."""
+    train the others; of the songs of these splits. Raises UserError."""
     content = read_json(HERE / "folds.json", "a file of folds", {"source": str, "folds": [[int]]})
-    folds, songs, source = content["folds"], set(songs_of(own)), content["source"]
+    folds, songs, source = content["folds"], set(songs_of(splits)), content["source"]
     if not songs >= set(sum(folds, [])):
         folds = [[song for song in each if song in songs] for each in folds]
-        source = f"{own['source']}; {source}"
+        source = f"{splits['source']}; {source}"
     val = (fold + 1) % len(folds)
     if not folds[fold] or not folds[val]:
         raise UserError(f"--fold {fold}: none of these songs is in fold {fold} or in fold {val}")
@@ -178,15 +189,12 @@ def splits_digest(splits):
 def download_deam():
     """The folder with DEAM's version 1, downloaded from Kaggle unless kagglehub has it already. An
     interrupted download is resumed. Raises UserError."""
+    archive = None
     try:
         import kagglehub  # here, because only this needs it and it is slow to load
 
         archive = Path(kagglehub.cache.get_cached_archive_path(
             kagglehub.handle.parse_dataset_handle(KAGGLE)))
-    except Exception as error:  # not installed, or no home folder
-        raise UserError(f"cannot use kagglehub ({error}): install it, or pass a folder with DEAM "
-                        "in it with --deam") from None
-    try:
         with one_at_a_time(archive.parent):
             folder = Path(kagglehub.dataset_download(KAGGLE))
     except Exception as error:  # requests', kagglehub's own and the system's, in many versions
@@ -212,18 +220,18 @@ def one_at_a_time(folder):
 def explain_download(error, archive):
     """One line on why a download failed and what to do. What is complete but not DEAM's archive is
     removed: kagglehub would go on with it."""
+    reason = " ".join(str(error).split())[:150] or type(error).__name__
+    if archive is None:  # kagglehub is not installed, or there is no home folder
+        return f"cannot use kagglehub ({reason}): install it, or pass a folder of DEAM with --deam"
     from requests import RequestException  # kagglehub's, which has been loaded
 
-    reason = " ".join(str(error).split())[:150] or type(error).__name__
-    code = getattr(error, "errno", None)
-    if code in (errno.ENOSPC, errno.EDQUOT):
-        return (f"no space left for DEAM in {archive.parent}: free some and rerun, which resumes, "
-                "or set KAGGLEHUB_CACHE to a folder on another disk")
-    if code in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return (f"cannot write DEAM to {archive.parent} ({error.strerror}): set KAGGLEHUB_CACHE to "
-                "a folder that you may write to")
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM,
+                                         errno.EROFS):
+        return (f"cannot write DEAM to {archive.parent} ({error.strerror}): make room there and "
+                "rerun, which resumes, or set KAGGLEHUB_CACHE to a folder on another disk that you "
+                "may write to")
     if type(error).__name__ == "DataCorruptionError" or (
-            not isinstance(error, RequestException) and archive.exists()):
+            archive.exists() and not isinstance(error, RequestException)):
         archive.unlink(missing_ok=True)
         return (f"what came from Kaggle is not DEAM's archive, or damaged ({reason}); it has been "
                 "removed: rerun to download it again")
@@ -250,11 +258,9 @@ def files_below(root, most=100_000):
 
 def corrected(annotations, swapped):
     """Annotations with valence and arousal exchanged for the [[lowest id, highest id], …]."""
-    def exchanged(labels):
-        return Labels(labels.arousal, labels.arousal_std, labels.valence, labels.valence_std)
-
-    return {song: exchanged(labels) if any(low <= song <= high for low, high in swapped)
-            else labels for song, labels in annotations.items()}
+    return {song: Labels(labels.arousal, labels.arousal_std, labels.valence, labels.valence_std)
+            if any(low <= song <= high for low, high in swapped) else labels
+            for song, labels in annotations.items()}
 
 
 def labels_of(annotations, songs):
@@ -279,6 +285,7 @@ def quadrant(values, threshold=0.0):
     high_valence, high_arousal = values[..., 0] >= threshold, values[..., 1] >= threshold
     return 1 * (~high_valence & high_arousal) + 2 * (~high_valence & ~high_arousal) + 3 * (
         high_valence & ~high_arousal)
+
 
 def find_deam(root):
     """(the folder, all files below it) of --deam. Raises UserError."""

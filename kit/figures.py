@@ -4,34 +4,27 @@ Captions say what was run, on which songs; colours are Okabe and Ito's, distinct
 colour-blind and in grey.
 """
 
-import contextlib
 import io
 import os
-import re
 import sys
+import textwrap
 
-BACKEND = os.environ.pop("MPLBACKEND", None)  # a notebook's, perhaps not installed; none is used
+os.environ.pop("MPLBACKEND", None)  # a notebook's, perhaps not installed; none is used
 import matplotlib
-
-if BACKEND is not None:  # for the notebook's own pictures
-    os.environ["MPLBACKEND"] = BACKEND
-    with contextlib.suppress(ValueError):
-        matplotlib.rcParams["backend"] = BACKEND
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties
-from matplotlib.textpath import text_to_path
 
 from kit.deam import DIMENSIONS, MOODS, QUADRANTS
 from kit.files import write_file
-from kit.metrics import with_interval
+from kit.metrics import predicted_values, true_values
+from kit.published import TEST_SONGS
+from kit.report import main_metrics, right_of_first, with_interval
 
 COLOURS = {"valence": "#0072b2", "arousal": "#d55e00", "train": "#009e73", "val": "#cc79a7",
            "grey": "#666666"}
 COLUMN = 8.5 / 2.54  # inches
-SCALE = {"xlim": (1, 9), "ylim": (1, 9), "xticks": range(1, 10), "yticks": range(1, 10),
-         "aspect": "equal"}  # of labels, both ways
-ABOVE = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": 2, "columnspacing": 1}
+# of labels, both ways; no aspect: with one, a long caption pushes words out of the page
+SCALE = {"xlim": (1, 9), "ylim": (1, 9), "xticks": range(1, 10), "yticks": range(1, 10)}
 DEFAULTS = {name: value for name, value in matplotlib.rcParamsDefault.items() if name != "backend"}
 # the same for everyone, whatever their matplotlibrc says; captions hold names of files: no formulas
 STYLE = {**DEFAULTS, "text.parse_math": False,
@@ -51,33 +44,17 @@ def draw_or_say(draw, *arguments):
               "on disk", file=sys.stderr)
 
 
-CAPTION = 5.2  # points
-
-
 def save(figure, folder, name, caption):
-    """Write a figure as PNG and PDF; each line of its caption as far as it fits."""
-    lines = [fitted(line, 0.94 * 72 * figure.get_figwidth()) for line in caption.split("\n")]
-    figure.suptitle("\n".join(lines), fontsize=CAPTION, color=COLOURS["grey"])
+    """Write a figure as PNG and PDF, with its caption above it, broken into lines that fit; a source
+    that would fill more than six lines ends with "…"."""
+    letters = round(66 * figure.get_figwidth() / COLUMN)  # so many fit, even capitals
+    lines = [textwrap.fill(line, letters, max_lines=6, placeholder=" …")
+             for line in caption.split("\n")]
+    figure.suptitle("\n".join(lines), fontsize=5.2, color=COLOURS["grey"])
     for kind, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None})):
         image = io.BytesIO()
         figure.savefig(image, format=kind, dpi=300, metadata=metadata)
         write_file(folder / f"{name}.{kind}", image.getvalue())
-
-
-def fitted(line, width):
-    """As many whole clauses of a line as fit into a width in points; of a first one that does not
-    fit alone its beginning and "…"."""
-    def fits(text):
-        font = FontProperties(size=CAPTION)
-        return text_to_path.get_text_width_height_descent(text, font, False)[0] <= width
-
-    clauses = re.split(r"(?<=[,;:.])(?= )|(?= · )", line)
-    for count in range(len(clauses), 0, -1):
-        text = line if count == len(clauses) else "".join(clauses[:count]).rstrip(" ,;:.")
-        if fits(text):
-            return text
-    return next(text for count in range(len(line), -1, -1)
-                if fits(text := line[:count].rstrip() + "…"))
 
 
 @matplotlib.rc_context(STYLE)
@@ -87,43 +64,42 @@ def draw_history(history, selected, lowest, level, folder, caption, published=No
     the curves of a published run's history, if there is one."""
     figure = Figure((COLUMN, 4.6))
     axes = figure.subplots(3, 1, sharex=True)
-    epochs = [row["epoch"] for row in history]
-    last = max(len(epochs), len(published or []))
+    last = max(len(history), len(published or []))
     titles = {"loss": "loss", "mse": "MSE (z-scored)", "mae": "MAE (z-scored)"}
+    epochs = ({selected: ("-", "selected"), lowest: ("-.", "lowest val loss")}
+              if selected != lowest else {selected: ("-", "selected, lowest val loss")})
     for axis, (name, title) in zip(axes, titles.items()):
-        for split, style in (("train", "-"), ("val", "--")):
-            if published:
-                axis.plot([row["epoch"] for row in published],
-                          [row[f"{split}_{name}"] for row in published], style, linewidth=0.5,
-                          color=COLOURS["grey"], label=f"{split}, published")
-            axis.plot(epochs, [row[f"{split}_{name}"] for row in history], style, marker=".",
-                      markersize=2, color=COLOURS[split], label=split)
+        plot_curves(axis, history, name, "", linewidth=1, zorder=3, marker=".", markersize=2)
         if name in level:
             axis.axhline(level[name], color="k", linewidth=0.6, linestyle=":",
                          label="val, predicting the mean")
-        axis.axvline(selected, color=COLOURS["grey"], linewidth=0.8, label="selected" if
-                     selected != lowest else "selected, lowest val loss")
-        if selected != lowest:
-            axis.axvline(lowest, color=COLOURS["grey"], linewidth=0.8, linestyle="-.",
-                         label="lowest val loss")
+        for epoch, (style, label) in epochs.items():
+            axis.axvline(epoch, color=COLOURS["grey"], linewidth=0.8, linestyle=style, label=label)
+        if published:
+            plot_curves(axis, published, name, ", published", linewidth=0.5,
+                        color=COLOURS["grey"])
         axis.set(ylabel=title, xlim=(0.5, last + 0.5), ylim=(0, 1.06 * axis.dataLim.y1))
         axis.xaxis.get_major_locator().set_params(integer=True)
     axes[-1].set_xlabel("epoch")
-    handles = sorted(zip(*axes[1].get_legend_handles_labels()), key=lambda each: (
-        each[1].endswith("published"), not each[1] in ("train", "val")))
-    figure.legend(*zip(*handles), loc="outside lower center", ncols=3, columnspacing=1)
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=3,
+                  columnspacing=1)
     save(figure, folder, "history", caption)
+
+
+def plot_curves(axis, history, name, note, **style):
+    """A loss or an error of train and val over epochs."""
+    for split, linestyle in (("train", "-"), ("val", "--")):
+        axis.plot([row["epoch"] for row in history], [row[f"{split}_{name}"] for row in history],
+                  linestyle, label=split + note, **{"color": COLOURS[split], **style})
 
 
 @matplotlib.rc_context(STYLE)
 def draw_true_vs_predicted(true, pred, numbers, folder, caption):
-    figure = Figure((2 * COLUMN, 3.75))
+    figure = Figure((2 * COLUMN, 3.9))
     axes = figure.subplots(1, 2)
     for n, (axis, dimension) in enumerate(zip(axes, DIMENSIONS)):
         scatter(axis, true[:, n], pred[:, n], dimension)
-        axis.set_title("   ".join(f"{label} {with_interval(numbers, dimension, key)}" for label, key
-                                  in (("R²", "r2"), ("r", "pearson"), ("CCC", "ccc"))),
-                       fontsize=5.5)
+        axis.set_title(main_metrics(numbers, dimension), fontsize=5.5)
     save(figure, folder, "true_vs_predicted", caption)
 
 
@@ -131,57 +107,26 @@ def scatter(axis, true, pred, dimension):
     """Predicted over true values [N] of a dimension."""
     axis.plot([1, 9], [1, 9], "k--", linewidth=0.7)
     axis.annotate("y = x", (8.4, 8.4), textcoords="offset points", xytext=(-5, 1), ha="right")
-    axis.scatter(true, pred, s=point_size(len(true)), alpha=0.6 if len(true) < 500 else 0.4,
-                 linewidth=0, color=COLOURS[dimension], marker={"valence": "o"}.get(dimension, "s"))
+    few = len(true) < 500
+    axis.scatter(true, pred, s=9 if few else 4, alpha=0.6 if few else 0.4, linewidth=0,
+                 color=COLOURS[dimension], marker={"valence": "o"}.get(dimension, "s"))
     axis.set(xlabel=f"true {dimension} (1–9)", ylabel=f"predicted {dimension} (1–9)", **SCALE)
-
-
-def point_size(count):
-    return 16 if count < 50 else 9 if count < 500 else 4
-
-
-def prepare_plane(axis):
-    """Valence to the right, arousal up, and the names of the quadrants."""
-    axis.set(xlabel="valence (1–9)", ylabel="arousal (1–9)", **SCALE)
-    axis.axhline(5, color="k", linewidth=0.6)
-    axis.axvline(5, color="k", linewidth=0.6)
-    for name, mood, x, y in zip(QUADRANTS, MOODS, (8.9, 1.1, 1.1, 8.9), (8.65, 8.65, 1.15, 1.15)):
-        axis.text(x, y, f"{name}: {mood}", ha="right" if x > 5 else "left", fontsize=5.5,
-                  weight="bold", color=COLOURS["grey"])
-
-
-@matplotlib.rc_context(STYLE)
-def draw_plane(true, pred, numbers, folder, caption):
-    r = {each: with_interval(numbers, "correlation", each) for each in ("true", "predicted")}
-    figure = Figure((COLUMN, 3.9))
-    axis = figure.subplots()
-    prepare_plane(axis)
-    size = point_size(len(true))
-    axis.scatter(*true.T, s=size, facecolors="none", edgecolors="#555555", linewidth=0.6,
-                 label=f"true, r {r['true']}")
-    axis.scatter(*pred.T, s=size, alpha=0.7, marker="^", color=COLOURS["val"], linewidth=0,
-                 label=f"predicted, r {r['predicted']}")
-    axis.legend(**ABOVE)
-    save(figure, folder, "plane", caption)
 
 
 @matplotlib.rc_context(STYLE)
 def draw_confusion(numbers, folder, caption, published=None):
     """confusion.png: counts and shares of each true quadrant; beside them those of a published run,
     if there is one."""
-    panels = 2 if published else 1
-    figure = Figure((panels * COLUMN, 3.5))
-    axes = figure.subplots(1, panels, squeeze=False)[0]
-    matrix(axes[0], numbers["confusion"])
-    right = with_interval(numbers, "quadrant", "accuracy", ".0%")
-    axes[0].set_title(f"quadrants right: {right}")
+    panels = [(numbers["confusion"], f"quadrants right of {np.sum(numbers['confusion'])}: "
+               + with_interval(numbers, "quadrant", "accuracy", ".0%"))]
     if published:
-        matrix(axes[1], published["confusion"])
-        low, high = published["quadrants_interval"]
-        count = np.sum(published["confusion"])
-        axes[0].set_title(f"this run, n = {np.sum(numbers['confusion'])}, right: {right}")
-        axes[1].set_title(f"published, the first {count} songs, right: "
-                          f"{published['quadrants_right'] / count:.0%} [{low:.0%}, {high:.0%}]")
+        panels.append((published["confusion"], f"published, right of {TEST_SONGS}: "
+                       + right_of_first(published)))
+    figure = Figure((len(panels) * COLUMN, 3.7))
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (counts, title) in zip(axes, panels):
+        matrix(axis, counts)
+        axis.set_title(title)
     save(figure, folder, "confusion", caption)
 
 
@@ -198,22 +143,7 @@ def matrix(axis, counts):
     axis.set(xlabel="predicted quadrant (share of the row)",
              ylabel="true quadrant", xticks=range(4), xticklabels=QUADRANTS,
              yticks=range(4), yticklabels=QUADRANTS)
-    axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-
-
-@matplotlib.rc_context(STYLE)
-def draw_histograms(true, pred, folder, caption):
-    figure = Figure((COLUMN, 3.3))
-    axes = figure.subplots(2, 1, sharex=True)
-    bins = np.arange(1, 9.1, 0.5)
-    for n, (axis, name) in enumerate(zip(axes, DIMENSIONS)):
-        axis.hist(pred[:, n], bins=bins, alpha=0.6, color=COLOURS[name], label=f"predicted {name}")
-        axis.hist(true[:, n], bins=bins, histtype="step", color="k", linewidth=0.8,
-                  label=f"true {name}")
-        axis.set(ylabel="songs", xlim=(1, 9), xticks=range(1, 10))
-        axis.legend(loc="upper left")
-    axes[-1].set_xlabel("1–9 scale")
-    save(figure, folder, "histograms", caption)
+    axis.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
 
 
 def caption_of(finetune, labels, songs, source):
@@ -221,31 +151,45 @@ def caption_of(finetune, labels, songs, source):
     return f"{finetune} · {labels} labels · {songs}\n{source}"
 
 
-def draw_report(true, pred, numbers, folder, caption, published=None):
-    """The four figures of a report; numbers: of `measure`; published: a run of published.json."""
-    noted = caption.replace("\n", " · [95% bootstrap intervals]\n", 1)
-    draw_true_vs_predicted(true, pred, numbers, folder, noted)
-    draw_plane(true, pred, numbers, folder, noted)
-    draw_confusion(numbers, folder, noted, published)
-    draw_histograms(true, pred, folder, caption)
+def draw_report(content, annotations, folder, published=None):
+    """The figures of a report. content: of metrics.json; published: a run of published.json."""
+    pred, numbers = content["predictions"], content["numbers"]
+    songs = list(map(int, pred))
+    caption = caption_of(content["finetune"], content["labels"], f"{content['split']}, "
+                         f"n = {len(songs)} · [95% CI]", content["source"])
+    draw_true_vs_predicted(true_values(annotations, songs), predicted_values(pred, songs), numbers,
+                           folder, caption)
+    draw_confusion(numbers, folder, caption, published)
 
 
 @matplotlib.rc_context(STYLE)
-def draw_song(times, values, spread, folder, name, caption):
+def draw_song(times, values, deviation, folder, name, caption):
     """One song: valence and arousal over time, values[windows, 2] at `times` (seconds, the middle
-    of each window), a band of ± their spread[2] over windows; and the path through the plane."""
+    of each window), a band of ± their standard deviation[2] over windows; and the path through the
+    plane."""
     figure = Figure((COLUMN, 6.2))
     over_time, plane = figure.subplots(2, 1, height_ratios=[1, 1.6])
     for n, (dimension, style) in enumerate(zip(DIMENSIONS, ("-o", "--s"))):
         mean = values[:, n].mean()
-        over_time.axhspan(mean - spread[n], mean + spread[n], color=COLOURS[dimension], alpha=0.15,
-                          linewidth=0)
+        over_time.axhspan(mean - deviation[n], mean + deviation[n], color=COLOURS[dimension],
+                          alpha=0.15, linewidth=0)
         over_time.plot(times, values[:, n], style, markersize=3, color=COLOURS[dimension],
-                       label=f"{dimension} {mean:.2f} ± {spread[n]:.2f}")
+                       label=f"{dimension} {mean:.2f} ± {deviation[n]:.2f}")
     over_time.set(xlabel="time (s), middle of the window", ylabel="1–9 scale", ylim=(1, 9),
                   yticks=range(1, 10, 2))
-    over_time.legend(**ABOVE)
-    prepare_plane(plane)
+    over_time.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, columnspacing=1)
+    draw_path(plane, times, values)
+    save(figure, folder, name, caption)
+
+
+def draw_path(plane, times, values):
+    """The way of a song through the plane: valence to the right, arousal up, time as colour."""
+    plane.set(xlabel="valence (1–9)", ylabel="arousal (1–9)", **SCALE)
+    plane.axhline(5, color="k", linewidth=0.6)
+    plane.axvline(5, color="k", linewidth=0.6)
+    for name, mood, x, y in zip(QUADRANTS, MOODS, (8.9, 1.1, 1.1, 8.9), (8.65, 8.65, 1.15, 1.15)):
+        plane.text(x, y, f"{name}: {mood}", ha="right" if x > 5 else "left", fontsize=5.5,
+                   weight="bold", color=COLOURS["grey"])
     plane.plot(*values.T, "-", color=COLOURS["grey"], linewidth=0.8)
     points = plane.scatter(*values.T, c=times, cmap="viridis", s=14, zorder=3)
     start_is_left = values[0, 0] <= values[-1, 0]
@@ -254,5 +198,4 @@ def draw_song(times, values, spread, folder, name, caption):
             plane.annotate(word, values[place], textcoords="offset points", fontsize=6,
                            xytext=(-4 if is_left else 4, 4), ha="right" if is_left else "left")
     if len(values) > 1:
-        figure.colorbar(points, label="time (s)", location="bottom", aspect=40)
-    save(figure, folder, name, caption)
+        plane.figure.colorbar(points, label="time (s)", location="bottom", aspect=40)

@@ -11,10 +11,9 @@ import math
 import numpy as np
 import torch
 
-from kit.deam import (DIMENSIONS, QUADRANTS, label_statistics, labels_of, quadrant, read_artists,
-                      songs_of)
+from kit.deam import DIMENSIONS, label_statistics, labels_of, quadrant, read_artists, songs_of
 from kit.files import json_digest
-from kit.published import TEST_SONGS, are_published, read_published
+from kit.published import TEST_SONGS, are_published, published_results
 
 # A variance below this is rounding alone: labels have one decimal, predictions six.
 EQUAL = 1e-13
@@ -24,30 +23,21 @@ YEARS = {"2013": (1, 1000), "2014": (1001, 2000)}  # ids of the songs annotated 
 
 
 def song_terms(true, pred):
-    """{name: float64[N]}, of true and pred [N, 2] on the 1–9 scale: terms of which `all_metrics`
+    """float64[30, N], of true and pred [N, 2] on the 1–9 scale: the terms of which `all_metrics`
     takes the means. Values are centred, so that differences of large means lose no digits."""
-    centre = true.mean(0)
-    error, true_quadrant, pred_quadrant = pred - true, quadrant(true, 5), quadrant(pred, 5)
-    t, p = true - centre, pred - centre
-    terms = {"true_product": t[:, 0] * t[:, 1], "pred_product": p[:, 0] * p[:, 1],
-             "error_product": error[:, 0] * error[:, 1],
-             "right": (true_quadrant == pred_quadrant).astype(float)}
-    for n, name in enumerate(DIMENSIONS):
-        terms |= {f"{name}_true": t[:, n], f"{name}_true_square": t[:, n] ** 2,
-                  f"{name}_pred": p[:, n], f"{name}_pred_square": p[:, n] ** 2,
-                  f"{name}_product": t[:, n] * p[:, n], f"{name}_square": error[:, n] ** 2,
-                  f"{name}_absolute": abs(error[:, n])}
-    for n, name in enumerate(QUADRANTS):
-        is_true, is_pred = (true_quadrant == n) * 1.0, (pred_quadrant == n) * 1.0
-        terms |= {f"{name}_true": is_true, f"{name}_pred": is_pred,
-                  f"{name}_both": is_true * is_pred}
-    return terms
+    # copies: numpy sums a row of its own as it does a vector, to the last digit
+    t, p, error = (values.T.copy() for values in (true - true.mean(0), pred - true.mean(0),
+                                                  pred - true))
+    is_true, is_pred = (np.eye(4)[:, quadrant(each, 5)] for each in (true, pred))
+    right = is_true * is_pred
+    return np.vstack([t, p, t**2, p**2, t * p, error**2, abs(error),  # of valence and arousal
+                      is_true, is_pred, right,  # of the four quadrants
+                      t[0] * t[1], p[0] * p[1], error[0] * error[1], right.sum(0)])
 
 
 def ratio(a, b, none=0.0):
     """a / b; `none` where b is 0 but for rounding."""
-    out = np.full(np.broadcast(a, b).shape, none)
-    return np.divide(a, b, out=out, where=np.asarray(b) > EQUAL)
+    return np.divide(a, b, out=np.full_like(b, none), where=b > EQUAL)
 
 
 def variance(mean, mean_square):
@@ -66,43 +56,36 @@ def r_squared(square, variance):
     return np.where(variance > 0, 1 - ratio(square, variance), 0.0)
 
 
-def regression(mean, name):
-    """Metrics of one dimension from means of `song_terms`; concordance (ccc): Lin 1989,
-    Biometrics 45."""
-    true, pred, square = mean[f"{name}_true"], mean[f"{name}_pred"], mean[f"{name}_square"]
-    var_true = variance(true, mean[f"{name}_true_square"])
-    var_pred = variance(pred, mean[f"{name}_pred_square"])
-    covariance = mean[f"{name}_product"] - true * pred
-    return {"mse": square, "rmse": np.sqrt(square), "mae": mean[f"{name}_absolute"],
+def all_metrics(mean):
+    """Everything that eval reports, from means [30, …] of `song_terms`. `ccc`: concordance (Lin
+    1989, Biometrics 45); `difference` is valence minus arousal, `correlation` of valence with
+    arousal; `excess` how much stronger the predicted one is than the true one."""
+    each, quadrants, (true_product, pred_product, error_product, right) = np.split(mean, [14, 26])
+    true, pred, true_square, pred_square, product, square, absolute = each.reshape(
+        7, 2, *mean.shape[1:])
+    is_true, is_pred, both = quadrants.reshape(3, 4, *mean.shape[1:])
+    var_true, var_pred = variance(true, true_square), variance(pred, pred_square)
+    covariance = product - true * pred
+    each = {"mse": square, "rmse": np.sqrt(square), "mae": absolute,
             "r2": r_squared(square, var_true),
             "pearson": correlation(covariance, var_true, var_pred),
             "ccc": ratio(2 * covariance, var_true + var_pred + (true - pred) ** 2)}
-
-
-def all_metrics(mean):
-    """Everything that eval reports, from means [...] of `song_terms`. `difference` is valence minus
-    arousal, `correlation` of valence with arousal; `excess` how much stronger the predicted one is
-    than the true one."""
-    metrics = {name: regression(mean, name) for name in DIMENSIONS}
-    metrics["average"] = {key: (metrics["valence"][key] + metrics["arousal"][key]) / 2
-                          for key in ("mse", "mae", "r2", "pearson", "ccc")}
-    var, cov = {}, {}
-    for kind in ("true", "pred"):
-        first, second = (mean[f"{name}_{kind}"] for name in DIMENSIONS)
-        var[kind] = [variance(mean[f"{name}_{kind}"], mean[f"{name}_{kind}_square"])
-                     for name in DIMENSIONS]
-        cov[kind] = mean[f"{kind}_product"] - first * second
-    square = mean["valence_square"] + mean["arousal_square"] - 2 * mean["error_product"]
-    metrics["difference"] = {"r2": r_squared(square, variance(0, sum(var["true"])
-                                                              - 2 * cov["true"]))}
-    r = {kind: correlation(cov[kind], *var[kind]) for kind in var}
-    metrics["correlation"] = {"true": r["true"], "predicted": r["pred"],
-                              "excess": abs(r["pred"]) - abs(r["true"])}
+    cov_true, cov_pred = true_product - true[0] * true[1], pred_product - pred[0] * pred[1]
+    r_true, r_pred = correlation(cov_true, *var_true), correlation(cov_pred, *var_pred)
     # a quadrant that is neither true nor predicted has no F1
-    f1 = [ratio(2 * mean[f"{name}_both"], mean[f"{name}_true"] + mean[f"{name}_pred"], math.nan)
-          for name in QUADRANTS]
-    metrics["quadrant"] = {"accuracy": mean["right"], "macro_f1": np.nanmean(f1, 0)}
-    return metrics
+    f1 = ratio(2 * both, is_true + is_pred, math.nan)
+    return {
+        **{name: {key: values[n] for key, values in each.items()}
+           for n, name in enumerate(DIMENSIONS)},
+        "difference": {"r2": r_squared(square.sum(0) - 2 * error_product,
+                                       variance(0, var_true.sum(0) - 2 * cov_true))},
+        "correlation": {"true": r_true, "predicted": r_pred, "excess": abs(r_pred) - abs(r_true)},
+        "quadrant": {"accuracy": right, "macro_f1": np.nanmean(f1, 0)}}
+
+
+def plain_metrics(true, pred):
+    """`all_metrics` of true and pred [N, 2]."""
+    return all_metrics(song_terms(true, pred).mean(1))
 
 
 def confusion(true, pred):
@@ -115,36 +98,44 @@ def confusion(true, pred):
 # --------------------------------------------------------------------------------------- intervals
 
 
-def means(terms):
-    return {name: values.mean() for name, values in terms.items()}
-
-
 @functools.lru_cache(4)  # a report resamples the same groups for several sets of terms
 def resampled_weights(groups, resamples=10_000):
     """int16[resamples, groups]: how often each group is drawn, with a fixed seed."""
-    generator, parts = np.random.default_rng(0), []
-    for _ in range(0, resamples, 1000):
-        drawn = generator.integers(0, groups, (1000, groups))
-        drawn += np.arange(1000)[:, None] * groups  # count all 1000 in one go
-        counts = np.bincount(drawn.ravel(), minlength=1000 * groups)
-        parts.append(counts.reshape(1000, groups).astype(np.int16))
-    return np.concatenate(parts)
+    generator, counts = np.random.default_rng(0), np.empty((resamples, groups), np.int16)
+    for row in counts:
+        row[:] = np.bincount(generator.integers(0, groups, groups), minlength=groups)
+    return counts
 
 
 def resampled_means(terms, groups):
-    """The means of the terms {name: float64[N]} over each of 10,000 resamples: {name:
-    float64[10,000]}. Whole groups of songs, groups[N], are drawn with replacement; two calls with
-    the same groups draw the same songs."""
+    """float64[K, 1 + 10,000] of terms[K, N]: the means over all songs, then those over each
+    resample. Whole groups of songs, groups[N], are drawn with replacement; two calls with the same
+    groups draw the same songs."""
     names, index = np.unique(groups, return_inverse=True)
     sums = np.zeros((len(names), len(terms) + 1))
-    np.add.at(sums, index, np.column_stack([*terms.values(), np.ones(len(groups))]))
+    np.add.at(sums, index, np.vstack([terms, np.ones(len(groups))]).T)
     totals = resampled_weights(len(names)) @ sums
-    return dict(zip(terms, (totals[:, :-1] / totals[:, -1:]).T))
+    return np.column_stack([terms.mean(1), (totals[:, :-1] / totals[:, -1:]).T])
 
 
-def interval(values):
-    """The 95% percentile interval (Efron & Tibshirani 1993), [low, high]."""
-    return np.nanquantile(values, [0.025, 0.975]).tolist()
+def resampled_metrics(true, pred, groups):
+    """`all_metrics` of true and pred [N, 2], each float64[1 + 10,000]."""
+    return all_metrics(resampled_means(song_terms(true, pred), groups))
+
+
+def mapped(function, *trees):
+    """Apply a function to the leaves of nested dicts of one shape."""
+    if not isinstance(trees[0], dict):
+        return function(*trees)
+    return {key: mapped(function, *(tree[key] for tree in trees)) for key in trees[0]}
+
+
+def with_intervals(resampled):
+    """{"metrics": values, "intervals": their 95% percentile intervals (Efron & Tibshirani 1993),
+    [low, high]} of nested dicts of float64[1 + resamples]."""
+    return {"metrics": mapped(lambda values: float(values[0]), resampled),
+            "intervals": mapped(lambda values: np.nanquantile(values[1:], [0.025, 0.975]).tolist(),
+                                resampled)}
 
 
 def wilson(right, count):
@@ -155,82 +146,64 @@ def wilson(right, count):
     return [(middle - half) / (1 + z**2 / count), (middle + half) / (1 + z**2 / count)]
 
 
-def mapped(function, *trees):
-    """Apply a function to the leaves of nested dicts of one shape."""
-    if not isinstance(trees[0], dict):
-        return function(*trees)
-    return {key: mapped(function, *(tree[key] for tree in trees)) for key in trees[0]}
-
-
-def with_intervals(terms, groups, function=all_metrics):
-    """(values, their intervals) of function(means of the terms)."""
-    return (mapped(float, function(means(terms))),
-            mapped(interval, function(resampled_means(terms, groups))))
-
-
 def artist_groups(ids):
     """The artist of each song, as a number; a song whose artist is not known is its own."""
     artists = read_artists()
     return np.array([artists.get(song, -song) for song in ids])
 
 
-def paired_difference(true, preds, others, groups):
-    """R², r, CCC and MSE of predictions less those of others of the same songs, as `with_intervals`
-    has them. preds, others: lists of [N, 2], a model each; with several to a side their metrics are
-    averaged, and every resample draws models as well as groups of songs."""
-    draw = np.random.default_rng(1)
-
-    def side(predictions, take):
-        each = [all_metrics(take(song_terms(true, pred))) for pred in predictions]
-        return mapped(lambda *values: average_of_drawn(values, draw), *(
-            {name: {key: metrics[name][key] for key in ("r2", "pearson", "ccc", "mse")}
-             for name in DIMENSIONS} for metrics in each))
-
-    values, intervals = (
-        mapped(np.subtract, side(preds, take), side(others, take))
-        for take in (means, lambda terms: resampled_means(terms, groups)))
-    return mapped(float, values), mapped(interval, intervals)
+def paired_difference(models, others):
+    """R², r, CCC and MSE of models less those of others on the same songs, with intervals. models,
+    others: lists of `resampled_metrics`; with several to a side their metrics are averaged, and
+    every resample draws models as well as groups of songs."""
+    generator = np.random.default_rng(1)
+    first, second = ({name: {key: average_of_drawn([each[name][key] for each in side], generator)
+                             for key in ("r2", "pearson", "ccc", "mse")} for name in DIMENSIONS}
+                     for side in (models, others))
+    return with_intervals(mapped(np.subtract, first, second))
 
 
 def average_of_drawn(values, generator):
-    """The average over models of a metric; of its resamples [R], that of as many models drawn with
-    replacement for each. Drawing from n models gives (n − 1)/n of the variance that other models
-    would, so what a draw deviates by is scaled up."""
+    """The average over models of a metric, values[models, 1 + resamples]; for each resample that of
+    as many models drawn with replacement. Drawing from n models gives (n − 1)/n of the variance
+    that other models would, so what a draw deviates by is scaled up."""
     values = np.array(values)
     average, count = values.mean(0), len(values)
-    if values.ndim == 1 or count == 1:
-        return average
-    drawn = np.take_along_axis(values, generator.integers(0, count, values.shape), 0).mean(0)
-    return average + (drawn - average) * math.sqrt(count / (count - 1))
+    if count > 1:
+        resamples = values[:, 1:]
+        drawn = np.take_along_axis(resamples, generator.integers(0, count, resamples.shape), 0)
+        average[1:] += (drawn.mean(0) - average[1:]) * math.sqrt(count / (count - 1))
+    return average
 
 
 # ------------------------------------------------------------------- what the labels allow to reach
 
 
 def noise_terms(true, deviation):
-    """Terms of `noise_ceiling`. deviation[N, 2]: the annotators' standard deviation of each song.
+    """float64[6, N]: terms of `noise_ceiling`. deviation[N, 2]: the annotators' for each song.
     DEAM gives it with ddof 0 over ten annotators, so the variance of their mean is σ²/9."""
-    noise, centred = deviation**2 / 9, true - true.mean(0)
-    return {f"{name}_{kind}": values[:, n] for n, name in enumerate(DIMENSIONS)
-            for kind, values in (("noise", noise), ("true", centred), ("square", centred**2))}
+    noise, centred = (deviation**2 / 9).T.copy(), (true - true.mean(0)).T.copy()
+    return np.vstack([noise, centred, centred**2])
 
 
 def noise_ceiling(mean):
     """The expected R² of predicting what infinitely many such annotators would say, the labels'
-    reliability: ICC(1, 10) of Shrout & Fleiss 1979, but for the degree of freedom of the songs'
-    mean. A sample can exceed it; its square root bounds r."""
-    return {name: {"r2": r_squared(mean[f"{name}_noise"], variance(
-        mean[f"{name}_true"], mean[f"{name}_square"]))} for name in DIMENSIONS}
+    reliability, from means [6, …] of `noise_terms`: ICC(1, 10) of Shrout & Fleiss 1979, but for the
+    degree of freedom of the songs' mean. A sample can exceed it; its square root bounds r."""
+    noise, centred, square = mean.reshape(3, 2, *mean.shape[1:])
+    r2 = r_squared(noise, variance(centred, square))
+    return {name: {"r2": r2[n]} for n, name in enumerate(DIMENSIONS)}
 
 
 def noise_free_accuracy(true, deviation):
     """The share of quadrants that a predictor without any error of its own would get right, since
     the labels have one: true values Gaussian with the labels' mean and their covariance less the
-    noise, labels Gaussian around them. Integrated over ±5 standard deviations."""
+    noise, labels Gaussian around them. Integrated over ±5 standard deviations. None where the
+    labels hold no noise, or nothing else."""
     noise, mean = (deviation**2).mean(0) / 9, true.mean(0)
     covariance = np.cov(true.T, ddof=0) - np.diag(noise)
     if noise.min() <= 0 or np.linalg.eigvalsh(covariance).min() <= 0:
-        return math.nan
+        return None
     z = np.linspace(-5, 5, 201)
     density = np.exp(-0.5 * z**2)
     density /= density.sum()
@@ -277,12 +250,6 @@ def predicted_values(pred, songs):
     return np.array([pred[str(song)] for song in songs])
 
 
-def deviations(annotations, songs):
-    """float64[N, 2]: the annotators' standard deviations of the songs' valence and arousal."""
-    return np.array([[annotations[song].valence_std, annotations[song].arousal_std]
-                     for song in songs])
-
-
 def label_digest(annotations, splits):
     """sha256 over the labels of the splits' songs and their standard deviations."""
     return json_digest({str(song): annotations[song] for song in songs_of(splits)})
@@ -294,110 +261,73 @@ def measure(annotations, ids, pred, ridge_pred, mean_label, groups):
     what is resampled, songs or artists."""
     true, pred, ridge_pred = (true_values(annotations, ids), predicted_values(pred, ids),
                               predicted_values(ridge_pred, ids))
-    deviation, quadrants = deviations(annotations, ids), np.bincount(quadrant(true, 5), minlength=4)
-    metrics, intervals = with_intervals(song_terms(true, pred), groups)
-    linear, linear_intervals = with_intervals(song_terms(true, ridge_pred), groups)
-    constant = all_metrics(means(song_terms(true, np.broadcast_to(mean_label, true.shape))))
-    numbers = {"metrics": metrics, "intervals": intervals, "confusion": confusion(true, pred),
-               "baselines": {"ridge": linear, "training mean": mapped(float, constant)},
-               "ridge_intervals": linear_intervals}
-    for name, (values, edges) in {
-            "less_ridge": paired_difference(true, [pred], [ridge_pred], groups),
-            "noise_ceiling": with_intervals(noise_terms(true, deviation), groups, noise_ceiling)
-            }.items():
-        numbers[name] = {"metrics": values, "intervals": edges}
-    numbers["confusion"] = numbers["confusion"].tolist()
-    numbers["quadrants"] = {
-        "largest_share": float(quadrants.max() / len(true)),
-        "noise_free_accuracy": finite(noise_free_accuracy(true, deviation)),
-        "on_a_border": float((true == 5).any(1).mean())}
-    return numbers
-
-
-def finite(value):
-    return value if math.isfinite(value) else None
+    deviation = np.array([[annotations[song].valence_std, annotations[song].arousal_std]
+                          for song in ids])
+    network, linear = (resampled_metrics(true, each, groups) for each in (pred, ridge_pred))
+    ridge_numbers, constant = with_intervals(linear), np.broadcast_to(mean_label, true.shape)
+    ceiling = noise_ceiling(resampled_means(noise_terms(true, deviation), groups))
+    return {
+        **with_intervals(network), "confusion": confusion(true, pred).tolist(),
+        "baselines": {"ridge": ridge_numbers["metrics"],
+                      "training mean": mapped(float, plain_metrics(true, constant))},
+        "ridge_intervals": ridge_numbers["intervals"],
+        "less_ridge": paired_difference([network], [linear]),
+        "noise_ceiling": with_intervals(ceiling),
+        "quadrants": {
+            "largest_share": float(np.bincount(quadrant(true, 5)).max() / len(true)),
+            "noise_free_accuracy": noise_free_accuracy(true, deviation),
+            "on_a_border": float((true == 5).any(1).mean())}}
 
 
 def measure_split(annotations, splits, split, pred, ridge_pred):
     """`measure` for a split, songs resampled; z-scored errors; for the published test split also
-    the songs of artists that the model never heard."""
+    what the notebooks print, and the songs of artists that the model never heard."""
     ids, known = splits[split], splits["train"] + splits["val"]
     mean_label = true_values(annotations, splits["train"]).mean(0)
     numbers = measure(annotations, ids, pred, ridge_pred, mean_label, np.array(ids))
-    mean, std = (value.tolist() for value in label_statistics(annotations, known))
-    numbers |= {"label_mean": mean, "label_std": std, "z_scored": {
-        name: {"mse": numbers["metrics"][name]["mse"] / scale**2,
-               "mae": numbers["metrics"][name]["mae"] / scale}
-        for name, scale in zip(DIMENSIONS, std)}}
+    std = label_statistics(annotations, known)[1].tolist()
+    numbers["z_scored"] = {name: {"mse": numbers["metrics"][name]["mse"] / scale**2,
+                                  "mae": numbers["metrics"][name]["mae"] / scale}
+                           for name, scale in zip(DIMENSIONS, std)}
     if split == "test" and are_published(splits):
-        numbers["published"] = beside_published(true_values(annotations, ids),
-                                                predicted_values(pred, ids), np.array(std))
-        artists = read_artists()
+        first, artists = ids[:TEST_SONGS], read_artists()
         heard = {artists[song] for song in known}
         unseen = [song for song in ids if artists[song] not in heard]
-        terms = song_terms(true_values(annotations, unseen), predicted_values(pred, unseen))
-        metrics, intervals = with_intervals(terms, np.array(unseen))
-        numbers["unseen_artists"] = {"songs": len(unseen), "metrics": metrics,
-                                     "intervals": intervals}
+        numbers["published"] = {**published_results(), "this_run": as_published(
+            true_values(annotations, first), predicted_values(pred, first), std)}
+        numbers["unseen_artists"] = {"songs": len(unseen), **with_intervals(resampled_metrics(
+            true_values(annotations, unseen), predicted_values(pred, unseen), np.array(unseen)))}
     return numbers
 
 
-def beside_published(true, pred, std):
-    """What the notebooks print of their test songs, and the same of these predictions."""
-    true, pred, content = true[:TEST_SONGS], pred[:TEST_SONGS], read_published()
-    metrics = mapped(float, all_metrics(means(song_terms(true, pred))))
-    mse, counts = [metrics[name]["mse"] for name in DIMENSIONS], confusion(true, pred)
-    z_mse = [value / scale**2 for value, scale in zip(mse, std.tolist())]
-    this_run = {"test_mse": mse, "test_z_mse_each": z_mse, "test_z_mse": sum(z_mse) / 2,
-                "quadrants_right": int(counts.trace()), "confusion": counts.tolist(),
-                "predicted_correlation": metrics["correlation"]["predicted"],
-                "true_correlation": metrics["correlation"]["true"]}
-    runs = {name: {key: value for key, value in run.items() if key not in ("columns", "epochs")}
-            for name, run in content["runs"].items()}
-    for each in runs.values():
-        each["true_correlation"] = content["labels"]["true_correlation_first_160_test"]
-    runs["this_run"] = this_run
-    for each in runs.values():
-        each["quadrants_interval"] = wilson(each["quadrants_right"], TEST_SONGS)
-    return {key: content[key] for key in ("source", "protocol", "confusion_order")} | runs
+def as_published(true, pred, std):
+    """What the notebooks print of predictions, as a run in published.json has it."""
+    metrics, counts = mapped(float, plain_metrics(true, pred)), confusion(true, pred)
+    mse = [metrics[name]["mse"] for name in DIMENSIONS]
+    z_mse = [value / scale**2 for value, scale in zip(mse, std)]
+    return {"test_mse": mse, "test_z_mse_each": z_mse, "test_z_mse": sum(z_mse) / 2,
+            "quadrants_right": int(counts.trace()), "confusion": counts.tolist(),
+            "predicted_correlation": metrics["correlation"]["predicted"],
+            "true_correlation": metrics["correlation"]["true"]}
 
 
-def measure_folds(annotations, folds):
+def measure_folds(annotations, folds, pred, ridge_pred, mean_labels):
     """`measure` for folds together, artists resampled, with the standard deviation of R² over the
-    folds and R² by year. folds: a list of (ids, predictions, ridge's, mean label of its training
-    songs[2])."""
-    ids = [song for fold in folds for song in fold[0]]
-    pred, ridge_pred = ({song: values for fold in folds for song, values in fold[n].items()}
-                        for n in (1, 2))
-    mean_label = np.concatenate([np.tile(fold[3], (len(fold[0]), 1)) for fold in folds])
-    numbers = measure(annotations, ids, pred, ridge_pred, mean_label, artist_groups(ids))
-
-    def r2(songs):
-        terms = song_terms(true_values(annotations, songs), predicted_values(pred, songs))
-        metrics = all_metrics(means(terms))
-        return {name: float(metrics[name]["r2"]) for name in DIMENSIONS}
-
-    each = [r2(fold[0]) for fold in folds]
-    numbers["r2_over_folds"] = mapped(lambda *values: float(np.std(values, ddof=1)), *each)
-    numbers["r2_by_year"] = {year: r2(songs) for year, (low, high) in YEARS.items()
-                             if len(songs := [song for song in ids if low <= song <= high]) > 1}
+    folds and R² by year. folds: lists of song ids; mean_labels[folds, 2]: of the songs that each
+    was trained on."""
+    ids, counts = sum(folds, []), list(map(len, folds))
+    numbers = measure(annotations, ids, pred, ridge_pred, np.repeat(mean_labels, counts, 0),
+                      artist_groups(ids))
+    years = {year: [song for song in ids if low <= song <= high]
+             for year, (low, high) in YEARS.items()}
+    r2 = [r2_of(annotations, songs, pred) for songs in folds]
+    numbers["r2_over_folds"] = mapped(lambda *values: float(np.std(values, ddof=1)), *r2)
+    numbers["r2_by_year"] = {year: r2_of(annotations, songs, pred)
+                             for year, songs in years.items() if len(songs) > 1}
     return numbers
 
 
-# ------------------------------------------------------------------------------------------- words
-
-
-
-def rounded(value, digits=".2f"):
-    """A number as reports show it: "−0.52"; two or more digits before the point need none after."""
-    if abs(value) >= 1000:
-        return "<−999" if value < 0 else ">999"
-    digits = digits.replace(".2f", ".0f") if abs(value) >= 10 else digits
-    return f"{value:{digits.replace('.', 'z.')}}".replace("-", "−")  # z: no minus zero
-
-
-def with_interval(numbers, name, key, digits=".2f"):
-    """"0.52 [0.41, 0.60]": a metric with its interval."""
-    value, edges = numbers["metrics"][name][key], numbers["intervals"][name][key]
-    low, high = (rounded(each, digits) for each in edges)
-    return f"{rounded(value, digits)} [{low}, {high}]"
+def r2_of(annotations, songs, pred):
+    """{dimension: R²} of the predictions of some songs."""
+    metrics = plain_metrics(true_values(annotations, songs), predicted_values(pred, songs))
+    return {name: float(metrics[name]["r2"]) for name in DIMENSIONS}

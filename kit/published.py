@@ -21,9 +21,16 @@ def are_published(splits):
 
 
 def run_like(options):
-    """The name of the published run to compare one with these options with."""
+    """The published run to compare one with these options with."""
     no_penalties = options["lambda_corr"] == options["lambda_var"] == 0
-    return "no_penalties" if no_penalties else "penalties"
+    return read_published()["runs"]["no_penalties" if no_penalties else "penalties"]
+
+
+def published_results():
+    """{run: what is published of its test songs}: its facts without the curves."""
+    curves = "columns", "epochs"
+    return {name: {fact: value for fact, value in run.items() if fact not in curves}
+            for name, run in read_published()["runs"].items()}
 
 
 def published_history(config):
@@ -31,12 +38,14 @@ def published_history(config):
     configuration with; None unless it is about the same songs and labels."""
     if config["splits"] != SPLITS_DIGEST or config["options"]["labels"] != "shipped":
         return None
-    run = read_published()["runs"][run_like(config["options"])]
+    run = run_like(config["options"])
     return [dict(zip(run["columns"], row)) for row in run["epochs"]]
 
 
 def beside_evaluation(content, config):
     """The published run to show beside an evaluation's `content`; None unless it is about the same
     songs and labels."""
-    published = content["numbers"].get("published")
-    return published[run_like(config)] if published and content["labels"] == "shipped" else None
+    if "published" not in content["numbers"] or content["labels"] != "shipped":
+        return None
+    labels = read_published()["labels"]
+    return {**run_like(config), "true_correlation": labels["true_correlation_first_160_test"]}

@@ -294,7 +294,7 @@ def predictions_table(predictions, annotations):
 
 PACKED = ("manifest.json splits.json config.json history.csv digests.csv model.pt "
           "history.png history.pdf").split()
-FIGURES = "true_vs_predicted", "plane", "confusion", "histograms"
+FIGURES = "true_vs_predicted", "confusion"
 EVALUATED = ["metrics.json", "predictions.csv", *(f"{figure}.{kind}" for figure in FIGURES
                                                   for kind in ("png", "pdf"))]
 

@@ -26,8 +26,8 @@ def audit_labels(deam):
         if len(values) < 10:
             continue
         drawn = generator.integers(0, len(values), (4000, len(values)))
-        resampled = np.concatenate([evidence(correlations(values[some]))
-                                    for some in np.array_split(drawn, 20)])
+        resampled = np.concatenate([evidence(correlations(values[part]))
+                                    for part in np.array_split(drawn, 20)])
         interval = np.quantile(resampled, [0.0005, 0.9995])
         swapped = True if interval[0] > 0 else False if interval[1] < 0 else None
         r = correlations(values)

@@ -8,19 +8,25 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
+from urllib.parse import urljoin
 
+import huggingface_hub
+import safetensors.torch
 import torch
 import torchaudio
 
-from kit.cli import UserError
 from exact import Exact
+from kit.cli import UserError
 from kit.files import file_digest, load_tensors, read_json, sha256, shortened
-from kit.hub import PROCESSORS, REPOSITORY, fetch_repository, file_in, shards_of
 from kit.schema import check_schema
 
-POSITION = "encoder.transformer.pos_conv_embed.conv."
+REPOSITORY = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+INDEX = ".index.json"  # lists the files, called shards, over which weights are distributed
+WEIGHTS = ("model.safetensors", "model.safetensors" + INDEX,  # in transformers' order
+           "pytorch_model.bin", "pytorch_model.bin" + INDEX)
+PROCESSORS = "processor_config.json", "preprocessor_config.json"
 # What a Hugging Face config.json may leave out: transformers' own defaults, those of wav2vec2-base.
-# Its other fields concern heads, pretraining and masks in training, but for those of UNSUPPORTED.
+# Its other fields concern heads, pretraining and masks in training, but for those of SUPPORTED.
 HUGGING_FACE = {
     "feat_extract_norm": "group", "conv_dim": [512] * 7, "conv_kernel": [10, 3, 3, 3, 3, 2, 2],
     "conv_stride": [5, 2, 2, 2, 2, 2, 2], "conv_bias": False, "hidden_size": 768,
@@ -30,21 +36,18 @@ HUGGING_FACE = {
     "do_stable_layer_norm": False, "layerdrop": 0.1, "layer_norm_eps": 1e-5}
 CONFIGURATION = {name: [int] if isinstance(value, list) else type(value)
                  for name, value in HUGGING_FACE.items()}
-UNSUPPORTED = {  # field: (the value that it may have, what another one means)
-    "hidden_act": ("gelu", "an activation function other than gelu"),
-    "feat_extract_activation": ("gelu", "an activation function other than gelu"),
-    "adapter_attn_dim": (None, "attention adapters (as in MMS)"),
-    "feat_proj_layer_norm": (True, "a feature projection without layer norm"),
-    "conv_pos_batch_norm": (False, "batch norm in the positional convolution"),
-    "quantization_config": (None, "quantized weights")}
-UNSUPPORTED_NAMES = {  # what a part of a tensor's name says, with or without a config.json
-    ".adapter_layer.": "attention adapters (as in MMS)", "lora_": "LoRA adapters",
-    "pos_conv_embed.batch_norm.": "batch norm in the positional convolution",
-    "gru_rel_pos": "WavLM's position bias"}
+SUPPORTED = {  # the values that a field may have; the first is meant where it is left out
+    "model_type": ("wav2vec2", "hubert"), "hidden_act": ("gelu",),
+    "feat_extract_activation": ("gelu",), "feat_proj_layer_norm": (True,),
+    "conv_pos_batch_norm": (False,), "adapter_attn_dim": (None,), "quantization_config": (None,)}
 PROCESSOR = {"feature_extractor_type": "Wav2Vec2FeatureExtractor", "sampling_rate": int,
              "do_normalize": bool}
-BEGINNINGS = {b"version https://git-lfs": "a Git LFS pointer to them: run git lfs pull",
-              b"<": "an HTML page", b"\x89HDF": "an HDF5 file, as TensorFlow writes it"}
+RENAMED = {  # how names begin in Hugging Face's state dicts, and in torchaudio's
+    "feature_extractor.": "feature_extractor.",
+    "feature_projection.": "encoder.feature_projection.", "encoder.": "encoder.transformer."}
+POSITION = "encoder.transformer.pos_conv_embed.conv."  # the positional convolution
+WEIGHT_NORM = (("weight_g", "weight_v"),  # length and direction, in either spelling
+               ("parametrizations.weight.original0", "parametrizations.weight.original1"))
 
 
 class Weights(NamedTuple):
@@ -58,31 +61,38 @@ class Weights(NamedTuple):
 
 def find_weights(name):
     """The Weights that --weights names. Raises UserError."""
+    # not WavLM's: its layers share one position bias, and cannot run on cached states
     bundles = {key: value for key, value in vars(torchaudio.pipelines).items()
-               if isinstance(value, torchaudio.pipelines.Wav2Vec2Bundle)}
+               if isinstance(value, torchaudio.pipelines.Wav2Vec2Bundle)
+               and value._model_type == "Wav2Vec2"}
     if name in bundles:
         return bundle_weights(name, bundles[name])
     if os.path.isdir(name):
         return local_weights(Path(name), Path(name).resolve().name)
     if os.path.isfile(name):
-        if re.search(r"-of-(?!00001)\d{5}\.", Path(name).name):
-            raise UserError(f"{name} is one of several shards: name their folder or index")
         return local_weights(Path(name).parent, Path(name).name, Path(name))
     if REPOSITORY.fullmatch(name) and not os.path.isdir(os.path.dirname(name)):
         folder, commit = fetch_repository(name)
         return local_weights(folder, name.partition("@")[0], commit=commit)
-    raise UserError(f"--weights {name}: no such file or folder, Hugging Face repository "
-                    f"(owner/name) or bundle; bundles: {', '.join(sorted(bundles))}")
+    raise UserError(f"no backbone {name}: there is no such file or folder; --weights also takes a "
+                    "Hugging Face repository (owner/name) or one of torchaudio's bundles, "
+                    f"{', '.join(sorted(bundles))}")
 
 
 def bundle_weights(name, bundle):
-    if bundle._model_type == "WavLM":
-        raise UserError(f"{name} is a WavLM: its layers share one position bias, so the top layers "
-                        "cannot be run on cached states; choose a WAV2VEC2_… or HUBERT_… bundle")
+    """Of one of torchaudio's bundles."""
+    try:
+        state = dict(torchaudio.pipelines._wav2vec2.utils._get_state_dict(
+            bundle._path, {"progress": sys.stderr.isatty()}))
+    except Exception as error:  # urllib's, or torch.load's on a damaged download
+        url = urljoin("https://download.pytorch.org/torchaudio/models/", bundle._path)
+        reason = str(error).partition("\n")[0][:150]
+        raise UserError(f"cannot get the weights of {name} ({reason}): check the network, or fetch "
+                        f"{url} elsewhere and put it into {Path(torch.hub.get_dir())}/checkpoints, "
+                        "in place of a damaged file perhaps") from None
     # torchaudio's z-score has layer_norm's epsilon; the Hugging Face processor's is 1e-7
-    return Weights({**bundle._params, "aux_num_out": None}, downloaded(bundle, name),
-                   int(bundle.sample_rate), 1e-5 if bundle._normalize_waveform else None,
-                   {"name": name}, name)
+    return Weights({**bundle._params, "aux_num_out": None}, state, int(bundle.sample_rate),
+                   1e-5 if bundle._normalize_waveform else None, {"name": name}, name)
 
 
 def local_weights(folder, name, file=None, commit=None):
@@ -90,29 +100,73 @@ def local_weights(folder, name, file=None, commit=None):
     it. A file may do without: it is of the base architecture, and z-scored where its names are
     Hugging Face's."""
     config = folder / "config.json"
-    bare = file is not None and not os.path.lexists(config)
-    params = ({**torchaudio.pipelines.WAV2VEC2_BASE._params, "aux_num_out": None} if bare
-              else read_architecture(config))
+    if file is None or os.path.lexists(config):
+        params, architecture = read_architecture(config), str(config)
+    else:
+        params = {**torchaudio.pipelines.WAV2VEC2_BASE._params, "aux_num_out": None}
+        architecture = "wav2vec2-base, for want of a config.json beside them"
     processor, file = read_processor(folder), file or file_in(folder, name)
-    state = read_state(file)
+    state, renamed = in_torchaudios_names(read_state(file))
     if processor is None:
         processor = {"sampling_rate": 16000,
-                     "do_normalize": not (bare and in_torchaudios_names(state))}
-    return Weights(params, from_hugging_face(state), processor["sampling_rate"],
+                     "do_normalize": renamed or architecture == str(config)}
+    return Weights(params, state, processor["sampling_rate"],
                    1e-7 if processor["do_normalize"] else None, source_of(file, name, commit),
-                   "wav2vec2-base, for want of a config.json beside them" if bare else str(config))
+                   architecture)
+
+
+def weights_name(source):
+    """What --weights is to be to find a manifest's `source` again."""
+    return source["name"] + (f"@{source['revision']}" if source.get("revision") else "")
+
+
+def fetch(repository, commit, name, optional=False):
+    """The path of a repository's file, downloaded unless huggingface_hub's cache has it; None where
+    the commit has none. optional: None also where, offline, the cache does not know."""
+    known = huggingface_hub.try_to_load_from_cache(repository, name, revision=commit)
+    offline = huggingface_hub.is_offline_mode()
+    if known is huggingface_hub._CACHED_NO_EXIST or not known and offline and optional:
+        return None
+    try:
+        return Path(huggingface_hub.hf_hub_download(repository, name, revision=commit))
+    except huggingface_hub.errors.RemoteEntryNotFoundError:
+        return None
+
+
+def fetch_repository(name):
+    """Download a Hugging Face repository's configuration and weights, or find them in
+    huggingface_hub's cache → (folder, the commit it is at). Raises UserError."""
+    repository, revision = REPOSITORY.fullmatch(name).groups()
+    try:
+        folder = Path(huggingface_hub.hf_hub_download(repository, "config.json",
+                                                      revision=revision)).parent
+        commit = folder.name  # of all files, though the branch may move on meanwhile
+        # a cache filled by others may not know of the newer of the two files
+        older = fetch(repository, commit, PROCESSORS[1])
+        fetch(repository, commit, PROCESSORS[0], optional=older is not None)
+        files = (fetch(repository, commit, file, optional=True) for file in WEIGHTS)
+        file = next(filter(None, files), None)
+        for shard in shards_of(file) if file else ():
+            fetch(repository, commit, shard.name)
+    except UserError:
+        raise
+    except huggingface_hub.errors.RemoteEntryNotFoundError:
+        raise UserError(f"{name} is not a wav2vec2 repository: it has no config.json") from None
+    except Exception as error:  # the hub's own, its HTTP client's, the system's: many kinds
+        reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
+        raise UserError(f"cannot get {name} from Hugging Face ({reason[:150]}): check the name and "
+                        "the network, or download its files elsewhere and pass the folder with "
+                        "--weights") from None
+    return folder, commit
 
 
 def read_architecture(file):
     """torchaudio's parameters, and `layer_norm_eps`, of a Hugging Face config.json."""
-    given = read_json(file, "a Hugging Face configuration", {str: object})
-    model_type = given.get("model_type")
-    if model_type not in ("wav2vec2", "hubert"):
-        raise UserError(f"{file}: not supported: model_type {model_type!r}, only wav2vec2 and "
-                        "hubert")
-    for field, (value, meaning) in UNSUPPORTED.items():
-        if given.get(field, value) != value:
-            raise UserError(f"{file}: not supported: {meaning} ({field} {given[field]!r})")
+    given = read_json(file, "a Hugging Face configuration", {"model_type": str})
+    for field, values in SUPPORTED.items():
+        if given.get(field, values[0]) not in values:
+            raise UserError(f"{file}: not supported: {field} {given[field]!r}, only "
+                            f"{' and '.join(map(repr, values))}")
     config = HUGGING_FACE | given
     check_schema(config, CONFIGURATION, f"{file} describes no network of this kind")
     lengths = {len(config[field]) for field in ("conv_dim", "conv_kernel", "conv_stride")}
@@ -144,28 +198,39 @@ def read_processor(folder):
     return None
 
 
-def weights_name(source):
-    """What --weights is to be to find a manifest's `source` again."""
-    return source["name"] + (f"@{source['revision']}" if source.get("revision") else "")
+def file_in(folder, name):
+    """The file of weights in a folder, or the index of its shards."""
+    for file in WEIGHTS:
+        if os.path.lexists(folder / file):
+            return folder / file
+    raise UserError(f"no weights in {name}: it has none of {', '.join(WEIGHTS)}")
+
+
+def shards_of(file):
+    """The files that hold the tensors of a file of weights, by name: of an index the shards that it
+    lists, else the file itself. Raises UserError."""
+    if not file.name.endswith(INDEX):
+        return [file]
+    index = read_json(file, "an index of shards", {"weight_map": {str: str}})
+    names = sorted(set(index["weight_map"].values()))
+    if not names or any(Path(name).name != name for name in names):
+        raise UserError(f"{file} is not an index of shards: it has to name files beside it")
+    return [file.parent / name for name in names]
 
 
 def source_of(file, name, revision):
     """The sha256 of shards is that of what sha256sum prints of them, in the order of names."""
-    shards = sorted(set(shards_of(file).values()))
-    digests = [f"{file_digest(shard)}  {shard.name}\n" for shard in shards]
-    return {"name": name, "revision": revision, "file": file.name,
-            "sha256": sha256("".join(digests).encode()) if shards else file_digest(file)}
+    if (shards := shards_of(file)) == [file]:
+        digest = file_digest(file)
+    else:
+        lines = [f"{file_digest(shard)}  {shard.name}\n" for shard in shards]
+        digest = sha256("".join(lines).encode())
+    return {"name": name, "revision": revision, "file": file.name, "sha256": digest}
 
 
 def read_state(file):
     """The tensors of a file, or of all shards of an index. Raises UserError."""
-    shards = shards_of(file)
-    if not shards:
-        return read_file(file)
-    content = {shard: read_file(shard) for shard in set(shards.values())}
-    if lacking := [name for name, shard in shards.items() if name not in content[shard]]:
-        raise UserError(f"{file} names shards that do not hold {shortened(lacking)}")
-    return {name: content[shard][name] for name, shard in shards.items()}
+    return {name: value for shard in shards_of(file) for name, value in read_file(shard).items()}
 
 
 def read_file(file):
@@ -175,77 +240,36 @@ def read_file(file):
             beginning = opened.read(100)
     except OSError as error:
         raise UserError(f"cannot read a file of weights {file}: {error.strerror}") from None
-    content = next((what for start, what in BEGINNINGS.items()
-                    if beginning.lstrip().startswith(start)), None)
-    if not content and not re.search(rb"[\0-\x08\x0e-\x1f]", beginning):
-        text = beginning.decode(errors="replace").strip().partition("\n")[0]
-        content = f"a text ({text[:50]} …)" if text else "empty"
-    if content:
-        raise UserError(f"{file} is not a file of weights: it is {content}")
+    if not re.search(rb"[\0-\x08\x0e-\x1f]", beginning):
+        text = " ".join(beginning.decode(errors="replace").split())[:60]
+        content = f"a text, {text!r}" if text else "empty"
+        raise UserError(f"{file} is not a file of weights: it is {content}; download it again, a "
+                        "Git LFS pointer with git lfs pull")
     if beginning[8:9] == b"{":  # safetensors' header, behind its length
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         try:
-            return load_file(file)
-        except (SafetensorError, OSError, ValueError) as error:
+            return safetensors.torch.load_file(file)
+        except (safetensors.SafetensorError, OSError, ValueError) as error:
             raise UserError(f"{file} is not a file of weights: damaged ({error})") from None
     state = load_tensors(file, "a file of weights")
     check_schema(state, {str: torch.Tensor}, f"{file} is not a state dict")
     return state
 
 
-def downloaded(bundle, name):
-    try:
-        return dict(torchaudio.pipelines._wav2vec2.utils._get_state_dict(
-            bundle._path, {"progress": sys.stderr.isatty()}))
-    except OSError as error:  # urllib's errors are OSErrors
-        url = bundle._path
-        if not url.startswith("https"):
-            url = f"https://download.pytorch.org/torchaudio/models/{url}"
-        raise UserError(f"cannot download the weights of {name} ({error}): fetch {url} elsewhere "
-                        f"and place it in {Path(torch.hub.get_dir()) / 'checkpoints'}, or pass it "
-                        "with --weights") from None
-    except Exception as error:  # torch.load's, on a damaged download
-        raise UserError(f"the downloaded weights of {name} are damaged ({error}): delete them from "
-                        f"{Path(torch.hub.get_dir()) / 'checkpoints'} and rerun") from None
-
-
-def without_prefix(state):
-    """Of a model with heads only the backbone, whose names begin with `wav2vec2.` or `hubert.`; a
-    state dict without such names stays as it is."""
+def in_torchaudios_names(state):
+    """(state dict in torchaudio's names, whether it was in Hugging Face's). Of a Hugging Face model
+    with heads only the backbone, whose names begin with `wav2vec2.` or `hubert.`, stays."""
     for prefix in ("wav2vec2.", "hubert."):
         if any(name.startswith(prefix) for name in state):
-            return {name.removeprefix(prefix): value for name, value in state.items()
-                    if name.startswith(prefix)}
-    return state
-
-
-def in_torchaudios_names(state):
-    return any(name.startswith("encoder.transformer.") for name in without_prefix(state))
-
-
-def from_hugging_face(state):
-    """Rename a Hugging Face wav2vec2 or HuBERT state dict to torchaudio's names, parts that only
-    heads and pretraining need dropped; one in torchaudio's names keeps them."""
-    state, renamed = without_prefix(state), {}
-    if in_torchaudios_names(state):
-        return state
-    for name, value in state.items():
-        if name.startswith("feature_extractor."):
-            renamed[name] = value
-        elif name.startswith("feature_projection."):
-            renamed["encoder." + name] = value
-        elif name.startswith("encoder."):
-            renamed["encoder.transformer." + name.removeprefix("encoder.")] = value
-    return renamed or state
+            state = {name.removeprefix(prefix): value for name, value in state.items()
+                     if name.startswith(prefix)}
+    if any(name.startswith("encoder.transformer.") for name in state):
+        return state, False
+    return {ours + name.removeprefix(theirs): value for name, value in state.items()
+            for theirs, ours in RENAMED.items() if name.startswith(theirs)}, True
 
 
 def misfit(state, expected):
     """In words, how a state dict differs from the `expected` one of a network; "" if it fits."""
-    for part, meaning in UNSUPPORTED_NAMES.items():
-        if any(part in name for name in state):
-            return f"not supported: {meaning}"
     both = [name for name in expected if name in state]
     differences = {
         "of another shape": [name for name in both if state[name].shape != expected[name].shape],
@@ -259,12 +283,15 @@ def fold_weight_norm(state):
     """Replace the positional convolution's direction and length by their product, in either
     spelling of weight norm: once, in exact arithmetic, because torch's bits follow the threads."""
     state = dict(state)
-    spellings = ("weight_g", "weight_v"), ("parametrizations.weight.original0",
-                                           "parametrizations.weight.original1")
-    for length, direction in spellings:
-        g, v = (state.get(POSITION + part) for part in (length, direction))
-        if g is not None and v is not None and v.ndim == 3 and g.shape == (1, 1, v.shape[2]):
-            g, v = (state.pop(POSITION + part).double() for part in (length, direction))
-            with Exact():
-                state[POSITION + "weight"] = v * (g / (v * v).sum((0, 1), keepdim=True).sqrt())
+    for names in WEIGHT_NORM:
+        length, direction = (state.get(POSITION + name) for name in names)
+        if length is None or direction is None or direction.ndim != 3 or (
+                length.shape != (1, 1, direction.shape[2])):
+            continue
+        for name in names:
+            del state[POSITION + name]
+        length, direction = length.double(), direction.double()
+        with Exact():
+            norm = (direction * direction).sum((0, 1), keepdim=True).sqrt()
+            state[POSITION + "weight"] = direction * (length / norm)
     return state

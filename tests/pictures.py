@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 
 from kit.deam import DIMENSIONS, STATIC, corrected, read_annotations
 from kit.figures import STYLE, matrix, scatter
-from kit.metrics import confusion, predicted_values, rounded, true_values
+from kit.metrics import confusion, predicted_values, true_values
+from kit.report import rounded
 
 
 @matplotlib.rc_context({**STYLE, "font.size": 9, "axes.titlesize": 9.5, "xtick.labelsize": 8,

@@ -54,12 +54,13 @@ def test_annotations_with_every_quirk(tmp_path, compared):
 
 
 @pytest.mark.parametrize("rows, says", [
-    ("song_id,valence_mean,valence_std,arousal_mean\n2,1,1,1\n", "no column arousal_std"),
-    *((f"{HEADER}2,1,1,1,1\n{row}\n", "line 3: not a song id, two labels from 1 to 9") for row in (
-        "3,1,1,nan,1", "3,inf,1,1,1", "3,1,1", "3,0.5,1,1,1", "3,1,1,9.5,1", "3,1,-1,1,1",
-        "-3,1,1,1,1", "3.0,1,1,1,1", "³,1,1,1,1", "3,1,1,n/a,1")),
+    ("song_id,valence_mean,valence_std,arousal_mean\n2,1,1,1\n", "one column arousal_std"),
+    *((f"{HEADER}2,1,1,1,1\n{row}\n", "line 3: not two labels from 1 to 9") for row in (
+        "3,1,1,nan,1", "3,inf,1,1,1", "3,0.5,1,1,1", "3,1,1,9.5,1", "3,1,-1,1,1", "3,1,1,n/a,1")),
+    *((f"{HEADER}2,1,1,1,1\n{row}\n", "line 3: not a song id and 4 other cells") for row in (
+        "3,1,1", "-3,1,1,1,1", "3.0,1,1,1,1", "³,1,1,1,1", ",1,1,1,1")),
     (f"{HEADER}2,1,1,1,1\n2,1,1,1,1\n", "song 2 appears twice"),
-    (HEADER, "no songs"), ("", "no column"), (b"\xff\xfe\x00", "not text")])
+    (HEADER, "no songs"), ("", "needs one column song_id"), (b"\xff\xfe\x00", "not text")])
 def test_annotations_that_are_none(tmp_path, fails, rows, says):
     (tmp_path / STATIC).write_bytes(rows if isinstance(rows, bytes) else rows.encode())
     assert says in fails(extract, "--deam", tmp_path, "--features", tmp_path / "out")
@@ -69,19 +70,13 @@ def test_annotations_that_are_none(tmp_path, fails, rows, says):
 TABLE = HEADER + "2,3.1,0.94,3,0.63\n3,3.5,1.75,3.3,1.62\n"
 SEMICOLONS = TABLE.replace(",", ";")
 COMMAS = SEMICOLONS.replace(".", ",")  # decimal ones
-QUOTED = re.sub(r"[^,\n]+", r'"\g<0>"', TABLE)
 
 
 @pytest.mark.parametrize("content", [
-    SEMICOLONS, COMMAS, TABLE.replace(",", "\t"), COMMAS.replace(";", "\t"),
-    "sep=;\r\n" + COMMAS.replace("\n", "\r\n"), "sep=,\n" + TABLE, '"SEP=;",,\n' + SEMICOLONS,
-    "sep=|\n" + TABLE.replace(",", "|"), "sep=\t\n" + COMMAS.replace(";", "\t"),
-    TABLE.encode("utf-16"), b"\xfe\xff" + COMMAS.encode("utf-16-be"), TABLE.encode("utf-32"),
-    COMMAS.replace(";", "\t").encode("utf-16"), TABLE.encode("utf-8-sig"),
-    QUOTED, QUOTED.replace(",", ", "), QUOTED.replace(",", ";").replace(".", ","),
-    TABLE.replace("\n", ",,,\n"), COMMAS.replace("\n", ";;\n") + ";;;;\n\n",
-    ",,,,\n\n" + TABLE, TABLE.replace("\n", "\r"), TABLE.strip(), COMMAS.replace("3,1", "3,1E+00"),
-    SEMICOLONS.replace("\n", ";a note, of 2.5 words\n")])
+    TABLE.encode("utf-16"), TABLE.encode("utf-16-be").join([b"\xfe\xff", b""]),
+    TABLE.encode("utf-32"), TABLE.encode("utf-8-sig"), TABLE.replace("\n", ",,,\n"),
+    ",,,,\n\n" + TABLE + ",,,,\n", TABLE.replace("\n", "\r"), TABLE.strip(),
+    TABLE.replace(",", " , "), TABLE.replace("\n", ",a note\n")])
 def test_tables_that_a_spreadsheet_saved(tmp_path, compared, content):
     (tmp_path / STATIC).write_bytes(content.encode() if isinstance(content, str) else content)
     assert read_annotations(tmp_path / STATIC) == {2: (3.1, 0.94, 3, 0.63),
@@ -90,52 +85,43 @@ def test_tables_that_a_spreadsheet_saved(tmp_path, compared, content):
 
 
 @pytest.mark.parametrize("content, says", [
-    *((TABLE.replace(",", mark), f"which '{re.escape(mark)}' separates") for mark in "|: "),
-    *((TABLE.replace("3.1", cell), r"line 2: .*labels from 1 to 9.*\(2, ") for cell in (
+    (SEMICOLONS, "has semicolons in it"), (COMMAS, "has semicolons in it"),
+    (COMMAS.replace(";", "\t"), "has tabs in it"), ("sep=;\n" + SEMICOLONS, "has semicolons"),
+    (re.sub(r"[^,\n]+", r'"\g<0>"', TABLE), "has quotation marks in it"),
+    (TABLE.replace("3.5", '3,"3.5'), "has quotation marks in it"),
+    *((TABLE.replace(",", mark), f"its header is 'song_id{re.escape(mark)}") for mark in "|: "),
+    ("sep=,\n" + TABLE, "needs one column song_id.*its header is 'sep=,'"),
+    *((TABLE.replace("3.1", cell), r"line 2: .*labels from 1 to 9.*\(") for cell in (
         "1.Mai", "05-Jan", "2024-05-01", "04.05", "3_1", "٣.1", "−3.1", "31%", "#N/A", "",
-        '"3,100"', "3'100", "3\u00a0100")),
+        "3'100", "3\u00a0100")),
     *((TABLE.replace("1.75", cell), "line 3: .*standard deviations") for cell in ("1750", "1e400")),
-    (COMMAS.replace("3,1", "3.100,0"), "line 2: "), (COMMAS.replace("3,1", "1.Mai"), "line 2: "),
-    (COMMAS.replace("3,5", "3.5"), "line 3: decimal commas and decimal points"),
-    (COMMAS.replace("3;3", "1.003;3"), "line 3: decimal commas and decimal points"),
-    (SEMICOLONS.replace("2;3", "1,002;3"), "line 2: decimal commas and decimal points"),
-    (COMMAS.replace("2;3", "2,0;3"), "line 2: not a song id"),
-    (TABLE.replace(".", ","), "line 2: 8 cells under 5 columns"),
-    (TABLE.replace("3.5", "3,5"), "line 3: 6 cells under 5 columns"),
-    (TABLE.replace("3,3.5", '3,"3.5'), "line 3: unexpected end"),
-    (TABLE.replace("2,3.1", '2,"3.1').replace("3,3.5", '3",3.5'), "line 2: a quote"),
-    (TABLE.replace("song_id,", "song_id,valence_mean,"), "two columns valence_mean"),
+    (TABLE.replace(".", ","), "line 2: not a song id and 4 other cells"),
+    (TABLE.replace("3.5", "3,5"), "line 3: not a song id and 4 other cells"),
+    # decimal commas, and columns enough for what they make of a row
+    (HEADER.strip() + ",,,,\n2,3,5,1,2,4,5,1,2,,,,\n", "line 2: not a song id and 8 other cells"),
+    (TABLE.replace("song_id,", "song_id,valence_mean,"), "needs one column valence_mean"),
     (TABLE.encode("utf-16-le"), "UTF-16 without a byte order mark"),
     (TABLE.replace("3.1", "3\0.1"), "zero bytes"), (b"PK\3\4" + bytes(100), "save it as CSV"),
     (("Grüße," + TABLE).encode("latin-1"), "save it as UTF-8"),
-    ("<!DOCTYPE html>\n<html>", "in its header, '<!DOCTYPE html>'"),
-    ("x" * 200_000, "not a table")])
+    ("<!DOCTYPE html>\n<html>", "its header is '<!DOCTYPE html>'")])
 def test_tables_that_would_be_read_wrongly(tmp_path, content, says):
-    """Dates, separators of thousands, marks in two meanings: each is named, with its line."""
+    """Separators, dates, decimal commas, marks for thousands: each is named, in one line."""
     (tmp_path / STATIC).write_bytes(content.encode() if isinstance(content, str) else content)
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=says) as error:
         read_annotations(tmp_path / STATIC)
+    assert "\n" not in str(error.value)
 
 
 DYNAMIC = "song_id,sample_15000ms,sample_15500ms\n2,0.1,0.2\n3,-0.5,0.034\n"
 
 
-@pytest.mark.parametrize("content", [
-    DYNAMIC.replace(",", ";"), DYNAMIC.replace(",", ";").replace(".", ","), "sep=,\n" + DYNAMIC,
-    DYNAMIC.replace(",", "\t").replace(".", ",").encode("utf-16"), DYNAMIC.replace("\n", ",,\n")])
-def test_dynamic_tables_that_a_spreadsheet_saved(tmp_path, compared, content):
-    path = tmp_path / "valence.csv"
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
-    assert deam.dynamic_means(path) == {2: pytest.approx(0.15), 3: pytest.approx(-0.233)}
-    compared(2, "means")
-
-
 @pytest.mark.parametrize("content, says", [
-    (DYNAMIC.replace("0.034", "34"), "line 3: not a song id and numbers from -1 to 1"),
+    (DYNAMIC.replace("0.034", "34"), "line 3: not numbers from -1 to 1"),
     (DYNAMIC.replace("\n2,", "\n1.000,"), "line 2: not a song id"),
     (DYNAMIC.replace("0.1", "1.Mai"), "line 2: not"), (DYNAMIC + "2,0.3,0.4\n", "line 4: song 2 "),
-    (DYNAMIC.replace(".", ","), "line 2: 5 cells"), (DYNAMIC[8:], "no column song_id"),
-    (DYNAMIC.replace(",", "|"), "which '|' separates".replace("|", r"\|"))])
+    (DYNAMIC.replace(".", ","), "line 2: not a song id and 2 other cells"),
+    (DYNAMIC[8:], "needs one column song_id"), (DYNAMIC.replace(",", "|"), "song_id|"),
+    (DYNAMIC.replace(",", ";"), "has semicolons in it")])
 def test_dynamic_tables_that_would_be_read_wrongly(tmp_path, content, says):
     (tmp_path / "valence.csv").write_text(content)
     with pytest.raises(UserError, match=says):
@@ -150,13 +136,13 @@ def test_splits_with_a_byte_order_mark(tmp_path, compared, encoding):
 
 
 def test_of_two_tables_that_differ_none_is_taken(tmp_path, compared):
-    """Both are named; copies with the same labels are fine, whatever their separator."""
+    """Both are named; copies with the same labels are fine."""
     for folder in ("AAA_old", "annotations/song_level", "__MACOSX/annotations"):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "annotations/song_level" / STATIC).write_text(TABLE)
     (tmp_path / "__MACOSX/annotations" / f"._{STATIC}").write_bytes(b"a resource fork")
     copy = tmp_path / "AAA_old" / STATIC
-    copy.write_text(COMMAS)
+    copy.write_text(TABLE.replace(",", ", "))
     assert DEAMHandler(tmp_path).annotations[2] == (3.1, 0.94, 3, 0.63)
     copy.write_text(TABLE.replace("3.1", "3.2"))
     with pytest.raises(UserError) as error:

@@ -215,7 +215,7 @@ def test_no_room(kaggle, compared, full):
     place = kaggle.cache / f"datasets/{OWNER}/{DATASET}" / full
     place.parent.mkdir(parents=True)
     place.symlink_to("/dev/full")
-    refused(f"no space left for DEAM in {kaggle.cache}.*KAGGLEHUB_CACHE")
+    refused(f"cannot write DEAM to {kaggle.cache}.*No space left.*KAGGLEHUB_CACHE")
     place.unlink()
     assert DEAMHandler("kaggle").annotations
     compared(1, "recoveries")

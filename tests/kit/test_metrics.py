@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from kit import metrics
+from kit import metrics, report
 from kit.deam import DIMENSIONS, Labels, quadrant
 
 TRUE = np.array([[5.0, 6.2], [3.1, 4.4], [6.6, 7.0], [4.9, 5.0], [2.8, 3.3], [7.1, 5.9],
@@ -26,10 +26,6 @@ RIDGE = [[6.01277026, 6.38485964], [3.71215972, 3.33653349], [5.26872021, 5.2119
          [4.1969287, 4.69781506]]  # of the last four songs
 
 
-def all_metrics(true, pred):
-    return metrics.all_metrics(metrics.means(metrics.song_terms(true, pred)))
-
-
 def random_songs(count=200, noise=0.7, seed=0):
     """(true, predicted [count, 2]), labels with one decimal as DEAM's."""
     generator = np.random.default_rng(seed)
@@ -41,7 +37,7 @@ def random_songs(count=200, noise=0.7, seed=0):
 
 
 def test_metrics_against_those_of_other_libraries(compared):
-    found, count = all_metrics(TRUE, PRED), 0
+    found, count = metrics.plain_metrics(TRUE, PRED), 0
     for name, values in KNOWN.items():
         for key, value in values.items():
             assert found[name][key] == pytest.approx(value, rel=1e-12), (name, key)
@@ -50,19 +46,15 @@ def test_metrics_against_those_of_other_libraries(compared):
         t, p = TRUE[:, n], PRED[:, n]
         ccc = 2 * np.cov(t, p, ddof=0)[0, 1] / (t.var() + p.var() + (t.mean() - p.mean()) ** 2)
         assert found[name]["ccc"] == pytest.approx(ccc, rel=1e-12)
-    for key in ("mse", "mae", "r2", "pearson", "ccc"):
-        both = [found[name][key] for name in DIMENSIONS]
-        assert found["average"][key] == pytest.approx(np.mean(both))
-    assert "rmse" not in found["average"]  # the mean of two is none
     assert metrics.confusion(TRUE, PRED).tolist() == [
         [4, 1, 0, 0], [1, 1, 0, 0], [0, 1, 3, 0], [0, 0, 1, 0]]
-    compared(count + 7 + 16, "values")
+    compared(count + 2 + 16, "values")
 
 
 def test_metrics_against_other_libraries_themselves(compared):
     sklearn, stats = pytest.importorskip("sklearn.metrics"), pytest.importorskip("scipy.stats")
     true, pred = random_songs()
-    found, quadrants = all_metrics(true, pred), (quadrant(true, 5), quadrant(pred, 5))
+    found, quadrants = metrics.plain_metrics(true, pred), (quadrant(true, 5), quadrant(pred, 5))
     expected = {"quadrant": {"accuracy": sklearn.accuracy_score(*quadrants),
                              "macro_f1": sklearn.f1_score(*quadrants, average="macro")}}
     for t, p, name in zip(true.T, pred.T, DIMENSIONS):
@@ -77,7 +69,7 @@ def test_metrics_against_other_libraries_themselves(compared):
 def test_large_means_cost_no_digits(compared):
     """Means over songs of squares would lose R² of labels far from 0; centred ones do not."""
     true, pred = random_songs(50)
-    near, far = all_metrics(true, pred), all_metrics(true + 1e5, pred + 1e5)
+    near, far = metrics.plain_metrics(true, pred), metrics.plain_metrics(true + 1e5, pred + 1e5)
     for name in DIMENSIONS:
         assert {key: float(value) for key, value in far[name].items()} == pytest.approx(
             {key: float(value) for key, value in near[name].items()}, rel=1e-8)
@@ -90,13 +82,13 @@ def test_equal_values_have_no_correlation_and_no_r2(label, compared):
     _, pred = random_songs(7)
     equal = np.full((7, 2), label)
     for true, predicted in ((equal, pred), (equal, equal), (equal, equal + 0.3)):
-        found = all_metrics(true, predicted)
+        found = metrics.plain_metrics(true, predicted)
         assert all(found[name][key] == 0 for name in DIMENSIONS for key in ("r2", "pearson"))
         assert found["correlation"]["true"] == 0 and found["difference"]["r2"] == 0
     assert found["correlation"]["predicted"] == 0 and found["valence"]["ccc"] == 0
     for true in (random_songs(count)[0] for count in range(31, 175, 3)):
         mean = np.broadcast_to(true[:-1].mean(0), true.shape)
-        found = all_metrics(true, mean)
+        found = metrics.plain_metrics(true, mean)
         assert found["correlation"]["predicted"] == 0
         assert found["arousal"]["pearson"] == 0 and abs(found["arousal"]["ccc"]) < 1e-12
         assert abs(found["valence"]["r2"]) < 0.01
@@ -107,13 +99,17 @@ def test_a_quadrant_without_songs_has_no_f1(compared):
     """Counted by hand; the mean is over the three others."""
     true = np.array([[6, 6], [6, 6], [4, 6], [4, 4], [5, 5]], float)  # 5 counts as high
     pred = np.array([[6, 6], [4, 6], [4, 6], [4, 4], [5, 5]], float)
-    found = all_metrics(true, pred)["quadrant"]
+    found = metrics.plain_metrics(true, pred)["quadrant"]
     assert found["accuracy"] == pytest.approx(0.8)
     assert found["macro_f1"] == pytest.approx((4 / 5 + 2 / 3 + 1) / 3)
     compared(2, "values")
 
 
 # --------------------------------------------------------------------------------------- intervals
+
+
+def intervals_of(true, pred, groups):
+    return metrics.with_intervals(metrics.resampled_metrics(true, pred, groups))["intervals"]
 
 
 def test_intervals_against_a_plain_bootstrap(compared):
@@ -131,7 +127,7 @@ def test_intervals_against_a_plain_bootstrap(compared):
                       *(np.corrcoef(t[:, n], p[:, n])[0, 1] for n in (0, 1)),
                       np.corrcoef(p.T)[0, 1], (quadrant(t, 5) == quadrant(p, 5)).mean()])
     expected = np.quantile(draws, [0.025, 0.975], axis=0).T
-    _, found = metrics.with_intervals(metrics.song_terms(true, pred), artists)
+    found = intervals_of(true, pred, artists)
     found = [*(found[name][key] for key in ("mse", "mae", "r2", "pearson") for name in DIMENSIONS),
              found["correlation"]["predicted"], found["quadrant"]["accuracy"]]
     width = expected[:, 1] - expected[:, 0]
@@ -142,13 +138,14 @@ def test_intervals_against_a_plain_bootstrap(compared):
 def test_resamples_draw_whole_groups_and_the_same_each_time(compared):
     true, pred = random_songs(30)
     groups = np.repeat(np.arange(10), 3)
-    first, second = (metrics.resampled_means({**terms, "song": np.arange(30) == 3,
-                                              "its group": (np.arange(30) == 4) * 1.0}, groups)
-                     for terms in (metrics.song_terms(true, pred), {"other": pred[:, 0]}))
-    assert len(first["song"]) == 10_000 and len(np.unique(first["song"])) > 3
-    assert (first["song"] == first["its group"]).all()
-    np.testing.assert_array_equal(first["song"], second["song"])
-    assert first["song"].mean() == pytest.approx(1 / 30, rel=0.05)
+    first, second = (metrics.resampled_means(np.vstack([*terms, np.arange(30) == 3,
+                                                        np.arange(30) == 4]), groups)
+                     for terms in (metrics.song_terms(true, pred), pred.T))
+    song, its_group = first[-2:]
+    assert song[0] == 1 / 30 and len(song) == 1 + 10_000 and len(np.unique(song)) > 3
+    assert (song == its_group).all()
+    np.testing.assert_array_equal(song, second[-1])
+    assert song[1:].mean() == pytest.approx(1 / 30, rel=0.05)
     compared(10_000, "resamples")
 
 
@@ -160,8 +157,7 @@ def test_copies_are_not_new_songs(compared):
     for name, data, groups in (("once", (true, pred), np.arange(150)),
                                ("copies", copies, np.arange(600)),
                                ("groups", copies, np.repeat(np.arange(150), 4))):
-        _, intervals = metrics.with_intervals(metrics.song_terms(*data), groups)
-        low, high = intervals["valence"]["mse"]
+        low, high = intervals_of(*data, groups)["valence"]["mse"]
         width[name] = high - low
     assert width["groups"] == pytest.approx(width["once"], rel=0.01)
     assert width["copies"] == pytest.approx(width["once"] / 2, rel=0.1)
@@ -180,8 +176,10 @@ def test_wilsons_interval(compared):
 
 
 def difference(true, preds, others, key="r2"):
-    values, intervals = metrics.paired_difference(true, preds, others, np.arange(len(true)))
-    return values["valence"][key], intervals["valence"][key]
+    numbers = metrics.paired_difference(*([
+        metrics.resampled_metrics(true, pred, np.arange(len(true))) for pred in side]
+        for side in (preds, others)))
+    return numbers["metrics"]["valence"][key], numbers["intervals"]["valence"][key]
 
 
 def test_a_predictor_less_itself_is_nothing(compared):
@@ -197,12 +195,11 @@ def test_a_better_predictor_is_found_to_be_better(compared):
     true, pred = random_songs(300)
     worse = pred + np.random.default_rng(1).normal(0, 0.4, pred.shape)
     value, (low, high) = difference(true, [pred], [worse])
-    alone = [all_metrics(true, each)["valence"]["r2"] for each in (pred, worse)]
+    alone = [metrics.plain_metrics(true, each)["valence"]["r2"] for each in (pred, worse)]
     assert value == pytest.approx(alone[0] - alone[1]) and 0 < low < value < high
     back, interval = difference(true, [worse], [pred])
     assert back == pytest.approx(-value) and interval == pytest.approx([-high, -low])
-    _, intervals = metrics.with_intervals(metrics.song_terms(true, pred), np.arange(300))
-    left, right = intervals["valence"]["r2"]
+    left, right = intervals_of(true, pred, np.arange(300))["valence"]["r2"]
     assert high - low < 0.8 * (right - left)
     compared(2, "differences")
 
@@ -246,9 +243,9 @@ def test_noise_ceiling_against_ten_simulated_annotators(compared):
     labels, deviation = (np.stack([take(ratings) for ratings, _ in both], 1) for take in (
         lambda ratings: ratings.mean(1), lambda ratings: ratings.std(1, ddof=0)))
     best = np.stack([expected for _, expected in both], 1)
-    ceiling = metrics.noise_ceiling(metrics.means(metrics.noise_terms(labels, deviation)))
+    ceiling = metrics.noise_ceiling(metrics.noise_terms(labels, deviation).mean(1))
     for n, name in enumerate(DIMENSIONS):
-        reached = all_metrics(labels, best)[name]["r2"]
+        reached = metrics.plain_metrics(labels, best)[name]["r2"]
         assert ceiling[name]["r2"] == pytest.approx(reached, abs=0.004)
         over_ten = 1 - (deviation[:, n] ** 2).mean() / 10 / labels[:, n].var()
         assert over_ten > reached + 0.008
@@ -270,7 +267,7 @@ def test_accuracy_of_the_true_values_against_a_simulation(compared):
     found = metrics.noise_free_accuracy(labels, deviation)
     reached = (quadrant(true, 5) == quadrant(labels, 5)).mean()
     assert found == pytest.approx(reached, abs=0.003) and found == pytest.approx(0.75, abs=0.01)
-    assert math.isnan(metrics.noise_free_accuracy(labels, 0 * deviation))
+    assert metrics.noise_free_accuracy(labels, 0 * deviation) is None
     compared(len(true), "songs")
 
 
@@ -334,19 +331,18 @@ def test_folds_together(compared):
     ids = [list(range(1, 31)), list(range(31, 61)), list(range(1001, 1031))]
     means = [np.array([4.0, 6.0]), np.array([5.0, 5.0]), np.array([6.0, 4.0])]
     parts = [slice(0, 30), slice(30, 60), slice(60, 90)]
-    numbers = metrics.measure_folds(annotations, [
-        (songs, as_predictions(pred[part], songs), as_predictions(pred[part], songs), mean)
-        for songs, part, mean in zip(ids, parts, means)])
+    preds = as_predictions(pred, sum(ids, []))
+    numbers = metrics.measure_folds(annotations, ids, preds, preds, means)
     constant = np.repeat(means, 30, 0)
     for n, name in enumerate(DIMENSIONS):
         t = true[:, n]
         expected = 1 - ((t - constant[:, n]) ** 2).mean() / t.var()
         assert numbers["baselines"]["training mean"][name]["r2"] == pytest.approx(expected)
-        r2 = [all_metrics(true[part], pred[part])[name]["r2"] for part in parts]
+        r2 = [metrics.plain_metrics(true[part], pred[part])[name]["r2"] for part in parts]
         assert numbers["r2_over_folds"][name] == pytest.approx(np.std(r2, ddof=1))
         assert numbers["r2_by_year"]["2014"][name] == pytest.approx(r2[2])
         assert numbers["r2_by_year"]["2013"][name] == pytest.approx(
-            all_metrics(true[:60], pred[:60])[name]["r2"])
+            metrics.plain_metrics(true[:60], pred[:60])[name]["r2"])
     assert "z_scored" not in numbers  # each fold has another scale
     compared(8, "numbers")
 
@@ -356,5 +352,5 @@ def test_folds_together(compared):
     (-12.34, ".2f", "−12"), (-1234.5, ".2f", "<−999"), (1e6, ".3f", ">999"),
     (0.596, ".0%", "60%")])
 def test_numbers_as_reports_show_them(value, digits, text, compared):
-    assert metrics.rounded(value, digits) == text
+    assert report.rounded(value, digits) == text
     compared(1, "number")

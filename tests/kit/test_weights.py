@@ -6,20 +6,19 @@ import math
 import os
 import re
 import shutil
-import subprocess
-import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.error import URLError
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
 import torchaudio
-from conftest import ROOT, call, extraction
+from conftest import call, extraction
 from demo import CONFIG, PARAMS, PROCESSOR, demo_weights, hugging_face
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 import extract
@@ -29,7 +28,7 @@ from kit.cli import UserError
 from kit.files import prefetch, read_json, state_digest, tensor_digest
 from kit.machine import Arithmetic
 from kit.network import network, start_from
-from kit.weights import POSITION, fold_weight_norm, from_hugging_face, weights_name
+from kit.weights import POSITION, fold_weight_norm, in_torchaudios_names, weights_name
 
 NEW = "parametrizations.weight.original0", "parametrizations.weight.original1"
 # of the extractor and of the layers: as in wav2vec2-base, wav2vec2-large and between them
@@ -246,10 +245,10 @@ def test_sharded_weights(models, tmp_path, compared, file):
             Backbone(place)
 
     shards, content = sorted(folder.glob("*-of-*")), read_json(index, "")
-    refuses(shards[0], "one of several shards: name their folder or index")
+    refuses(shards[0], r"do not fit .*config.json \((missing|of another shape): ")
     whole = shards[0].read_bytes()
     shutil.copy(shards[1], shards[0])
-    refuses(folder, "names shards that do not hold")
+    refuses(folder, "missing: ")
     shards[0].write_bytes(whole[:-9])
     refuses(folder, "damaged")
     shards[0].unlink()
@@ -262,13 +261,14 @@ def test_sharded_weights(models, tmp_path, compared, file):
 
 
 @pytest.mark.parametrize("edit, says", [
-    ({"model_type": "wavlm"}, "not supported: model_type 'wavlm', only wav2vec2 and hubert"),
-    ({"adapter_attn_dim": 16}, "not supported: attention adapters"),
-    ({"conv_pos_batch_norm": True}, "not supported: batch norm in the positional convolution"),
-    ({"feat_proj_layer_norm": False}, "not supported: a feature projection without layer norm"),
-    ({"hidden_act": "relu"}, "activation function other than gelu .hidden_act 'relu'"),
-    ({"feat_extract_activation": "gelu_new"}, "activation function other than gelu"),
-    ({"quantization_config": {"bits": 4}}, "not supported: quantized weights"),
+    ({"model_type": "wavlm"}, "not supported: model_type 'wavlm', only 'wav2vec2' and 'hubert'"),
+    ({"model_type": None}, "model_type is not a text"),
+    ({"adapter_attn_dim": 16}, "not supported: adapter_attn_dim 16, only None"),
+    ({"conv_pos_batch_norm": True}, "not supported: conv_pos_batch_norm True, only False"),
+    ({"feat_proj_layer_norm": False}, "not supported: feat_proj_layer_norm False, only True"),
+    ({"hidden_act": "relu"}, "not supported: hidden_act 'relu', only 'gelu'"),
+    ({"feat_extract_activation": "gelu_new"}, "feat_extract_activation 'gelu_new', only 'gelu'"),
+    ({"quantization_config": {"bits": 4}}, "not supported: quantization_config {'bits': 4}"),
     ({"num_feat_extract_layers": 6}, "differ in the number of convolutions"),
     ({"conv_kernel": [10, 3, 3, 3, 3, 2]}, "differ in the number of convolutions"),
     ({"layer_norm_eps": -1e-5}, "layer_norm_eps is not from 0 to 1"),
@@ -282,35 +282,31 @@ def test_what_is_not_supported_is_named(models, tmp_path, compared, edit, says):
     compared(2, "refusals")
 
 
-def test_parts_that_are_not_supported_are_named(models, tmp_path, compared):
-    """By the names of tensors: with a configuration, and of a file without."""
+def test_tensors_that_do_not_fit_are_named(models, tmp_path, compared):
+    """With a configuration, and of a file without: adapters, batch norm, WavLM's bias, LoRA."""
     _, model = models["layer, norm after"]
     state = spelled(model.state_dict(), "hubert.")
-    parts = {"hubert.encoder.layers.0.adapter_layer.norm.weight": "attention adapters",
-             "hubert.encoder.pos_conv_embed.batch_norm.weight": "batch norm in the positional",
-             "hubert.encoder.layers.0.attention.gru_rel_pos_const": "WavLM",
-             "hubert.encoder.layers.0.attention.k_proj.lora_A.weight": "LoRA",
-             "hubert.encoder.more": "unexpected: encoder.transformer.more"}
-    for name, says in parts.items():
-        folder = write_folder(tmp_path / "b", {**state, name: torch.zeros(64)})
-        with pytest.raises(UserError, match=says):
+    parts = ("layers.0.adapter_layer.norm.weight", "pos_conv_embed.batch_norm.weight",
+             "layers.0.attention.gru_rel_pos_const", "layers.0.attention.k_proj.lora_A.weight")
+    for name in parts:
+        folder = write_folder(tmp_path / "b", {**state, f"hubert.encoder.{name}": torch.zeros(64)})
+        with pytest.raises(UserError, match=f"config.json .unexpected: encoder.transformer.{name}"):
             Backbone(folder)
-        if "more" not in name:
-            (folder / "config.json").unlink()
-            with pytest.raises(UserError, match=f"not supported: {says}"):
-                Backbone(folder / "model.safetensors")
+        (folder / "config.json").unlink()
+        with pytest.raises(UserError, match="do not fit wav2vec2-base, for want of a config.json"):
+            Backbone(folder / "model.safetensors")
     name = "hubert.feature_projection.projection.weight"
     for value, says in ((state[name].to(torch.int8), "not floating-point"),
                         (state[name][:, :9], "of another shape")):
         with pytest.raises(UserError, match=says):
             Backbone(write_folder(tmp_path / "b", {**state, name: value.contiguous()}))
-    compared(2 * len(parts) + 1, "refusals")
+    compared(2 * len(parts) + 2, "refusals")
 
 
 @pytest.mark.parametrize("content, says", [
-    (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "a Git LFS pointer"),
-    (b"\n<!DOCTYPE html><html><body>404</body></html>", "an HTML page"), (b"", "empty"),
-    (b"Entry not found", "a text .Entry not found"), (b"\x89HDF\r\n\x1a\n", "an HDF5 file"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "text, .version .*git lfs"),
+    (b"\n<!DOCTYPE html><html><body>404</body></html>", "a text, .<!DOCTYPE html>"), (b"", "empty"),
+    (b"Entry not found", "a text, .Entry not found"), (b"\x89HDF\r\n\x1a\n\0", "damaged, or"),
     (b'{"error": "Invalid username or password."}', "a text"), (b"PK\3\4" + bytes(99), "damaged"),
     (b"\x09" + bytes(7) + b"{}}}}}}}}", "damaged")])
 @pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
@@ -348,8 +344,8 @@ def test_hugging_face_base_names_are_all_mapped(compared):
               "encoder.layers.3.final_layer_norm.weight"]
     with torch.device("meta"):
         ours = set(torchaudio.models.wav2vec2_base().state_dict())
-    renamed = from_hugging_face({"wav2vec2." + name: None for name in theirs})
-    assert len(renamed) == len(theirs)
+    renamed, were_theirs = in_torchaudios_names({"wav2vec2." + name: None for name in theirs})
+    assert were_theirs and len(renamed) == len(theirs)
     assert {name.replace("weight_g", NEW[0]) for name in renamed} <= ours
     compared(len(theirs), "names")
 
@@ -371,12 +367,14 @@ def test_refused_backbones(demo, tmp_path, fails, monkeypatch, compared):
     torch.save({"encoder.x": torch.tensor(torch.nan)}, tmp_path / "nan.bin")
     (tmp_path / "folder").mkdir()
     shutil.copytree(demo / "backbone", tmp_path / "bare").joinpath("model.safetensors").unlink()
-    refusals = [("WAVLM_BASE", "position bias"), ("NONE", "no such file or folder, Hugging Face"),
+    refusals = [("WAVLM_BASE", "no backbone WAVLM_BASE: "),
+                ("NONE", "no backbone NONE: there is no such file or folder"),
                 ("text.bin", "not a file of weights"),
                 ("text.safetensors", "not a file of weights"),
                 ("other.bin", "do not fit"), ("list.bin", "not a state dict"), ("nan.bin", "NaN"),
-                ("folder", "config.json"), ("bare", "neither model.safetensors nor pytorch_model"),
-                ("none.bin", "no such file or folder")]
+                ("folder", "config.json"),
+                ("bare", "no weights in bare: it has none of model.safetensors"),
+                ("none.bin", "no backbone /")]
     for name, says in refusals:
         place = name if name.isupper() else tmp_path / name
         assert says in fails(extract, *base, "--weights", place), name
@@ -387,7 +385,7 @@ def test_refused_backbones(demo, tmp_path, fails, monkeypatch, compared):
 
     monkeypatch.setattr(torchaudio.pipelines._wav2vec2.utils, "_get_state_dict", download)
     message = fails(extract, *base, "--weights", "WAV2VEC2_BASE")
-    for says in ("wav2vec2_fairseq_base_ls960.pth", "--weights", "checkpoints"):
+    for says in ("not known", "/models/wav2vec2_fairseq_base_ls960.pth", "checkpoints"):
         assert says in message
     if not torch.cuda.is_available():
         assert "sees no NVIDIA GPU" in fails(extract, *base, "--device", "cuda")
@@ -425,24 +423,10 @@ def test_no_configuration_ends_in_a_traceback(demo, tmp_path, monkeypatch, compa
 # ------------------------------------------------------------------------------- Hugging Face's hub
 
 MAIN, OTHER = "a" * 40, "b" * 40  # commits
-BACKBONES = """
-import sys, time; sys.path.insert(0, sys.argv[1])
-time.sleep = lambda _: None  # the client waits before it tries again
-from common import Backbone
-from kit.cli import UserError
-for name in sys.argv[2:]:
-    try:
-        backbone = Backbone(name)
-        print(name, backbone.digest, "from", *backbone.source.values(), backbone.epsilon)
-    except UserError as error:
-        print(name, "error:", error)
-"""
-
-
 @pytest.fixture(scope="module")
 def hub(demo, tmp_path_factory):
     """A server on 127.0.0.1 that speaks what huggingface_hub asks for: (its address, the list of
-    what was asked for, a function that runs Python with it)."""
+    what was asked for)."""
     folder, asked = tmp_path_factory.mktemp("hub"), []
     config, processor, file = (demo / "backbone" / name for name in (
         "config.json", "preprocessor_config.json", "model.safetensors"))
@@ -495,37 +479,42 @@ def hub(demo, tmp_path_factory):
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    surroundings = {name: value for name, value in os.environ.items() if not name.startswith("HF_")
-                    and not name.lower().endswith("_proxy")}
-
-    def python(*arguments, home, **more):
-        """Run Python with a home of its own (huggingface_hub reads its settings at import)."""
-        del asked[:]
-        settings = {"HF_HOME": str(home), "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
-        done = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True,
-                              text=True, timeout=120, env={**surroundings, **settings, **more},
-                              cwd=home)  # where no folder is called as a repository's owner is
-        assert "Traceback" not in done.stderr, done.stderr
-        return done
-
-    yield asked, python
+    yield f"http://127.0.0.1:{server.server_port}", asked
     server.shutdown()
     server.server_close()
 
 
-def test_repositories(demo, hub, tmp_path, compared):
+def test_repositories(demo, hub, tmp_path, monkeypatch, compared):
     """Downloaded, again from the cache, and from it alone; refused in one line."""
-    asked, python = hub
+    address, asked = hub
     own = Backbone(demo / "backbone").digest
+    monkeypatch.chdir(tmp_path)  # where no folder is called as a repository's owner is
+    monkeypatch.setattr(time, "sleep", lambda _: None)  # the client waits before it tries again
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    for name in list(os.environ):
+        if name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
 
-    def found(*names, **more):
-        done = python("-c", BACKBONES, ROOT, *names, home=tmp_path, **more)
-        lines = done.stdout.splitlines()
-        assert [line.split()[0] for line in lines] == list(names), done.stdout + done.stderr
-        return [line.split(" ", 1)[1] for line in lines]
+    def found(*names, endpoint=address, offline=False):
+        """What the kit finds, or the line that it says, for each name."""
+        del asked[:]
+        for name, value in (("ENDPOINT", endpoint), ("HF_HUB_OFFLINE", offline), (
+                "HUGGINGFACE_CO_URL_TEMPLATE",
+                endpoint + "/{repo_id}/resolve/{revision}/{filename}")):
+            monkeypatch.setattr(constants, name, value)
+        huggingface_hub.close_session()
+        lines = []
+        for name in names:
+            try:
+                backbone = Backbone(name)
+                lines.append(" ".join(map(str, (backbone.digest, "from", *backbone.source.values(),
+                                                backbone.epsilon))))
+            except UserError as error:
+                lines.append(f"error: {error}")
+        return lines
 
     names = "demo/model", "demo/model@v1", "demo/pickled", "demo/shards"
-    bad = {"demo/empty": "no weights in demo/empty: it has neither model.safetensors nor pytorch_",
+    bad = {"demo/empty": "no weights in demo/empty: it has none of model.safetensors,",
            "demo/damaged": "is not a file of weights: damaged",
            "demo/unknown": "is not a wav2vec2 repository: it has no config.json",
            "demo/nowhere": "cannot get demo/nowhere from Hugging Face (",
@@ -544,20 +533,17 @@ def test_repositories(demo, hub, tmp_path, compared):
                  and re.search("/model(.safetensors|-0)", path)]
     assert len(downloads) == len(set(downloads)) == 7  # three, and an index with three shards
 
-    with ThreadPoolExecutor(2) as both:
-        offline = both.submit(found, *names, f"demo/model@{OTHER}", "demo/nowhere",
-                              HF_HUB_OFFLINE="1")
-        no_network = both.submit(found, *names, "demo/nowhere", "demo/nowhere@v1",
-                                 HF_ENDPOINT="http://127.0.0.1:9").result()
-        offline = offline.result()
-    assert offline[:5] == [model, pinned, pickled, sharded, pinned] and not asked
+    offline = found(*names, f"demo/model@{OTHER}", "demo/nowhere", offline=True)
+    assert not asked
+    no_network = found(*names, "demo/nowhere", "demo/nowhere@v1", endpoint="http://127.0.0.1:9")
+    assert offline[:5] == [model, pinned, pickled, sharded, pinned]
     assert no_network[:4] == [model, pinned, pickled, sharded]
     for line in offline[5:] + no_network[4:]:
         assert "check the name and the network" in line and "pass the folder with --weights" in line
 
     # a cache that others filled may not know that there is no processor_config.json
     (tmp_path / f"hub/models--demo--model/.no_exist/{MAIN}/processor_config.json").unlink()
-    assert found("demo/model", HF_HUB_OFFLINE="1") == [model]
+    assert found("demo/model", offline=True) == [model]
     compared(4 + len(errors) + len(offline) + len(no_network), "answers")
 
 

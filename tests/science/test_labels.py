@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import QUICK, call, extraction
+from conftest import QUICK, call, extraction, few, made_features
 
 import audit
 import eval as eval_script
@@ -56,66 +56,63 @@ def test_audit_does_not_guess_from_noise(tmp_path, compared):
 
 
 def test_dynamic_annotations_as_they_are(tmp_path, compared):
-    """Gaps, NaN, CRLF, stray spaces, ids written as 2.0; the song's mean is that of its cells."""
+    """Gaps, NaN, CRLF, stray spaces; the song's mean is that of its cells."""
     (tmp_path / "valence.csv").write_bytes(
-        "\ufeffsong_id, a, b, c,\r\n2.0, 0.1,,0.2,\r\n\r\n3,NaN,-1,1\r\n4,,nan,\r\n".encode())
+        "\ufeffsong_id, a, b, c,\r\n2, 0.1,,0.2,\r\n\r\n3,NaN,-1,1,\r\n4,,nan,,\r\n".encode())
     assert dynamic_means(tmp_path / "valence.csv") == {2: pytest.approx(0.15), 3: 0}
     compared(3, "songs")
 
 
-@pytest.mark.parametrize("row", ["2,n/a", "2,inf", "2,0.1,1e999", "x,0.1", "-2,0.1", "1e3,0.1",
-                                 "2.5,0.1", ",0.1", "²,0.1"])
-def test_damaged_dynamic_annotations(demo, tmp_path, fails, capsys, compared, row):
+@pytest.mark.parametrize("cell", ["n/a", "inf", "1e999", "1.5", "0.1,0.1"])
+def test_damaged_dynamic_annotations(demo, tmp_path, fails, capsys, compared, cell):
     """The audit names the line; an extraction goes on without the audit."""
     root = shutil.copytree(demo / "DEAM", tmp_path / "DEAM",
                            ignore=shutil.ignore_patterns("DEAM_audio"))
     file = next(root.rglob("valence.csv"))
-    lines = file.read_text().splitlines()
-    file.write_text("\n".join([lines[0], row, *lines[2:]]))
-    assert "valence.csv, line 2: not a song id and numbers from -1 to 1" in fails(audit, root)
+    header, first, *rows = file.read_text().splitlines()
+    song, _, *others = first.split(",")
+    file.write_text("\n".join([header, ",".join([song, cell, *others]), *rows]))
+    assert "valence.csv, line 2: not " in fails(audit, root)
     assert swapped_ranges(DEAMHandler(root)) is None
     assert "--labels corrected will not be possible" in capsys.readouterr().out
     compared(1, "damaged rows")
 
 
-@pytest.fixture(scope="module")
-def swapped(demo, features, tmp_path_factory):
-    """The demo with its static labels exchanged for ids up to 1000, as in DEAM; and its features,
-    those of the songs the same."""
-    folder = tmp_path_factory.mktemp("swapped")
-    shutil.copytree(demo / "DEAM", folder / "DEAM")
-    shutil.copytree(features / "songs", folder / "f/songs")
-    table = next((folder / "DEAM").rglob(STATIC))
+def test_what_the_audit_says(demo, features, tmp_path, capsys, compared):
+    """Of the demo, and of the demo with its static labels exchanged for ids up to 1000, as in DEAM.
+    A manifest has what it says, and the labels as they were."""
+    shutil.copytree(demo / "DEAM", tmp_path / "DEAM")
+    shutil.copytree(features / "songs", tmp_path / "f/songs")
+    table = next((tmp_path / "DEAM").rglob(STATIC))
     header, *rows = csv.reader(table.open())
     rows = [[i, a, b, v, s] if int(i) <= 1000 else [i, v, s, a, b] for i, v, s, a, b in rows]
     table.write_text("\n".join(map(",".join, [header, *rows])) + "\n")
-    command = ["--precision", "float32", "--deam", folder / "DEAM"]
-    assert call(extract, *extraction(demo, folder / "f", *command)) == 0
-    return folder
-
-
-def test_what_the_audit_says(demo, features, swapped, capsys, compared):
+    command = ["--precision", "float32", "--deam", tmp_path / "DEAM"]
+    assert call(extract, *extraction(demo, tmp_path / "f", *command)) == 0
     for folder, made, low, found in (
             (demo, features, "the labels are right", []),
-            (swapped, swapped / "f", "valence and arousal are swapped", [[1, 1000]])):
+            (tmp_path, tmp_path / "f", "valence and arousal are swapped", [[1, 1000]])):
         capsys.readouterr()
         assert call(audit, folder / "DEAM") == 0
         lines = capsys.readouterr().out.splitlines()
         assert f"ids 1–1000: {low}; ids 1001–2000: the labels are right." in lines
         assert read_json(made / "manifest.json", "")["swapped_labels"] == found
-    compared(2, "folders")
-
-
-def test_corrected_labels_exchange_what_the_audit_says(features, swapped, tmp_path, capsys,
-                                                       monkeypatch, compared):
-    monkeypatch.setattr("kit.figures.draw_history", lambda *_: None)
-    monkeypatch.setattr("kit.figures.draw_report", lambda *_: None)
-    made, clean = swapped / "f", read_annotations(features / "annotations.csv")
-    shipped = read_annotations(made / "annotations.csv")
+    clean, shipped = (read_annotations(made / "annotations.csv")
+                      for made in (features, tmp_path / "f"))
     for song, (v, s, a, b) in clean.items():
         assert shipped[song] == ((a, b, v, s) if song <= 1000 else (v, s, a, b))
+    compared(len(clean) + 2, "songs and folders")
+
+
+def test_corrected_labels_exchange_what_the_audit_says(splits, tmp_path, capsys, monkeypatch,
+                                                       no_histories, compared):
+    """From a features folder to evaluations on both kinds of labels."""
+    monkeypatch.setattr("kit.figures.draw_report", lambda *_: None)
+    made = made_features(tmp_path / "f", few(splits))
+    shipped = read_annotations(made / "annotations.csv")
     data = DEAMFeatHandler(made, labels="corrected")
-    assert data.annotations == clean
+    for song, (v, s, a, b) in shipped.items():
+        assert data.annotations[song] == ((a, b, v, s) if song <= 1000 else (v, s, a, b))
     assert not any("swapped" in note for note in data.notes())
     assert any("for ids 1–1000 valence and arousal are swapped" in note for note in
                DEAMFeatHandler(made).notes())
@@ -133,7 +130,7 @@ def test_corrected_labels_exchange_what_the_audit_says(features, swapped, tmp_pa
     assert (run / "eval-test/metrics.json").read_bytes() == first  # written beside
     found = read_json(run / "eval-test-shipped/metrics.json", "")
     assert (found["labels"], found["trained_on_labels"]) == ("shipped", "corrected")
-    compared(len(clean), "songs")
+    compared(len(shipped), "songs")
 
 
 def test_without_dynamic_annotations_nothing_is_corrected(demo, tmp_path, fails, capsys):

@@ -2,6 +2,7 @@
 a run on the published splits, nowhere else. DEAM=FOLDER names DEAM's annotations, if you have them.
 """
 
+import math
 import os
 import re
 from pathlib import Path
@@ -15,8 +16,8 @@ from conftest import FLOAT32, ROOT, call, few, made_features
 import eval as eval_script
 import train
 from common import EmotionModel, quadrant_weights
-from kit import deam, figures, metrics, published
-from kit.deam import DIMENSIONS, QUADRANTS
+from kit import deam, figures, metrics, published, report
+from kit.deam import QUADRANTS
 from kit.files import read_json
 from kit.records import read_config
 
@@ -110,26 +111,27 @@ def runs(splits, tmp_path_factory):
 
 
 def test_every_fact_is_used_or_shown(runs, compared):
-    """Put together from where its parts are: metrics.json, the curves, and the tests above."""
-    for folder, *_ in runs[1].values():
+    """Of each run: its curves behind a history, its counts beside a confusion matrix, all else in
+    the table. Labels and parameters: the tests above. The others say what the file is."""
+    for name, (folder, history, output, beside) in runs[1].items():
+        facts = FACTS["runs"][name]
+        assert [list(row.values()) for row in history] == facts["epochs"]
+        assert list(history[0]) == facts["columns"] and beside["confusion"] == facts["confusion"]
+        in_table = {*report.ROWS.values(), "quadrants_right", "predictions"} & facts.keys()
+        said = {"notebook", "options", "gpu", "seconds_an_epoch"}
+        assert facts.keys() == in_table | said | {"columns", "epochs", "confusion"}
         kept = read_json(folder / "eval-test/metrics.json", "")["numbers"]["published"]
-        found = {key: kept[key] for key in ("source", "protocol", "confusion_order")}
-        found |= {key: FACTS[key] for key in ("labels", "parameters")}
-        found["runs"] = {}
-        for name, (_, history, *_) in runs[1].items():
-            run = {**kept[name], "columns": list(history[0]),
-                   "epochs": [list(row.values()) for row in history]}
-            assert run.pop("true_correlation") == 0.4961
-            assert run.pop("quadrants_interval") == metrics.wilson(run["quadrants_right"], 160)
-            found["runs"][name] = run
-        assert found == FACTS
-    compared(2, "reports")
+        assert in_table - kept["this_run"].keys() == {"predictions"}
+        assert kept[name] == {key: facts[key] for key in facts.keys() - {"columns", "epochs"}}
+    assert FACTS.keys() == {"labels", "parameters", "runs", "source", "protocol",
+                            "confusion_order"}
+    compared(2, "runs")
 
 
 def test_the_table_has_a_row_for_each_number(runs, splits, compared):
     """Published and this run's, which is what predictions.csv gives over the first 160 songs."""
     count = 0
-    for name, (folder, _, output, beside) in runs[1].items():
+    for name, (folder, _, output, _) in runs[1].items():
         content, facts = read_json(folder / "eval-test/metrics.json", ""), FACTS["runs"][name]
         own = content["numbers"]["published"]["this_run"]
         rows = {line[:28].strip(): line[28:].split() for line in output.splitlines()}
@@ -140,22 +142,21 @@ def test_the_table_has_a_row_for_each_number(runs, splits, compared):
         mse, z_mse = (((pred - true) / scale) ** 2 for scale in (1, std))
         right = int((deam.quadrant(true, 5) == deam.quadrant(pred, 5)).sum())
         expected = {
-            **{f"{title} of {dimension}": (facts.get(key, [None] * 2)[n], values.mean(0)[n])
-               for title, key, values in (("MSE", "test_mse", mse),
-                                          ("z-scored MSE", "test_z_mse_each", z_mse))
-               for n, dimension in enumerate(DIMENSIONS)},
+            "MSE of valence, arousal": (facts.get("test_mse"), mse.mean(0)),
+            "z-scored MSE of each": (facts.get("test_z_mse_each"), z_mse.mean(0)),
             "z-scored MSE": (facts["test_z_mse"], z_mse.mean()),
             "correlation, labels": (0.4961, np.corrcoef(true.T)[0, 1]),
             "correlation, predicted": (facts["predicted_correlation"], np.corrcoef(pred.T)[0, 1])}
         for title, (theirs, ours) in expected.items():
-            shown = rows[title]
-            assert shown[0] == ("–" if theirs is None else f"{theirs:.4f}"), title
-            assert float(shown[1].replace("−", "-")) == pytest.approx(ours, abs=5.1e-5), title
+            shown = [float(each.strip(",").replace("−", "-").replace("–", "nan"))
+                     for each in rows[title]]
+            theirs = [math.nan] if theirs is None else np.ravel(theirs)
+            assert shown == pytest.approx([*theirs, *np.ravel(ours)], abs=5.1e-5, nan_ok=True), title
         assert own["quadrants_right"] == right == np.trace(own["confusion"])
-        low, high = (100 * edge for edge in metrics.wilson(right, 160))
-        assert " ".join(rows["quadrants right"]).endswith(f"{right} [{low:.0f}, {high:.0f}] %")
-        assert " ".join(rows["quadrants right"]).startswith(
-            {"penalties": "107 [59, 74] %", "no_penalties": "110 [61, 75] %"}[name])
+        shares = [f"{share:.0%}" for share in (right / 160, *metrics.wilson(right, 160))]
+        published_right = {"penalties": "107, 67% [59%, 74%]", "no_penalties": "110, 69% [61%, 75%]"}
+        assert " ".join(rows["quadrants right"]) == (
+            f"{published_right[name]} {right}, " + "{} [{}, {}]".format(*shares))
         for song, values in facts["predictions"].items():
             both = "{:.2f}, {:.2f}".format(*values), "{:.2f}, {:.2f}".format(
                 *content["predictions"][song])
@@ -164,7 +165,6 @@ def test_the_table_has_a_row_for_each_number(runs, splits, compared):
         for key in ("notebook", "options", "gpu"):
             assert facts[key] in words
         assert (f"{facts['seconds_an_epoch']} s an epoch" in words) == (name == "penalties")
-        assert beside["confusion"] == facts["confusion"]
         count += len(expected) + 6
     compared(count, "rows")
 
@@ -191,7 +191,7 @@ def test_nothing_published_beside_other_labels_or_splits(runs, splits, monkeypat
     """Corrected labels are another truth; the demo's splits, and folds, are other songs."""
     features, (folder, *_) = runs[0], runs[1]["penalties"]
     drawn = []
-    monkeypatch.setattr(eval_script.figures, "draw_report", lambda *values: drawn.append(values))
+    monkeypatch.setattr("kit.figures.draw_report", lambda *values: drawn.append(values))
     capsys.readouterr()
     assert call(eval_script, folder, "--features", features, "--device", "cpu", "--labels",
                 "corrected") == 0
