@@ -129,7 +129,7 @@ def test_a_file_is_compared_with_its_digest_when_it_is_first_read(own, ids, comp
     compared(5, "reads")
 
 
-def test_what_is_not_finite_is_a_failure_and_not_stored(features, tmp_path, compared):
+def test_what_is_not_finite_is_a_failure_and_not_stored(features, tmp_path, capsys, compared):
     """NaN, infinity, and what float16 cannot hold."""
     manifest = {**read_json(features / "manifest.json", ""), "songs": {}}
     for n, (store, value) in enumerate((("float32", torch.nan), ("float32", torch.inf),
@@ -140,8 +140,8 @@ def test_what_is_not_finite_is_a_failure_and_not_stored(features, tmp_path, comp
         states[3, 63] = value
         folder.write_song(3, "0" * 64, states)
         assert [path.name for path in folder.root.glob("songs/*.pt")] == ["2.pt"]
-        good, bad = folder.finish()
-        assert good["frames"] == 4 and "NaN or infinity" in bad["failed"]
+        assert folder.record(2)["frames"] == 4 and not folder.finish()
+        assert "failed: song 3: NaN or infinity" in capsys.readouterr().out
         assert list(read_manifest(folder.root / "manifest.json")["songs"]) == ["2"]
         assert folder.record(3) == {}  # to be tried again
     compared(3, "folders")
