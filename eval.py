@@ -54,7 +54,7 @@ from kit.metrics import (artist_groups, label_digest, measure_folds, measure_spl
                          paired_difference, predicted_values, ridge, true_values)
 from kit.published import beside_evaluation
 from kit.records import flat_config, predictions_table, read_metrics, read_run
-from kit.verdict import Verdict, compare_numbers, compare_predictions
+from kit.verdict import Verdict, closeness, compare_numbers, compare_predictions
 
 
 class Evaluation(NamedTuple):
@@ -237,7 +237,7 @@ def verify(expected, file, evaluation):
                          "songs", "features", "splits", "label_values", "swapped_labels",
                          "initial_model"), expected, content)
     verdict.compare("model", expected["model"], content["model"],
-                    any_close=expected["precision"] != "exact")
+                    close=closeness(expected["precision"]))
     compare_numbers(verdict, expected, data.annotations, data.splits)
     compare_predictions(verdict, expected, content)
     verdict.end()

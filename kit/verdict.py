@@ -1,65 +1,67 @@
 """What every check of a record says: what is identical, close or different, and the verdict."""
 
 import math
+from collections import Counter
 
 from kit.deam import splits_digest
 from kit.metrics import label_digest, measure_split
 
-TOLERANCE = 0.01  # on the 1–9 scale: predictions of float32 that differ less are close
+TOLERANCE = 0.01  # predictions of float32 on the 1–9 scale, and losses, that differ less are close
+LINES = 50
 SIX_DECIMALS, ABSENT = 5e-7, ("absent",)  # a tuple: nothing that JSON can hold
 
 
 class Verdict:
     """Counts what is identical, close and different, part by part, and prints a line for each part
-    and for each thing that is not identical; `finish` returns the exit code."""
+    and for the first LINES things that are close and that are different; `finish` returns the exit
+    code."""
 
     def __init__(self, what):
-        self.total = {"identical": 0, "close": 0, "different": 0}
-        self.part, self.checked, self.skipped = None, [], []
+        self.total, self.checked, self.skipped = Counter(), [], []
         print(f"\nchecking {what}")
 
     def begin(self, part):
-        self.part, self.counts = part, {"identical": 0, "close": 0, "different": 0}
+        self.part, self.counts = part, Counter()
 
-    def compare(self, name, expected, actual, close=0.0, identical=0.0, any_close=False):
+    def compare(self, name, expected, actual, close=0.0, identical=0.0):
         """Compare two values. Numbers that differ by at most `identical` are identical, by less
-        than `close` close; with `any_close` whatever differs, of one type, is close."""
-        numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool)
-                      for value in (expected, actual))
+        than `close` close. With a `close`, so are two digests: they do not say how far apart."""
+        types = {type(expected), type(actual)}
         try:
-            distance = abs(expected - actual) if numbers else math.nan
+            distance = abs(expected - actual) if types <= {int, float} else math.nan
         except OverflowError:  # a whole number that no float holds
             distance = math.inf
-        one_type = type(expected) is type(actual)
-        if one_type and expected == actual or distance <= identical:
+        if len(types) == 1 and expected == actual or distance <= identical:
             self.counts["identical"] += 1
             return
-        kind = "close" if any_close and one_type or distance < close else "different"
+        kind = "close" if types == {str} and close or distance < close else "different"
         self.counts[kind] += 1
-        place, expected, actual = first_difference(expected, actual)
+        if self.counts[kind] > LINES:
+            return
+        place, expected, actual = first_difference(name, expected, actual)
         shown = [f"{value:.9g}" if isinstance(value, float) else str(value)[:24]
                  for value in (expected, actual)]
-        print(f"    {name + place}: {kind.upper() if kind == 'different' else kind}, expected "
+        print(f"    {place}: {kind.upper() if kind == 'different' else kind}, expected "
               f"{shown[0]}, actual {shown[1]}")
 
-    def compare_all(self, names, expected, actual):
-        """Compare what two dicts have under these names."""
+    def compare_all(self, names, expected, actual, of="", **tolerance):
+        """Compare what two dicts, `of` something, have under these names."""
         for name in names:
-            self.compare(name.replace("_", " "), expected.get(name), actual.get(name))
+            self.compare(of + name.replace("_", " "), expected.get(name, ABSENT),
+                         actual.get(name, ABSENT), **tolerance)
 
     def compare_leaves(self, expected, actual, **tolerance):
         """Compare two nested dicts number by number."""
         then, now = flat(expected), flat(actual)
-        for name in {**then, **now}:
-            self.compare(name, then.get(name, ABSENT), now.get(name, ABSENT), **tolerance)
+        self.compare_all({**then, **now}, then, now, **tolerance)
 
     def end(self):
         """Print what a part came to."""
-        counts = ", ".join(f"{kind} {count}" for kind, count in self.counts.items() if count)
+        counts = ", ".join(f"{kind} {self.counts[kind]}" for kind in
+                           ("identical", "close", "different") if self.counts[kind])
         print(f"  {self.part}: {counts or 'nothing to compare'}")
         self.checked.append(self.part)
-        for kind, count in self.counts.items():
-            self.total[kind] += count
+        self.total += self.counts
 
     def skip(self, part, reason):
         """A part that these inputs do not allow, and what would."""
@@ -88,18 +90,15 @@ def flat(value, name=""):
     return {key: leaf for place, inner in pairs for key, leaf in flat(inner, place).items()}
 
 
-def first_difference(expected, actual):
-    """The first place at which two lists or two dicts differ, however deep: ("[3]", its value in
-    each, "nothing" if it has none); ("", expected, actual) of anything else."""
-    for kind, keys in ((list, lambda value: range(len(value))), (dict, dict.keys)):
-        if isinstance(expected, kind) and isinstance(actual, kind):
-            for key in dict.fromkeys([*keys(expected), *keys(actual)]):
-                then, now = (value[key] if key in keys(value) else "nothing"
-                             for value in (expected, actual))
-                if then != now:
-                    place, *values = first_difference(then, now)
-                    return f"[{key}]{place}", *values
-    return "", expected, actual
+def first_difference(name, expected, actual):
+    """(place, the value there in each) of the first leaf in which two values differ, however deep
+    in dicts and lists."""
+    then, now = flat(expected, name), flat(actual, name)
+    for place in {**then, **now}:
+        pair = then.get(place, ABSENT), now.get(place, ABSENT)
+        if pair[0] != pair[1]:
+            return place, *pair
+    return name, expected, actual  # of two types
 
 
 def compare_numbers(verdict, metrics, annotations, splits):
@@ -115,10 +114,17 @@ def compare_numbers(verdict, metrics, annotations, splits):
         verdict.compare_leaves(metrics["numbers"], follows, identical=SIX_DECIMALS)
 
 
+def closeness(precision, expected={}, actual=None):
+    """How far what was computed on two machines may differ and still be close: not at all in exact
+    arithmetic, nor in float32 if their environments, as far as they are known, name one machine."""
+    one_machine = actual and expected and all(expected.get(key) == actual.get(key)
+                                              for key in ("cpu", "device", "torch"))
+    return 0.0 if precision == "exact" or one_machine else TOLERANCE
+
+
 def compare_predictions(verdict, expected, actual):
     """The predictions of two metrics.json, and ridge's with its penalty."""
-    close = 0.0 if expected["precision"] == "exact" else TOLERANCE
-    for kind, tolerance in (("predictions", {"close": close}),
+    for kind, tolerance in (("predictions", {"close": closeness(expected["precision"])}),
                             ("ridge_predictions", {"identical": 2e-6})):
         verdict.compare_leaves({kind: expected[kind]}, {kind: actual[kind]}, **tolerance)
     verdict.compare("ridge penalty", expected["ridge_penalty"], actual["ridge_penalty"],
