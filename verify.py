@@ -63,7 +63,7 @@ from kit.deam import (SPLITS, corrected, fold_splits, read_annotations, read_spl
 from kit.features import find_damage, labels_table, read_manifest
 from kit.files import (differences, plain_json, read_tensors, read_text, sha256, state_digest,
                        tensor_digest)
-from kit.machine import Arithmetic, environment
+from kit.machine import Arithmetic, environment, one_machine
 from kit.records import (DIGESTS, HISTORY, describe_run, digest_steps, files_to_pack, flat_config,
                          open_record, pack, predictions_table, read_config, read_digests,
                          read_history, read_metrics, read_run)
@@ -213,8 +213,9 @@ def compute_entry(deam, backbone, song, store):
 def compare_songs(verdict, record, entries, machine):
     """Compare the manifest's entries with {song: entry}, made on the machine of an environment. In
     float32 another machine gives other features: they are close, as far as digests can tell."""
-    manifest = record.manifest
-    close = closeness(manifest["settings"]["precision"], manifest.get("environment"), machine)
+    manifest, close = record.manifest, 0.0
+    if not one_machine(manifest.get("environment"), machine):
+        close = closeness(manifest["settings"]["precision"])
     for song, entry in entries.items():
         expected = manifest["songs"].get(song, {})
         for key in {**expected, **entry}:
@@ -226,28 +227,33 @@ def compare_songs(verdict, record, entries, machine):
 
 
 def check_training(verdict, record, args):
-    """Repeat the first steps, or all, and compare losses and digests; after the last one also the
-    model and, if it is another one, what it predicts."""
+    """Repeat the first steps, or all, and compare every loss and digest; after the last one the
+    model too. Returns that model, where it is not the record's, else None."""
     training = prepare_training(verdict, record, args)
     ends = [step for _, step in digest_steps(len(training.train), training.options.epochs)]
     steps = training.steps if args.steps == "all" else min(args.steps, training.steps)
     steps = min(step for step in ends if step >= steps)  # on to the next digest
-    part, songs = f"{steps} of {training.steps} steps of training", songs_of_steps(training, steps)
-    if steps == training.steps:
-        songs |= songs_of_evaluations(record)
-    if lacking := lacking_features(args, training.data, songs):
+    part = f"{steps} of {training.steps} steps of training"
+    if lacking := lacking_features(args, training.data, songs_of_steps(training, steps)):
         return verdict.skip(part, lacking)
     verdict.begin(part)
     with Progress(total=steps, desc="train", unit="step") as bar:
         for _ in training.train_until(steps, bar):
             pass
-    compare_steps(verdict, record, training)
+    for unit, names, rows in (
+            ("step", DIGESTS, zip(record.digests, training.digests)),
+            ("epoch", HISTORY, zip(record.history, training.history))):
+        for row in rows:
+            expected, actual = (dict(zip(names, cells)) for cells in row)
+            verdict.compare_all(names, expected, actual, f"{unit} {actual[unit]}: ",
+                                close=record.close)
+    repeated = None
     if steps == training.steps:
         expected, actual = record.description["digests"], training.result()
         verdict.compare_all(actual, expected, actual, close=record.close)
-        if expected["model"] != actual["model"]:
-            compare_evaluations(verdict, record, args, training.model)
+        repeated = training.model if expected["model"] != actual["model"] else None
     verdict.end()
+    return repeated
 
 
 def prepare_training(verdict, record, args):
@@ -258,19 +264,19 @@ def prepare_training(verdict, record, args):
     options.features, options.device, options.allow_missing = args.features, args.device, None
     arithmetic = Arithmetic(options.precision, args.device, options.threads)
     data = train.open_data(options, record.splits)
+    songs = data.manifest["songs"] or {}
     verdict.compare_all(("settings", "params", "annotations", "top_layers", "swapped_labels"),
                         manifest, data.manifest)
-    songs = data.manifest["songs"] or {}
     compare_songs(verdict, record, songs, data.manifest.get("environment"))
-    record.close = closeness(options.precision, record.description.get("environment"),
-                             environment(arithmetic.device))
-    if any(manifest["songs"].get(song) != entry for song, entry in songs.items()):
+    if (not one_machine(record.description.get("environment"), environment(arithmetic.device))
+            or any(manifest["songs"].get(song) != entry for song, entry in songs.items())):
         record.close = closeness(options.precision)
     data.reader.songs = {**manifest["songs"], **songs}  # files of other songs must be the record's
     config = {**train.configuration(options, data, arithmetic), "features": manifest["digest"]}
     training = train.Training(config, data, arithmetic)
     expected, actual = record.description, describe_run(training)
-    verdict.compare_all(record.config, record.config, flat_config(config))
+    # of the options only the device may differ: they are the record's own
+    verdict.compare_all(record.config, record.config, flat_config(config), close=record.close)
     verdict.compare_all(("features_settings", "source", "label_mean", "label_std"), expected,
                         actual)
     verdict.compare("initial model", expected["digests"]["initial_model"], training.initial)
@@ -287,58 +293,42 @@ def songs_of_steps(training, steps):
     while len(batches) < steps:
         batches += [batch.tolist() for batch in loader]
     validated = data.ids["val"] if steps >= len(loader) else []
-    return {*sum(batches[:steps], []), *validated}
+    return sum(batches[:steps], validated)
 
 
 def lacking_features(args, data, songs):
     """Which of the songs the features folder lacks, and what to do; empty if it has all."""
-    missing = [str(song) for song in sorted(songs) if not data.reader.path(song).exists()]
+    missing = [str(song) for song in sorted(set(songs)) if not data.reader.path(song).exists()]
     names = f" with --songs {' '.join(missing)}" if len(missing) < 300 else ""
     return missing and (f"{args.features} lacks features of {len(missing)} songs: run its "
                         f"extract.py command{names}")
 
 
-def compare_steps(verdict, record, training):
-    """Compare the lines of digests.csv and history.csv, each loss and state."""
-    for unit, names, expected, actual in (
-            ("step", DIGESTS, record.digests, training.digests),
-            ("epoch", HISTORY, record.history, training.history)):
-        for rows in zip(expected, actual):
-            then, now = (dict(zip(names, row)) for row in rows)
-            verdict.compare_all(names, then, now, f"{unit} {now[unit]}: ", close=record.close)
+# --------------------------------------------------------------------------------- 5: predictions
 
 
-# ------------------------------------------------------------- 5: what the published model predicts
-
-
-def check_predictions(verdict, record, args):
-    """Its predictions, and ridge regression's, of every split that was evaluated."""
-    part = "predictions of the published model"
+def check_predictions(verdict, record, args, repeated):
+    """What the published model predicts of every split that was evaluated, and the other one that
+    all steps of training gave, if they did; and ridge regression."""
+    part, scale = "predictions of the published model", SimpleNamespace(**record.model)
     data = DEAMFeatHandler(args.features, record.splits, allow_missing=None)
-    if lacking := lacking_features(args, data, songs_of_evaluations(record)):
+    songs = data.ids["train"] + data.ids["val"]  # ridge regression's
+    for metrics in record.metrics.values():
+        songs = songs + data.ids[metrics["split"]]
+    if lacking := lacking_features(args, data, songs):
         return verdict.skip(part, lacking)
-    verdict.begin(part)
-    model = load_model(record.model, record.folder / "model.pt")
-    compare_evaluations(verdict, record, args, model)
-    verdict.end()
-
-
-def songs_of_evaluations(record):
-    """The ids whose features predictions need; those of ridge regression need train and val."""
-    splits = {"train", "val", *(metrics["split"] for metrics in record.metrics.values())}
-    return {song for split in splits for song in record.splits[split]}
-
-
-def compare_evaluations(verdict, record, args, model):
-    """Compare the predictions of a model of this run with those of every metrics.json."""
-    arithmetic, scale = Arithmetic("exact", args.device), SimpleNamespace(**record.model)
-    model = model.to(arithmetic.device, arithmetic.dtype)
+    verdict.begin(part + " and of the repeated one" if repeated else part)
+    arithmetic, published = Arithmetic("exact", args.device), load_model(
+        record.model, record.folder / "model.pt")
     for metrics in record.metrics.values():
         data = DEAMFeatHandler(args.features, record.splits, labels=metrics["labels"])
-        pred = evaluation.predictions(model, data, metrics["split"], scale, arithmetic)
         ridge_pred, penalty = evaluation.ridge_predictions(data, metrics["split"])
-        compare_predictions(verdict, metrics, {
-            "predictions": pred, "ridge_predictions": ridge_pred, "ridge_penalty": penalty})
+        for model in filter(None, (published, repeated)):
+            model = model.to(arithmetic.device, arithmetic.dtype)
+            pred = evaluation.predictions(model, data, metrics["split"], scale, arithmetic)
+            compare_predictions(verdict, metrics, {
+                "predictions": pred, "ridge_predictions": ridge_pred, "ridge_penalty": penalty})
+    verdict.end()
 
 
 # -------------------------------------------------------------------------------- features folder
@@ -379,9 +369,9 @@ def run(args):
         check_numbers(verdict, record, args, deam)
         check_features(verdict, record, args, deam)
         if args.features:
-            check_training(verdict, record, args)
+            repeated = check_training(verdict, record, args)
             if record.metrics:
-                check_predictions(verdict, record, args)
+                check_predictions(verdict, record, args, repeated)
         else:
             verdict.skip("training", "give a folder of its features with --features FOLDER")
         code = verdict.finish()

@@ -92,6 +92,13 @@ def environment(device):
     }
 
 
+def one_machine(*environments):
+    """Whether environments name one kind of machine, on which float32 gives the same bits."""
+    first, *others = ([each.get(key) for key in ("cpu", "device", "torch")]
+                      if isinstance(each, dict) else None for each in environments)
+    return all(each == first for each in others)
+
+
 # ------------------------------------------------------------------------------------------ memory
 
 
