@@ -59,23 +59,23 @@ import train
 from common import TOP_LAYERS, Backbone, DEAMFeatHandler, DEAMHandler, load_model
 from kit.audio import BadClip
 from kit.cli import Progress, UserError
-from kit.deam import (SPLITS, corrected, fold_splits, read_annotations, read_splits, songs_of)
+from kit.deam import SPLITS, corrected, fold_splits, read_annotations, read_splits, songs_of
 from kit.features import find_damage, labels_table, read_manifest
 from kit.files import (differences, plain_json, read_tensors, read_text, sha256, state_digest,
                        tensor_digest)
 from kit.machine import Arithmetic, environment, one_machine
-from kit.records import (DIGESTS, HISTORY, describe_run, digest_steps, files_to_pack, flat_config,
-                         open_record, pack, predictions_table, read_config, read_digests,
-                         read_history, read_metrics, read_run)
+from kit.records import (DIGESTS, HISTORY, digest_steps, files_to_pack, flat_config, open_record,
+                         pack, predictions_table, read_config, read_digests, read_history,
+                         read_metrics, read_run)
 from kit.swapped import swapped_ranges
 from kit.verdict import Verdict, closeness, compare_numbers, compare_predictions
 from kit.weights import weights_name
 
 
 class Record:
-    """A run as published: its files, read, and each found to be of the schema that it has.
-    `description`: config.json; `config`, `options`: in it; `model`: model.pt; `metrics`: of each
-    evaluation's folder."""
+    """A run as published: its files, each found to be of its schema. description: config.json;
+    model: model.pt; options, config: of both; metrics: {an evaluation's folder: its metrics.json}.
+    """
 
     def __init__(self, folder):
         self.folder, self.description = folder, read_config(folder)
@@ -84,20 +84,19 @@ class Record:
         self.history, self.digests = read_history(folder), read_digests(folder)
         self.metrics = {file.parent: read_metrics(file)
                         for file in sorted(folder.glob("eval-*/metrics.json"))}
-        self.config = flat_config(self.description["config"])
-        options, file = self.description["config"]["options"], folder / "config.json"
+        self.config = flat_config(self.model["config"])
+        options, file = self.model["config"]["options"], folder / "config.json"
         self.options = train.parser().read(options, file)
         written = train.chosen_options(self.options, self.options.device)
         if differing := differences(options, written):
             raise UserError(f"{file} holds options that train.py does not write ({differing})")
-        self.close = 0.0  # how far losses may be from the record's, on another machine
 
 
 # ------------------------------------------------------------ 1: the record's files are of one run
 
 
 def check_files(verdict, record):
-    """What several files say: digests, settings, steps, learning rates and losses."""
+    """What several files say: digests, settings, sources, steps, learning rates and losses."""
     verdict.begin("files of one run")
     manifest, model, config = record.manifest, record.model, record.config
     verdict.compare("manifest.json", config["features"], manifest["digest"])
@@ -106,6 +105,7 @@ def check_files(verdict, record):
     verdict.compare("settings of model.pt", model["settings"], manifest["settings"])
     verdict.compare("architecture of model.pt", plain_json(model["params"]), manifest["params"])
     verdict.compare("backbone", model["backbone"], manifest["source"])
+    verdict.compare("source", record.description["source"], record.splits["source"])
     if record.options.fold is not None:
         verdict.compare_all(SPLITS, fold_splits(record.options.fold, record.splits), record.splits)
     check_tables(verdict, record)
@@ -148,12 +148,12 @@ def check_tables(verdict, record):
 def check_numbers(verdict, record, args, deam):
     """Every published number from the published predictions and the labels, DEAM's or those of the
     features folder."""
-    table = args.features and args.features / "annotations.csv"
     if not record.metrics:
         return verdict.skip("numbers", f"run eval.py {args.record} first")
-    if not deam and not (table and table.exists()):
+    if not deam and not args.features:
         return verdict.skip("numbers", "give DEAM's annotations with --deam PATH")
-    annotations = deam.annotations if deam else read_annotations(table)
+    annotations = (deam.annotations if deam else
+                   read_annotations(args.features / "annotations.csv"))
     verdict.begin("numbers, from predictions and labels")
     verdict.compare("annotations", record.manifest["annotations"],
                     sha256(labels_table(annotations).encode()))
@@ -229,7 +229,7 @@ def compare_songs(verdict, record, entries, machine):
 def check_training(verdict, record, args):
     """Repeat the first steps, or all, and compare every loss and digest; after the last one the
     model too. Returns that model, where it is not the record's, else None."""
-    training = prepare_training(verdict, record, args)
+    training, close = prepare_training(verdict, record, args)
     ends = [step for _, step in digest_steps(len(training.train), training.options.epochs)]
     steps = training.steps if args.steps == "all" else min(args.steps, training.steps)
     steps = min(step for step in ends if step >= steps)  # on to the next digest
@@ -245,20 +245,20 @@ def check_training(verdict, record, args):
             ("epoch", HISTORY, zip(record.history, training.history))):
         for row in rows:
             expected, actual = (dict(zip(names, cells)) for cells in row)
-            verdict.compare_all(names, expected, actual, f"{unit} {actual[unit]}: ",
-                                close=record.close)
+            verdict.compare_all(names, expected, actual, f"{unit} {actual[unit]}: ", close=close)
     repeated = None
     if steps == training.steps:
         expected, actual = record.description["digests"], training.result()
-        verdict.compare_all(actual, expected, actual, close=record.close)
+        verdict.compare_all(actual, expected, actual, close=close)
         repeated = training.model if expected["model"] != actual["model"] else None
     verdict.end()
     return repeated
 
 
 def prepare_training(verdict, record, args):
-    """The record's Training, made anew from a features folder, perhaps of some songs only. Compares
-    how the features were made, each song's, the configuration and the initial model."""
+    """(the record's Training, made anew from a features folder, perhaps of some songs only; how far
+    its losses may be off and still be close: in float32 on another machine, or with features of
+    one). Compares how the features were made, each song's, the configuration, the initial model."""
     verdict.begin("features, configuration and initial model")
     options, manifest = record.options, record.manifest
     options.features, options.device, options.allow_missing = args.features, args.device, None
@@ -268,20 +268,20 @@ def prepare_training(verdict, record, args):
     verdict.compare_all(("settings", "params", "annotations", "top_layers", "swapped_labels"),
                         manifest, data.manifest)
     compare_songs(verdict, record, songs, data.manifest.get("environment"))
-    if (not one_machine(record.description.get("environment"), environment(arithmetic.device))
-            or any(manifest["songs"].get(song) != entry for song, entry in songs.items())):
-        record.close = closeness(options.precision)
+    here = environment(arithmetic.device)
+    same = one_machine(record.description.get("environment"), here) and all(
+        manifest["songs"].get(song) == entry for song, entry in songs.items())
+    close = 0.0 if same else closeness(options.precision)
     data.reader.songs = {**manifest["songs"], **songs}  # files of other songs must be the record's
     config = {**train.configuration(options, data, arithmetic), "features": manifest["digest"]}
+    # of the options, which are the record's own, only the device may be another
+    verdict.compare_all(record.config, record.config, flat_config(config), close=close)
+    for name in ("mean", "std"):
+        verdict.compare(f"labels' {name}", record.model[name].tolist(), getattr(data, name).tolist())
     training = train.Training(config, data, arithmetic)
-    expected, actual = record.description, describe_run(training)
-    # of the options only the device may differ: they are the record's own
-    verdict.compare_all(record.config, record.config, flat_config(config), close=record.close)
-    verdict.compare_all(("features_settings", "source", "label_mean", "label_std"), expected,
-                        actual)
-    verdict.compare("initial model", expected["digests"]["initial_model"], training.initial)
+    verdict.compare("initial model", record.model["initial_model"], training.initial)
     verdict.end()
-    return training
+    return training, close
 
 
 def songs_of_steps(training, steps):
