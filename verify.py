@@ -157,17 +157,18 @@ def check_numbers(verdict, record, args, deam):
     verdict.begin("numbers, from predictions and labels")
     verdict.compare("annotations", record.manifest["annotations"],
                     sha256(labels_table(annotations).encode()))
-    unlabelled = [song for song in songs_of(record.splits) if song not in annotations]
+    songs = {*songs_of(record.splits), *(int(song) for metrics in record.metrics.values()
+                                         for song in metrics["predictions"])}
+    unlabelled = sorted(songs - annotations.keys())
     verdict.compare("songs without a label", [], unlabelled)
     for folder, metrics in record.metrics.items() if not unlabelled else ():
         labels = annotations
         if metrics["labels"] == "corrected":
             labels = corrected(annotations, metrics["swapped_labels"] or [])
         compare_numbers(verdict, metrics, labels, record.splits)
-        if set(metrics["predictions"]) <= set(map(str, labels)):
-            verdict.compare(f"{folder.name}: predictions.csv",
-                            predictions_table(metrics["predictions"], labels).splitlines(),
-                            read_text(folder / "predictions.csv", "a table").splitlines())
+        verdict.compare(f"{folder.name}: predictions.csv",
+                        predictions_table(metrics["predictions"], labels).splitlines(),
+                        read_text(folder / "predictions.csv", "a table").splitlines())
     verdict.end()
 
 
@@ -229,17 +230,18 @@ def compare_songs(verdict, record, entries, machine):
 def check_training(verdict, record, args):
     """Repeat the first steps, or all, and compare every loss and digest; after the last one the
     model too. Returns that model, where it is not the record's, else None."""
-    training, close = prepare_training(verdict, record, args)
+    training = prepare_training(verdict, record, args)
     ends = [step for _, step in digest_steps(len(training.train), training.options.epochs)]
     steps = training.steps if args.steps == "all" else min(args.steps, training.steps)
     steps = min(step for step in ends if step >= steps)  # on to the next digest
     part = f"{steps} of {training.steps} steps of training"
-    if lacking := lacking_features(args, training.data, songs_of_steps(training, steps)):
+    if lacking := training.data.reader.lacking(songs_of_steps(training, steps)):
         return verdict.skip(part, lacking)
     verdict.begin(part)
     with Progress(total=steps, desc="train", unit="step") as bar:
         for _ in training.train_until(steps, bar):
             pass
+    close = closeness_on_machine(record, training.data, training.device)
     for unit, names, rows in (
             ("step", DIGESTS, zip(record.digests, training.digests)),
             ("epoch", HISTORY, zip(record.history, training.history))):
@@ -256,9 +258,8 @@ def check_training(verdict, record, args):
 
 
 def prepare_training(verdict, record, args):
-    """(the record's Training, made anew from a features folder, perhaps of some songs only; how far
-    its losses may be off and still be close: in float32 on another machine, or with features of
-    one). Compares how the features were made, each song's, the configuration, the initial model."""
+    """The record's Training, made anew from a features folder, perhaps of some songs only. Compares
+    how the features were made, each song's, the configuration and the initial model."""
     verdict.begin("features, configuration and initial model")
     options, manifest = record.options, record.manifest
     options.features, options.device, options.allow_missing = args.features, args.device, None
@@ -268,20 +269,26 @@ def prepare_training(verdict, record, args):
     verdict.compare_all(("settings", "params", "annotations", "top_layers", "swapped_labels"),
                         manifest, data.manifest)
     compare_songs(verdict, record, songs, data.manifest.get("environment"))
-    here = environment(arithmetic.device)
-    same = one_machine(record.description.get("environment"), here) and all(
-        manifest["songs"].get(song) == entry for song, entry in songs.items())
-    close = 0.0 if same else closeness(options.precision)
     data.reader.songs = {**manifest["songs"], **songs}  # files of other songs must be the record's
     config = {**train.configuration(options, data, arithmetic), "features": manifest["digest"]}
     # of the options, which are the record's own, only the device may be another
-    verdict.compare_all(record.config, record.config, flat_config(config), close=close)
+    verdict.compare_all(record.config, record.config, flat_config(config),
+                        close=closeness_on_machine(record, data, arithmetic.device))
     for name in ("mean", "std"):
         verdict.compare(f"labels' {name}", record.model[name].tolist(), getattr(data, name).tolist())
     training = train.Training(config, data, arithmetic)
     verdict.compare("initial model", record.model["initial_model"], training.initial)
     verdict.end()
-    return training, close
+    return training
+
+
+def closeness_on_machine(record, data, device):
+    """How far losses and ridge's predictions may be from the record's and still be close: only in
+    float32, on another machine or with features that another one made."""
+    machine, songs = environment(device), data.manifest["songs"] or {}
+    same = one_machine(record.description.get("environment"), machine) and all(
+        record.manifest["songs"].get(song) == entry for song, entry in songs.items())
+    return 0.0 if same else closeness(record.options.precision)
 
 
 def songs_of_steps(training, steps):
@@ -296,14 +303,6 @@ def songs_of_steps(training, steps):
     return sum(batches[:steps], validated)
 
 
-def lacking_features(args, data, songs):
-    """Which of the songs the features folder lacks, and what to do; empty if it has all."""
-    missing = [str(song) for song in sorted(set(songs)) if not data.reader.path(song).exists()]
-    names = f" with --songs {' '.join(missing)}" if len(missing) < 300 else ""
-    return missing and (f"{args.features} lacks features of {len(missing)} songs: run its "
-                        f"extract.py command{names}")
-
-
 # --------------------------------------------------------------------------------- 5: predictions
 
 
@@ -312,14 +311,12 @@ def check_predictions(verdict, record, args, repeated):
     all steps of training gave, if they did; and ridge regression."""
     part, scale = "predictions of the published model", SimpleNamespace(**record.model)
     data = DEAMFeatHandler(args.features, record.splits, allow_missing=None)
-    songs = data.ids["train"] + data.ids["val"]  # ridge regression's
-    for metrics in record.metrics.values():
-        songs = songs + data.ids[metrics["split"]]
-    if lacking := lacking_features(args, data, songs):
+    if lacking := data.reader.lacking(songs_of(record.splits)):
         return verdict.skip(part, lacking)
     verdict.begin(part + " and of the repeated one" if repeated else part)
-    arithmetic, published = Arithmetic("exact", args.device), load_model(
-        record.model, record.folder / "model.pt")
+    arithmetic = Arithmetic("exact", args.device)
+    published = load_model(record.model, record.folder / "model.pt")
+    close = closeness_on_machine(record, data, arithmetic.device)
     for metrics in record.metrics.values():
         data = DEAMFeatHandler(args.features, record.splits, labels=metrics["labels"])
         ridge_pred, penalty = evaluation.ridge_predictions(data, metrics["split"])
@@ -327,7 +324,8 @@ def check_predictions(verdict, record, args, repeated):
             model = model.to(arithmetic.device, arithmetic.dtype)
             pred = evaluation.predictions(model, data, metrics["split"], scale, arithmetic)
             compare_predictions(verdict, metrics, {
-                "predictions": pred, "ridge_predictions": ridge_pred, "ridge_penalty": penalty})
+                "predictions": pred, "ridge_predictions": ridge_pred, "ridge_penalty": penalty},
+                ridge_close=close)
     verdict.end()
 
 

@@ -86,6 +86,13 @@ class FeatureReader:
     def has(self, song):
         return (self.songs is None or str(song) in self.songs) and self.path(song).exists()
 
+    def lacking(self, songs):
+        """How many of the songs have no file, and how to get them; empty if all have one."""
+        missing = [str(song) for song in sorted(set(songs)) if not self.path(song).exists()]
+        names = f" with --songs {' '.join(missing)}" if len(missing) < 300 else ""
+        return missing and (f"{self.root} lacks features of {len(missing)} songs: run its "
+                            f"extract.py command{names}")
+
     def key(self, song):
         """(a song's file, when it was written, the digest it has to have, or None)."""
         path = self.path(song)

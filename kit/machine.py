@@ -92,11 +92,11 @@ def environment(device):
     }
 
 
-def one_machine(*environments):
-    """Whether environments name one kind of machine, on which float32 gives the same bits."""
-    first, *others = ([each.get(key) for key in ("cpu", "device", "torch")]
-                      if isinstance(each, dict) else None for each in environments)
-    return all(each == first for each in others)
+def one_machine(first, second):
+    """Whether two environments name one kind of machine, on which float32 gives the same bits."""
+    known = isinstance(first, dict) and isinstance(second, dict)
+    return first == second or known and all(first.get(key) == second.get(key)
+                                            for key in ("cpu", "device", "torch"))
 
 
 # ------------------------------------------------------------------------------------------ memory

@@ -24,36 +24,25 @@ class Verdict:
         self.part, self.counts = part, Counter()
 
     def compare(self, name, expected, actual, close=0.0, identical=0.0):
-        """Compare two values. Numbers that differ by at most `identical` are identical, by less
-        than `close` close. With a `close`, so are two digests: they do not say how far apart."""
-        types = {type(expected), type(actual)}
-        try:
-            distance = abs(expected - actual) if types <= {int, float} else math.nan
-        except OverflowError:  # a whole number that no float holds
-            distance = math.inf
-        if len(types) == 1 and expected == actual or distance <= identical:
-            self.counts["identical"] += 1
-            return
-        kind = "close" if types == {str} and close or distance < close else "different"
-        self.counts[kind] += 1
-        if self.counts[kind] > LINES:
-            return
-        place, expected, actual = first_difference(name, expected, actual)
-        shown = [f"{value:.9g}" if isinstance(value, float) else str(value)[:24]
-                 for value in (expected, actual)]
-        print(f"    {place}: {kind.upper() if kind == 'different' else kind}, expected "
-              f"{shown[0]}, actual {shown[1]}")
+        """Compare two values, nested ones leaf by leaf. Numbers that differ by at most `identical`
+        are identical, by less than `close` close. With a `close` so are two digests: they do not
+        say how far apart."""
+        expected, actual = flat(expected, name), flat(actual, name)
+        for place in {**expected, **actual}:
+            pair = expected.get(place, ABSENT), actual.get(place, ABSENT)
+            kind = kind_of(*pair, close, identical)
+            self.counts[kind] += 1
+            if kind != "identical" and self.counts[kind] <= LINES:
+                shown = ["nothing" if value is ABSENT else f"{value:.9g}"
+                         if isinstance(value, float) else str(value)[:24] for value in pair]
+                print(f"    {place}: {kind.upper() if kind == 'different' else kind}, expected "
+                      f"{shown[0]}, actual {shown[1]}")
 
     def compare_all(self, names, expected, actual, of="", **tolerance):
         """Compare what two dicts, `of` something, have under these names."""
         for name in names:
             self.compare(of + name.replace("_", " "), expected.get(name, ABSENT),
                          actual.get(name, ABSENT), **tolerance)
-
-    def compare_leaves(self, expected, actual, **tolerance):
-        """Compare two nested dicts number by number."""
-        then, now = flat(expected), flat(actual)
-        self.compare_all({**then, **now}, then, now, **tolerance)
 
     def end(self):
         """Print what a part came to."""
@@ -84,21 +73,24 @@ def flat(value, name=""):
     what is empty stays as it is."""
     if not isinstance(value, (dict, list)) or not value:
         return {name: value}
-    pairs = ([(f"{name}.{key}".lstrip("."), inner) for key, inner in value.items()]
-             if isinstance(value, dict) else
-             [(f"{name}[{place}]", inner) for place, inner in enumerate(value)])
+    if isinstance(value, list):
+        pairs = [(f"{name}[{place}]", inner) for place, inner in enumerate(value)]
+    else:  # a key that looks like a place is quoted: none may stand in for another
+        pairs = [(f"{name}.{repr(key) if set('.[') & set(key) else key}".lstrip("."), inner)
+                 for key, inner in value.items()]
     return {key: leaf for place, inner in pairs for key, leaf in flat(inner, place).items()}
 
 
-def first_difference(name, expected, actual):
-    """(place, the value there in each) of the first leaf in which two values differ, however deep
-    in dicts and lists."""
-    then, now = flat(expected, name), flat(actual, name)
-    for place in {**then, **now}:
-        pair = then.get(place, ABSENT), now.get(place, ABSENT)
-        if pair[0] != pair[1]:
-            return place, *pair
-    return name, expected, actual  # of two types
+def kind_of(expected, actual, close, identical):
+    """Whether two leaves are identical, close or different."""
+    types = {type(expected), type(actual)}
+    try:
+        distance = abs(expected - actual) if types <= {int, float} else math.nan
+    except OverflowError:  # a whole number that no float holds
+        distance = math.inf
+    if len(types) == 1 and expected == actual or distance <= identical:
+        return "identical"
+    return "close" if types == {str} and close or distance < close else "different"
 
 
 def compare_numbers(verdict, metrics, annotations, splits):
@@ -111,7 +103,7 @@ def compare_numbers(verdict, metrics, annotations, splits):
     verdict.compare("labels", metrics["label_values"], label_digest(annotations, splits))
     if set(ids) == set(pred):
         follows = measure_split(annotations, splits, split, pred, metrics["ridge_predictions"])
-        verdict.compare_leaves(metrics["numbers"], follows, identical=SIX_DECIMALS)
+        verdict.compare("", metrics["numbers"], follows, identical=SIX_DECIMALS)
 
 
 def closeness(precision):
@@ -119,10 +111,12 @@ def closeness(precision):
     return 0.0 if precision == "exact" else TOLERANCE
 
 
-def compare_predictions(verdict, expected, actual):
-    """The predictions of two metrics.json, and ridge's with its penalty."""
-    for kind, tolerance in (("predictions", {"close": closeness(expected["precision"])}),
-                            ("ridge_predictions", {"identical": 2e-6})):
-        verdict.compare_leaves({kind: expected[kind]}, {kind: actual[kind]}, **tolerance)
+def compare_predictions(verdict, expected, actual, ridge_close=0.0):
+    """The predictions of two metrics.json, and ridge's with its penalty; ridge's may be close only
+    where the features are of another machine."""
+    verdict.compare("predictions", expected["predictions"], actual["predictions"],
+                    close=closeness(expected["precision"]))
+    verdict.compare("ridge predictions", expected["ridge_predictions"],
+                    actual["ridge_predictions"], identical=2e-6, close=ridge_close)
     verdict.compare("ridge penalty", expected["ridge_penalty"], actual["ridge_penalty"],
                     identical=1e-9 * actual["ridge_penalty"])
