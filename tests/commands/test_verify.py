@@ -533,7 +533,7 @@ def test_a_damaged_configuration(damaged, computed_once, verdict, compared):
     compared(tried, "edits")
 
 
-def test_options_forged_in_both_files(damaged, verdict, compared):
+def test_options_forged_in_both_files(damaged, computed_once, verdict, compared):
     """In config.json and model.pt alike, with all digests made anew: what the options say is what
     the run did, as far as it decides anything in this one."""
     run, commands = damaged
