@@ -275,7 +275,8 @@ def prepare_training(verdict, record, args):
     verdict.compare_all(record.config, record.config, flat_config(config),
                         close=closeness_on_machine(record, data, arithmetic.device))
     for name in ("mean", "std"):
-        verdict.compare(f"labels' {name}", record.model[name].tolist(), getattr(data, name).tolist())
+        verdict.compare(f"labels' {name}", record.model[name].tolist(),
+                        getattr(data, name).tolist())
     training = train.Training(config, data, arithmetic)
     verdict.compare("initial model", record.model["initial_model"], training.initial)
     verdict.end()
