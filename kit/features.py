@@ -63,8 +63,8 @@ def read_features(path, digest=None, dimension=None):
     if (not is_plain(features) or features.ndim != 2 or not len(features)
             or features.dtype not in (torch.float32, torch.float16)
             or dimension and features.shape[1] != dimension):
-        raise UserError(f"{path}: not a tensor [T, {dimension or 'D'}] of float32 or float16, dense "
-                        "and without NaN or infinity; extract this song again")
+        raise UserError(f"{path}: not a tensor [T, {dimension or 'D'}] of float32 or float16, or "
+                        "not dense, or NaN or infinity in it; extract this song again")
     if digest and tensor_digest(features) != digest:
         raise UserError(f"{path} is damaged: not the features of the manifest; run extract.py "
                         "again")

@@ -160,8 +160,8 @@ def write_tensors(path, value):
 
 
 def read_text(path, what):
-    """The text of a file in UTF-8, or in UTF-16 with a byte order mark; its lines end in \\n. Raises
-    UserError."""
+    """The text of a file in UTF-8, or in UTF-16 with a byte order mark; its lines end in \\n.
+    Raises UserError."""
     try:
         data = Path(path).read_bytes()
     except OSError as error:
