@@ -53,7 +53,7 @@ from kit.machine import Arithmetic, FrozenOutputs
 from kit.metrics import (artist_groups, label_digest, measure_folds, measure_split,
                          paired_difference, predicted_values, resampled_metrics, ridge, true_values)
 from kit.records import flat_config, read_metrics, read_run
-from kit.verdict import Verdict, compare_numbers, compare_predictions
+from kit.verdict import Verdict, closeness, compare_numbers, compare_predictions
 
 
 # ------------------------------------------------------------------------------------- predictions
@@ -182,7 +182,7 @@ def verify(expected, file, evaluation):
                          "songs", "features", "splits", "label_values", "swapped_labels",
                          "initial_model"), expected, content)
     verdict.compare("model", expected["model"], content["model"],
-                    any_close=expected["precision"] != "exact")
+                    close=closeness(expected["precision"]))
     compare_numbers(verdict, expected, data.annotations, data.splits)
     compare_predictions(verdict, expected, content)
     verdict.end()

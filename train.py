@@ -258,22 +258,22 @@ def run(args):
     locked = lock(args.run, "train", "the run")  # as long as this variable lives
     state = read_checkpoint(args.run, config, args.resume)
     training = Training(config, data, arithmetic)
-    record = describe_run(training)
+    description = describe_run(training)
     if state:
         restore(training, state, args.run / "last.pt")
         print(f"resumed after epoch {len(training.history)} of {args.epochs}")
     announce(args.run, training)
-    write_start(args.run, training, record)
+    write_start(args.run, training, description)
 
     with Progress(total=training.steps, initial=training.step, desc="train", unit="step") as bar:
         for row in training.train_until(training.steps, bar):
             bar.say("epoch {:3d}  lr {:.2e}  train loss {:.4f} MSE {:.4f} MAE {:.4f}  val loss "
                     "{:.4f} MSE {:.4f} MAE {:.4f}".format(*row))
             write_progress(args.run, training)
-    record["digests"] |= training.result()
-    write_result(args.run, training, record)
+    description["digests"] |= training.result()
+    write_result(args.run, training, description)
     draw_curves(args.run, training)
-    for name, value in record["digests"].items():
+    for name, value in description["digests"].items():
         print(f"{name.replace('_', ' ')}: {value}")
     print(f"next: python eval.py {args.run} --features {args.features}")
     del locked

@@ -1,7 +1,7 @@
 """The features folder: its manifest, its readers, and how it is filled.
 
     DEAM_feats/  annotations.csv  splits.json  manifest.json  top_layers.pt
-                 songs/<id>.pt  a tensor [T, D]      songs/<id>.json  its record
+                 songs/<id>.pt  a tensor [T, D]      songs/<id>.json  its entry
 """
 
 import time
@@ -23,7 +23,6 @@ ENTRY = {"pcm": DIGEST, "features": DIGEST, "frames": int}
 MANIFEST = {"settings": SETTINGS, "annotations": DIGEST, "top_layers": DIGEST,
             "swapped_labels": (None, [[int, int]]), "songs": {int: ENTRY}, "digest": DIGEST,
             "source": {"name": str}, "params": {str: object}}
-RECORD = (ENTRY, {"failed": str})  # of one song
 # A folder of the published notebook has no manifest: its features cannot be verified, and are taken
 # as those of the backbone that it used.
 NOTEBOOK_MANIFEST = {
@@ -62,14 +61,11 @@ def read_features(path, digest=None, dimension=None):
     """features[T, D] of a feature file. Raises UserError where it is not a finite tensor [T, D], or
     not the one that a manifest's digest says."""
     features = load_tensors(path, "a feature file")
-    if (not isinstance(features, torch.Tensor) or features.ndim != 2 or not len(features)
+    if (not is_plain(features) or features.ndim != 2 or not len(features)
             or features.dtype not in (torch.float32, torch.float16)
             or dimension and features.shape[1] != dimension):
-        raise UserError(f"{path}: not a tensor [T, {dimension or 'D'}] of float32 or float16; "
-                        "extract this song again")
-    if not is_plain(features):
-        raise UserError(f"{path}: NaN or infinity in it, or not a dense tensor; extract this song "
-                        "again")
+        raise UserError(f"{path}: not a tensor [T, {dimension or 'D'}] of float32 or float16, or "
+                        "not dense, or NaN or infinity in it; extract this song again")
     if digest and tensor_digest(features) != digest:
         raise UserError(f"{path} is damaged: not the features of the manifest; run extract.py "
                         "again")
@@ -77,12 +73,10 @@ def read_features(path, digest=None, dimension=None):
 
 
 class FeatureReader:
-    """Reads feature files of a folder, each compared with its digest when it is first read.
+    """Reads feature files of a folder, each compared with its digest.
 
     songs: of the manifest, or None; dimension: D. Raises UserError naming a file that is missing,
     damaged or not [T, D]."""
-
-    compared = set()  # files of any folder that this process has compared with their digests
 
     def __init__(self, root, songs, dimension):
         self.root, self.songs, self.dimension = Path(root), songs, dimension
@@ -92,6 +86,13 @@ class FeatureReader:
 
     def has(self, song):
         return (self.songs is None or str(song) in self.songs) and self.path(song).exists()
+
+    def lacking(self, songs):
+        """How many of the songs have no file, and how to get them; empty if all have one."""
+        missing = [str(song) for song in sorted(set(songs)) if not self.path(song).exists()]
+        names = f" with --songs {' '.join(missing)}" if len(missing) < 300 else ""
+        return missing and (f"{self.root} lacks features of {len(missing)} songs: run its "
+                            f"extract.py command{names}")
 
     def key(self, song):
         """(a song's file, when it was written, the digest it has to have, or None)."""
@@ -103,12 +104,8 @@ class FeatureReader:
 
     def read(self, song):
         """features[T, D] as stored."""
-        key = path, _, digest = self.key(song)
-        if key in self.compared:
-            return load_tensors(path, "a feature file")
-        features = read_features(path, digest, self.dimension)
-        self.compared.add(key)
-        return features
+        path, _, digest = self.key(song)
+        return read_features(path, digest, self.dimension)
 
 
 def find_damage(root, entries, store):
@@ -142,9 +139,9 @@ def describe_features(deam, backbone, layer, precision, store):
 
 
 class FeatureFolder:
-    """DEAM_feats/ while it is filled: every song with a record of its own beside it, so that a kill
-    costs at most the songs in flight and several processes can fill one folder; the manifest is
-    all records together.
+    """DEAM_feats/ while it is filled: every song has a file with its entry beside its features, so
+    that a kill costs at most the songs in flight and several processes can fill one folder; the
+    manifest is all entries together. The entry of a song that failed is {"failed": reason}.
 
     ids: the songs wanted; manifest: without songs; rank: this process's number, 0 for the one that
     writes what is there once. Raises UserError for a folder whose features were made otherwise."""
@@ -173,33 +170,35 @@ class FeatureFolder:
         """Write what stands beside the songs, where it is not there yet."""
         if self.rank:
             return
-        self.write("annotations.csv", labels_table(annotations))
-        self.write("splits.json", json_text(splits))
+        for name, text in (("annotations.csv", labels_table(annotations)),
+                           ("splits.json", json_text(splits))):
+            path = self.root / name
+            if not path.exists() or path.read_bytes() != text.encode():  # it may be read-only
+                write_file(path, text)
         manifest, top = self.root / "manifest.json", self.root / "top_layers.pt"
         if not manifest.exists() or not top.exists():
             write_tensors(top, top_layers)
         self.write_manifest()
 
-    def write(self, name, text):
-        """Write a file, unless it is there as it should be: the folder may be for reading only."""
-        path = self.root / name
-        if not path.exists() or path.read_bytes() != text.encode():
-            write_file(path, text)
+    def entry_file(self, song):
+        return self.root / "songs" / f"{song}.json"
 
-    def record(self, song):
-        """What is known of a song: its entry and perhaps a note; {"failed": reason}; or {}."""
-        path = self.root / "songs" / f"{song}.json"
+    def entries(self, ids):
+        """{song: its entry, perhaps with a note, {} where nothing is known of it}."""
+        return {song: self.entry(song) for song in ids}
+
+    def entry(self, song):
         try:
-            return read_json(path, "a song's record", RECORD)
+            return read_json(self.entry_file(song), "a song's entry", (ENTRY, {"failed": str}))
         except UserError:  # none, or damaged
             return self.manifest["songs"].get(str(song), {})
 
     def missing(self, ids):
-        """Those of the ids whose features are not there, or not as their records say. Songs that
+        """Those of the ids whose features are not there, or not as their entries say. Songs that
         failed before are tried again."""
-        records = {song: self.record(song) for song in ids}
-        self.clear_failures(records)  # of a run that was killed
-        entries = {song: record for song, record in records.items() if "features" in record}
+        entries = self.entries(ids)
+        self.clear_failures(entries)  # of a run that was killed
+        entries = {song: entry for song, entry in entries.items() if "features" in entry}
         damages = find_damage(self.root, entries, self.manifest["settings"]["store"])
         return [song for song in ids if song not in entries or damages[song]]
 
@@ -210,50 +209,50 @@ class FeatureFolder:
             return self.fail(song, f"song {song}: NaN or infinity in its features, as "
                                    f"{features.dtype}")
         write_tensors(self.root / "songs" / f"{song}.pt", features)
-        write_json(self.root / "songs" / f"{song}.json", {
+        write_json(self.entry_file(song), {
             "pcm": pcm, "features": tensor_digest(features), "frames": len(features),
             **({"note": note} if note else {})})
 
     def fail(self, song, reason):
-        write_json(self.root / "songs" / f"{song}.json", {"failed": reason})
+        write_json(self.entry_file(song), {"failed": reason})
+
+    def clear_failures(self, entries):
+        """Remove the entries {song: entry} of songs that failed."""
+        for song, entry in entries.items():
+            if "failed" in entry:
+                self.entry_file(song).unlink(missing_ok=True)
 
     def write_manifest(self):
-        """The manifest of all songs that have features; again, should one have come meanwhile."""
+        """The manifest of all songs that have features, unless it is there already."""
+        entries = self.manifest["songs"] | {str(song): entry for song, entry in
+                                            self.entries(self.ids).items()}
+        songs = {song: {key: entries[song][key] for key in ENTRY}
+                 for song in sorted(entries, key=int) if "features" in entries[song]}
         path = self.root / "manifest.json"
-        while True:
-            records = self.manifest["songs"] | {str(song): self.record(song) for song in self.ids}
-            songs = {song: {key: records[song][key] for key in ENTRY}
-                     for song in sorted(records, key=int) if "features" in records[song]}
-            if songs == self.manifest["songs"] and path.exists():
-                return
+        if songs != self.manifest["songs"] or not path.exists():
             self.manifest["songs"] = songs
             self.manifest["digest"] = manifest_digest(self.manifest)
             write_json(path, self.manifest)
 
     def finish(self):
         """Complete the manifest. The first process waits until the others have dealt with their
-        songs, says what the folder holds, and returns whether no song failed."""
-        while not self.rank and not all(map(self.record, self.ids)):
-            time.sleep(0.5)
-        self.write_manifest()
+        songs, says what the folder holds, and clears the failures, so that the next run does not
+        report them again. Returns whether no song failed, as far as this process knows."""
         if self.rank:
             return True
-        songs, records = self.manifest["songs"], {song: self.record(song) for song in self.ids}
+        while not all(map(self.entry, self.ids)):
+            time.sleep(0.5)
+        self.write_manifest()
+        songs, entries = self.manifest["songs"], self.entries(self.ids)
         print(f"{self.root}: {len(songs)} songs, {sum(each['frames'] for each in songs.values())} "
               f"frames; root digest {self.manifest['digest']}")
-        for song, record in records.items():
-            if "note" in record:
-                print(f"note: song {song}: {record['note']}")
-            if "failed" in record:
-                print(f"failed: {record['failed']}")
-        self.clear_failures(records)  # so that the next run does not report them again
-        return not any("failed" in record for record in records.values())
-
-    def clear_failures(self, records):
-        """Remove the records {song: record} of songs that failed."""
-        for song, record in records.items():
-            if "failed" in record:
-                (self.root / "songs" / f"{song}.json").unlink(missing_ok=True)
+        for song, entry in entries.items():
+            if "note" in entry:
+                print(f"note: song {song}: {entry['note']}")
+            if "failed" in entry:
+                print(f"failed: {entry['failed']}")
+        self.clear_failures(entries)
+        return not any("failed" in entry for entry in entries.values())
 
 
 # ------------------------------------------------------------------------------ songs and labels

@@ -1,8 +1,7 @@
 """What is read and written: digests, whole files, locks.
 
-A digest is sha256 over dtype, shape and bytes of tensors, never over a file format. A file is there
-whole or not at all. What is read is of the form described beside its reader, or one line says where
-it is not.
+A file is there whole or not at all. What is read has the schema that its reader asks for, or one
+line says where it has not.
 """
 
 import codecs
@@ -52,11 +51,7 @@ def prefetch(function, items, threads=8):
             future.cancel()
 
 
-# -------------------------------------------------------------------------------- files and digests
-
-
-MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
-         codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}  # UTF-32's begin alike
+# ------------------------------------------------------------------------------------------ digests
 
 
 def sha256(data):
@@ -98,6 +93,9 @@ def content_digest(value):
             return {f"{type(key).__name__} {key}": plain(each) for key, each in value.items()}
         return [plain(each) for each in value] if isinstance(value, (list, tuple)) else value
     return json_digest(plain(value))
+
+
+# ------------------------------------------------------------------------------------------ writing
 
 
 def write_file(path, data):
@@ -157,9 +155,12 @@ def write_tensors(path, value):
     write_file(path, buffer.getbuffer())
 
 
-def read_text(path, what, errors="strict"):
-    """The text of a file in UTF-8, or in UTF-16 or UTF-32 with a byte order mark; its lines end in
-    \\n. Raises UserError."""
+# ------------------------------------------------------------------------------------------ reading
+
+
+def read_text(path, what):
+    """The text of a file in UTF-8, or in UTF-16 with a byte order mark; its lines end in \\n.
+    Raises UserError."""
     try:
         data = Path(path).read_bytes()
     except OSError as error:
@@ -167,24 +168,15 @@ def read_text(path, what, errors="strict"):
     if data.startswith(b"PK\3\4"):
         raise UserError(f"{path} is not {what}: a zip archive or a spreadsheet's own file; save it "
                         "as CSV")
-    encoding = next((name for mark, name in MARKS.items() if data.startswith(mark)), "utf-8")
+    utf_16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
-        text = data.decode(encoding, errors)
-    except UnicodeDecodeError:
+        text = data.decode("utf-16" if utf_16 else "utf-8-sig")
+        if "\0" in text:
+            raise ValueError("zero bytes, of UTF-16 without its mark or of no text at all")
+    except ValueError:
         raise UserError(f"{path} is not {what}: not text in UTF-8, or in UTF-16 with a byte order "
                         "mark; save it as UTF-8") from None
-    if "\0" in text and errors == "strict":
-        raise UserError(f"{path} is not {what}: not text, there are zero bytes in it (damaged, or "
-                        "UTF-16 without a byte order mark); save it as UTF-8")
     return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def read_table(path, what, errors="strict"):
-    """The rows of a CSV file, each a list of strings. Raises UserError."""
-    try:
-        return list(csv.reader(io.StringIO(read_text(path, what, errors))))
-    except csv.Error as error:
-        raise UserError(f"{path} is not {what}: {error}") from None
 
 
 def read_json(path, what, schema=None):
@@ -223,6 +215,9 @@ def read_tensors(path, what, schema):
         raise UserError(f"{path} is damaged: it does not hold what its digest says; restore it, or "
                         "make it again")
     return value
+
+
+# -------------------------------------------------------------------------------------------- locks
 
 
 def lock(folder, name, what):

@@ -92,6 +92,13 @@ def environment(device):
     }
 
 
+def one_machine(first, second):
+    """Whether two environments name one kind of machine, on which float32 gives the same bits."""
+    known = isinstance(first, dict) and isinstance(second, dict)
+    return first == second or known and all(first.get(key) == second.get(key)
+                                            for key in ("cpu", "device", "torch"))
+
+
 # ------------------------------------------------------------------------------------------ memory
 
 

@@ -2,11 +2,13 @@
 
     runs/NAME/  config.json  splits.json  manifest.json  history.csv  digests.csv  model.pt
                 last.pt  what --resume goes on from      eval-test/metrics.json
+
+A description is what config.json says of a run; a record is what is published of one.
 """
 
 import contextlib
+import csv
 import io
-import re
 import tarfile
 import tempfile
 from pathlib import Path
@@ -16,7 +18,7 @@ import torch
 from kit.cli import UserError
 from kit.deam import read_splits, splits_digest
 from kit.features import SETTINGS
-from kit.files import (differences, json_digest, read_json, read_table, read_tensors, sha256,
+from kit.files import (differences, json_digest, read_json, read_tensors, read_text, sha256,
                        shortened, state_digest, table_text, write_csv, write_file, write_json,
                        write_tensors)
 from kit.machine import environment
@@ -33,8 +35,9 @@ CONFIG = {"options": {"finetune": str, "labels": LABELS, "precision": ("exact", 
                       "epochs": int, "select": ("last", "best")},
           "features": (None, DIGEST), "splits": DIGEST,
           "songs": {"train": int, "val": int, "test": int}}
-RUN = {"config": CONFIG, "digests": {str: DIGEST}, "source": str,
-       "features_settings": RUN_SETTINGS, "label_mean": [float, float], "label_std": [float, float]}
+DESCRIPTION = {"config": CONFIG, "digests": {str: DIGEST}, "source": str,
+               "features_settings": RUN_SETTINGS, "label_mean": [float, float],
+               "label_std": [float, float]}
 MODEL = {"config": CONFIG, "settings": RUN_SETTINGS, "params": PARAMS,
          "mean": torch.Tensor, "std": torch.Tensor, "state": {str: torch.Tensor},
          "initial_model": DIGEST, "source": str, "backbone": {"name": str}}
@@ -56,46 +59,81 @@ def flat_config(config):
     return {**config["options"], **{key: config[key] for key in ("features", "splits", "songs")}}
 
 
+# ----------------------------------------------------------------------------------------- reading
+
+
 def read_config(folder):
     """What config.json says of a run. Raises UserError."""
-    return read_json(folder / "config.json", "a run's configuration", RUN)
+    return read_json(folder / "config.json", "a run's configuration", DESCRIPTION)
 
 
 def read_run(folder):
     """(what model.pt holds with its digest, the run's splits). Raises UserError where the run is
     not finished, or its files are not of one run."""
-    record = read_config(folder)
-    finished = "model" in record["digests"] and (folder / "model.pt").exists()
+    description = read_config(folder)
+    finished = "model" in description["digests"] and (folder / "model.pt").exists()
     if not finished and (folder / "last.pt").exists():
         raise UserError(f"{folder} is not finished: train.py with --resume resumes it")
-    content, splits = read_model(folder / "model.pt"), read_splits(folder / "splits.json")
-    if splits["source"] != content["source"]:
+    model, splits = read_model(folder / "model.pt"), read_splits(folder / "splits.json")
+    if splits["source"] != model["source"]:
         raise UserError(f"{folder}: splits.json names another source than model.pt")
-    actual = {"model": content["digest"], "initial_model": content["initial_model"],
-              "label_mean": content["mean"].tolist(), "label_std": content["std"].tolist()}
-    recorded = {**record, **record["digests"]}
-    if differing := (differences(flat_config(record["config"]), flat_config(content["config"]))
-                     or differences({key: recorded.get(key) for key in actual}, actual)):
+    results = {"model": model["digest"], "initial_model": model["initial_model"],
+               "label_mean": model["mean"].tolist(), "label_std": model["std"].tolist()}
+    described = {**description, **description["digests"]}
+    if differing := differences({**flat_config(description["config"]),
+                                 **{key: described.get(key) for key in results}},
+                                {**flat_config(model["config"]), **results}):
         raise UserError(f"{folder}: config.json and model.pt are not of one run ({differing})")
-    if content["config"]["splits"] != splits_digest(splits):
+    if model["config"]["splits"] != splits_digest(splits):
         raise UserError(f"{folder}: splits.json is not the one that the run was trained on")
-    return content, splits
+    return model, splits
 
 
 def read_model(file):
     """What a model.pt holds, and `digest` of its state. Raises UserError for anything else."""
-    content = read_tensors(file, "a trained model", MODEL)
+    model = read_tensors(file, "a trained model", MODEL)
     if any(each.shape != (2,) or each.dtype != torch.float64 or not ((0 < each) & (each < 9)).all()
-           for each in (content["mean"], content["std"])):
+           for each in (model["mean"], model["std"])):
         raise UserError(f"{file} is not a model that train.py wrote: mean and std of two labels")
-    return {**content, "digest": state_digest(content["state"])}
+    return {**model, "digest": state_digest(model["state"])}
+
+
+def digest_steps(length, epochs):
+    """[(epoch, step), …] after which digests.csv has a line, with `length` steps an epoch: steps 1,
+    2, 4, … of the first, and the end of each."""
+    early = [(1, 2**n) for n in range(length.bit_length())]
+    return early + [(epoch, epoch * length) for epoch in range(1, epochs + 1)]
+
+
+def read_rows(path, names, kinds):
+    """The rows of a table with these columns, each cell of its kind. Raises UserError for a file
+    that train.py would not write of them."""
+    text = read_text(path, "a table of a run")
+    try:
+        rows = [[kind(cell) for kind, cell in zip(kinds, row, strict=True)]
+                for row in csv.reader(text.splitlines()[1:])]
+    except (ValueError, csv.Error):
+        rows = []
+    if not rows or table_text(names, rows) != text:
+        raise UserError(f"{path} is not a file that train.py wrote")
+    return rows
+
+
+def read_history(folder):
+    """[[epoch, lr, …], …] of a run's history.csv. Raises UserError."""
+    return read_rows(folder / "history.csv", HISTORY, (int, *[float] * 7))
+
+
+def read_digests(folder):
+    """[[epoch, step, loss, state digest], …] of a run's digests.csv. Raises UserError."""
+    return read_rows(folder / "digests.csv", DIGESTS, (int, int, float, str))
 
 
 # ----------------------------------------------------------------------------------------- writing
 
 
 def describe_run(training):
-    """What config.json says of a run; its `digests` get those of the result when there is one."""
+    """The description of a run; its `digests` get those of the result when there is one."""
     data = training.data
     return {"config": training.config, "features_settings": data.settings,
             "source": data.splits["source"], "label_mean": data.mean.tolist(),
@@ -103,10 +141,10 @@ def describe_run(training):
             "environment": environment(training.device)}
 
 
-def write_start(folder, training, record):
+def write_start(folder, training, description):
     """What is known of a run before its first step."""
     data = training.data
-    write_json(folder / "config.json", record)
+    write_json(folder / "config.json", description)
     write_json(folder / "splits.json", {"source": data.splits["source"], **data.ids})
     if data.digest:
         write_json(folder / "manifest.json", data.manifest)
@@ -119,7 +157,7 @@ def write_progress(folder, training):
     write_tensors(folder / "last.pt", checkpoint(training))
 
 
-def write_result(folder, training, record):
+def write_result(folder, training, description):
     """model.pt, with all that predicting needs, and the last config.json."""
     data = training.data
     state = {name: value.cpu() for name, value in training.model.state_dict().items()}
@@ -127,51 +165,7 @@ def write_result(folder, training, record):
         "config": training.config, "settings": data.settings, "params": training.model.params,
         "backbone": data.manifest["source"], "source": data.splits["source"], "mean": data.mean,
         "std": data.std, "initial_model": training.initial, "state": state})
-    write_json(folder / "config.json", record)
-
-
-# ------------------------------------------------------------------------------------------ tables
-
-
-def digest_steps(length, epochs):
-    """[(epoch, step), …] after which digests.csv has a line, with `length` steps an epoch: steps 1,
-    2, 4, … of the first, and the end of each."""
-    early = [(1, 2**n) for n in range(length.bit_length())]
-    return early + [(epoch, epoch * length) for epoch in range(1, epochs + 1)]
-
-
-def whole(cell):
-    if not re.fullmatch("[0-9]{1,9}", cell):
-        raise ValueError
-    return int(cell)
-
-
-def sha256_text(cell):
-    if not DIGEST.fullmatch(cell):
-        raise ValueError
-    return cell
-
-
-def read_rows(path, names, kinds):
-    """The rows of a CSV file with these columns, each cell read by its kind. Raises UserError."""
-    header, *rows = read_table(path, "a file of a run") or [[]]
-    try:
-        rows = [[kind(cell) for kind, cell in zip(kinds, row, strict=True)] for row in rows]
-    except ValueError:
-        rows = []
-    if header != names or not rows:
-        raise UserError(f"{path} is not a file that train.py wrote")
-    return rows
-
-
-def read_history(folder):
-    """[[epoch, lr, …], …] of a run's history.csv. Raises UserError."""
-    return read_rows(folder / "history.csv", HISTORY, (whole, *[float] * 7))
-
-
-def read_digests(folder):
-    """[[epoch, step, loss, state digest], …] of a run's digests.csv. Raises UserError."""
-    return read_rows(folder / "digests.csv", DIGESTS, (whole, whole, float, sha256_text))
+    write_json(folder / "config.json", description)
 
 
 # ------------------------------------------------------------------------------------- checkpoints
@@ -190,16 +184,12 @@ def read_checkpoint(folder, config, resume):
         raise UserError(f"{folder} holds a run already: add --resume to resume it, choose "
                         "another --run, or delete it")
     state = read_tensors(last, "a training state", CHECKPOINT)
-    finished, options = len(state["history"]), config["options"]
-    then = flat_config(state["config"])
-    if options["epochs"] >= finished and options["schedule"] != "cosine":
+    then, options = flat_config(state["config"]), config["options"]
+    if options["epochs"] >= len(state["history"]) and options["schedule"] != "cosine":
         then["epochs"] = options["epochs"]  # cosine's rates depend on the end
     if differing := differences(then, flat_config(config)):
         raise UserError(f"{folder} was started otherwise ({differing}): resume with its own "
                         "options, or choose another --run")
-    if not finished:
-        raise UserError(f"{last} is not a training state: it has no history; delete {folder} and "
-                        "train again")
     return state
 
 
@@ -225,21 +215,16 @@ def restore(training, state, file):
     """Set a Training of train.py to a checkpoint, read from `file`. Raises UserError if it is of
     another model."""
     try:
-        if state["best"]:
-            load_trained(training.model, state["best"]["model"])  # only to see that it fits
         load_trained(training.model, state["model"])
-        moments, parameters = state["optimizer"], {0: training.flat}
-        if any(shapes(parameters) != shapes({n: each[name] for n, each in moments.items()})
-               for name in ("exp_avg", "exp_avg_sq")):
-            raise KeyError("moments of other parameters")
-        training.optimizer.load_state_dict({**training.optimizer.state_dict(), "state": moments})
-        training.data.shuffle.set_state(state["shuffle"])
-        torch.set_rng_state(state["rng"])
-        if "cuda_rng" in state and training.device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda_rng"], training.device)
-    except (KeyError, ValueError, RuntimeError, TypeError, AttributeError, IndexError):
-        raise UserError(f"{file} is not a training state of this run: delete {file.parent} and "
-                        "train again") from None
+    except KeyError:
+        raise UserError(f"{file} is of another model, perhaps of another common.py: delete "
+                        f"{file.parent} and train again") from None
+    training.optimizer.load_state_dict({**training.optimizer.state_dict(),
+                                        "state": state["optimizer"]})
+    training.data.shuffle.set_state(state["shuffle"])
+    torch.set_rng_state(state["rng"])
+    if "cuda_rng" in state and training.device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda_rng"], training.device)
     training.history, training.digests, training.best = (
         state[key] for key in ("history", "digests", "best"))
     training.step = len(training.history) * training.epoch_steps
@@ -261,25 +246,20 @@ def checkpoint(training):
 
 def read_metrics(file):
     """An earlier metrics.json of one run. Raises UserError if it is none or was edited."""
-    content = read_json(file, "a metrics.json", {str: object})
-    if "runs" in content:
+    metrics = read_json(file, "a metrics.json", {str: object})
+    if "runs" in metrics:
         raise UserError(f"{file} is pooled over folds: verify the metrics.json of each fold")
-    check_schema(content, METRICS, f"{file} is not a metrics.json")
-    digest = content.pop("digest")
-    if digest != json_digest(content):
+    check_schema(metrics, METRICS, f"{file} is not a metrics.json")
+    if unknown := metrics.keys() - METRICS.keys() - {"run", "environment"}:
+        raise UserError(f"{file} is not a metrics.json: eval.py writes no {shortened([*unknown])}")
+    if metrics.pop("digest") != json_digest(metrics):
         raise UserError(f"{file} does not match its own digest: it was edited or damaged")
-    pred, ridge_pred = content["predictions"], content["ridge_predictions"]
-    pairs = [*pred.values(), *ridge_pred.values()]
-    unknown = content.keys() - METRICS.keys() - {"run", "environment"}
-    for wrong, complaint in (
-            (unknown, f"{', '.join(sorted(unknown))} is nothing that eval.py writes"),
-            (any(abs(value) > 1e6 for pair in pairs for value in pair),
-             "a prediction far from any scale"),
-            (not pred or content["songs"] != len(pred) or ridge_pred.keys() != pred.keys(),
-             "two predictions for each of its songs")):
-        if wrong:
-            raise UserError(f"{file} is not a metrics.json: {complaint}")
-    return content
+    pred, ridge_pred = metrics["predictions"], metrics["ridge_predictions"]
+    if not pred or metrics["songs"] != len(pred) or ridge_pred.keys() != pred.keys():
+        raise UserError(f"{file} is not a metrics.json: two predictions for each of its songs")
+    if any(abs(value) > 1e6 for pair in [*pred.values(), *ridge_pred.values()] for value in pair):
+        raise UserError(f"{file} is not a metrics.json: a prediction far from any scale")
+    return metrics
 
 
 def predictions_table(predictions, annotations):

@@ -13,16 +13,20 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import FLOAT32, call, few, made_features
 
+import common
 import eval as eval_script
+import exact
 import train
 import verify
 from kit import cli, records, verdict as verdict_kit
 from kit.deam import STATIC, labels_of, read_annotations
 from kit.features import manifest_digest
-from kit.files import (json_digest, read_json, read_tensors, sha256, write_file, write_json,
-                       write_tensors)
+from kit.files import (json_digest, read_json, read_tensors, sha256, tensor_digest, write_file,
+                       write_json, write_tensors)
+from kit.machine import environment
 from kit.metrics import measure_split
 
 
@@ -78,8 +82,9 @@ def damaged(short, tmp_path):
 
 @pytest.fixture
 def computed_once(monkeypatch):
-    """What a verdict compares with stays the same while one file is damaged over and over: the
-    numbers of the same predictions, the model of the same bytes, a run's evaluation."""
+    """What a verdict compares with stays the same while one file is damaged over and over: this
+    machine's arithmetic, the numbers of the same predictions, the model of the same bytes, a run's
+    evaluation."""
 
     def once(owner, name, key):
         function, kept = getattr(owner, name), {}
@@ -92,6 +97,7 @@ def computed_once(monkeypatch):
 
         monkeypatch.setattr(owner, name, cached)
 
+    once(exact, "check", str)
     once(verdict_kit, "measure_split", lambda *args: json.dumps(args))
     once(eval_script, "evaluate", lambda args, folder, *_: folder)
     once(records, "read_model", lambda file: file.read_bytes())
@@ -177,7 +183,7 @@ def test_a_tar_of_other_things(short, tmp_path, fails, compared):
     compared(3, "refusals")
 
 
-def test_the_demos_record(clone, ids, verdict, monkeypatch, compared):
+def test_the_demos_record(clone, verdict, monkeypatch, compared):
     """In exact arithmetic, with two of its songs and two steps; nothing is written, nor need it be
     possible to."""
     demo = clone[0] / "demo"
@@ -189,8 +195,8 @@ def test_the_demos_record(clone, ids, verdict, monkeypatch, compared):
     for owner, name in ((os, "replace"), (os, "mkdir"), (Path, "mkdir"), (Path, "write_bytes")):
         monkeypatch.setattr(owner, name, refuse)
     code, output = verdict(verify, demo / "run", "--deam", demo / "DEAM", "--weights",
-                           demo / "backbone", "--songs", *ids[:2], "--features",
-                           demo / "DEAM_feats", "--device", "cpu")
+                           demo / "backbone", "--sample", 2, "--features", demo / "DEAM_feats",
+                           "--device", "cpu")
     parts = ("files of one run", "numbers, from predictions and labels",
              "PCM and features of 2 of 60 songs", "features, configuration and initial model",
              "2 of 150 steps of training", "predictions of the published model")
@@ -225,33 +231,43 @@ def test_each_part_that_is_not_checked_names_its_option(damaged, trained, demo, 
     compared(7, "parts not checked")
 
 
-def test_songs_drawn_or_named(demo, features, trained, ids, verdict, fails, compared):
-    """A sample is another one each time, and can be named again."""
-    command = (verify, trained, "--deam", demo / "DEAM", "--weights", demo / "backbone",
-               "--device", "cpu")
-    code, output = verdict(*command, "--sample", 2)
-    songs = re.search(r"2 of the 60 songs whose audio is here; .* --songs (\d+) (\d+)", output)
-    assert code == 0 and set(map(int, songs.groups())) <= set(ids)
-    assert re.search(r"^  PCM and features of 2 of 60 songs: identical \d\d$", output, re.M)
-    samples = {re.search("--songs .*", verdict(*command, "--sample", 3)[1])[0] for _ in range(2)}
-    assert len(samples) == 2
-    assert "the record has no song 3" in fails(*command, "--songs", 3)
-    (partial := shutil.copytree(demo / "DEAM", features.parent / "DEAM", dirs_exist_ok=True))
-    next(partial.rglob(f"{ids[0]}.wav")).unlink()
-    assert f"no audio of songs {ids[0]} " in fails(*command, "--deam", partial, "--songs", ids[0])
-    next(partial.rglob(f"{ids[1]}.wav")).write_bytes(b"")
-    code, output = verdict(*command, "--deam", partial, "--songs", ids[1])
-    assert code == 1 and different(output) == [f"song {ids[1]}: {key}" for key in (
+@pytest.fixture(scope="module")
+def one_song(demo, ids, tmp_path_factory):
+    """DEAM with the audio of one song of the demo."""
+    return shutil.copytree(demo / "DEAM", tmp_path_factory.mktemp("one") / "DEAM",
+                           ignore=lambda _, names: [name for name in names if name.endswith(".wav")
+                                                    and name != f"{ids[0]}.wav"])
+
+
+def test_songs_are_drawn_from_those_with_audio(demo, trained, ids, one_song, tmp_path, verdict,
+                                               monkeypatch, compared):
+    """Another sample each time; a song that cannot be read is different."""
+    command = verify, trained, "--weights", demo / "backbone", "--device", "cpu", "--deam"
+    drawn, compute = [], verify.compute_entry
+    monkeypatch.setattr(verify, "compute_entry", lambda deam, backbone, song, store: drawn.append(
+        int(song)) or compute(deam, backbone, song, store))
+    for _ in range(2):
+        code, output = verdict(*command, demo / "DEAM", "--sample", 3)
+        assert code == 0
+        assert re.search(r"^  PCM and features of 3 of 60 songs: identical \d\d$", output, re.M)
+    assert len(set(drawn)) > 3 and set(drawn) <= set(ids)
+    code, output = verdict(*command, one_song)
+    assert code == 0 and drawn[6:] == ids[:1]
+    empty = shutil.copytree(one_song, tmp_path / "DEAM")
+    next(empty.rglob("*.wav")).write_bytes(b"")
+    code, output = verdict(*command, empty)
+    assert code == 1 and different(output) == [f"song {ids[0]}: {key}" for key in (
         "pcm", "features", "frames")]
-    compared(5, "songs")
+    compared(len(drawn), "songs")
 
 
-def test_verifying_asks_for_the_songs_of_its_steps(features, trained, tmp_path, verdict, compared):
+def test_verifying_asks_for_the_songs_of_its_steps(short, tmp_path, verdict, compared):
     """One step needs the songs of one batch, an epoch's last also those of val; with the features
     of these alone it is repeated."""
+    run, features = short
     few = shutil.copytree(features, tmp_path / "f", ignore=shutil.ignore_patterns("*.pt"))
     shutil.copy(features / "top_layers.pt", few)
-    command = verify, trained, "--features", few, "--device", "cpu"
+    command = verify, run, "--features", few, "--device", "cpu"
     for steps, count in (("1", 20), ("2", 30)):
         code, output = verdict(*command, "--steps", steps)
         songs = re.search(rf"^  {steps} of 4 steps of training: not checked, .* lacks features of "
@@ -396,6 +412,70 @@ def test_float32_may_be_close_and_exact_may_not(damaged, short, computed_once, v
     compared(4, "verdicts")
 
 
+def slightly_other(monkeypatch, machine, factor):
+    """Arithmetic that gives other bits, on the machine of a CPU's name."""
+    loss, states = train.emotion_loss, common.Backbone.hidden_states
+    monkeypatch.setattr(train, "emotion_loss", lambda *args: loss(*args) * factor)
+    monkeypatch.setattr(common.Backbone, "hidden_states", lambda *args: states(*args) * factor)
+    monkeypatch.setattr(verify, "environment", lambda device: {**environment(device), **machine})
+
+
+@pytest.mark.parametrize("machine, factor, codes", [
+    ({}, 1 + 1e-6, [1, 1]), ({"cpu": "another"}, 1 + 1e-6, [3, 3]), ({"cpu": "another"}, 1, [0, 0]),
+    ({"torch": "another"}, 1.2, [1, 1])], ids=["here", "elsewhere", "the same", "too far"])
+def test_float32_is_close_on_another_machine(damaged, verdict, monkeypatch, compared, machine,
+                                             factor, codes):
+    """Where losses, not only predictions, are near those of the record. On one kind of machine
+    every bit has to be the same."""
+    run, commands = damaged
+    slightly_other(monkeypatch, machine, factor)
+    outputs = [verdict(*commands[depth]) for depth in ("steps", "all")]
+    assert [code for code, _ in outputs] == codes
+    if codes == [3, 3]:
+        assert re.search("^    step 1: state: close, expected .*\n    step 2: loss: close",
+                         outputs[0][1], re.M)
+        assert "    model: close" in outputs[1][1]
+        assert "predictions of the published model and of the repeated one" in outputs[1][1]
+    compared(2, "verdicts")
+
+
+def test_an_option_forged_where_float32_may_be_close(damaged, verdict, monkeypatch, compared):
+    """Another seed, another device: the first is found out on any machine."""
+    run, commands = damaged
+    slightly_other(monkeypatch, {"cpu": "another"}, 1)
+    config, model = read_json(run / "config.json", ""), read_tensors(run / "model.pt", "",
+                                                                     records.MODEL)
+    for change, code in (({"seed": 1}, 1), ({"device": "cuda"}, 3)):
+        content = {**config["config"], "options": {**config["config"]["options"], **change}}
+        write_json(run / "config.json", {**config, "config": content})
+        write_tensors(run / "model.pt", {**model, "config": content})
+        assert verdict(*commands["steps"])[0] == code
+    compared(2, "verdicts")
+
+
+def test_features_of_float32_are_close_on_another_machine(demo, short, trained, one_song, tmp_path,
+                                                          verdict, monkeypatch, compared):
+    """Of the same PCM; then training goes on with them, its losses near those of the record."""
+    base = verify, trained, "--weights", demo / "backbone", "--device", "cpu", "--deam", one_song
+    for machine, code in (({}, 1), ({"cpu": "another"}, 3)):
+        with monkeypatch.context() as patch:
+            slightly_other(patch, machine, 1 + 1e-6)
+            assert verdict(*base)[0] == code
+    run, features = short
+    elsewhere = shutil.copytree(features, tmp_path / "DEAM_feats")
+    manifest = read_json(elsewhere / "manifest.json", "")
+    for song, entry in manifest["songs"].items():
+        file = elsewhere / f"songs/{song}.pt"
+        states = torch.load(file)
+        torch.save(states := states * (1 + 1e-6 * torch.rand_like(states)), file)
+        entry["features"] = tensor_digest(states)
+    manifest["digest"] = manifest_digest(manifest)
+    for machine, code in ((None, 1), ({"cpu": "another"}, 3)):
+        write_json(elsewhere / "manifest.json", {**manifest, "environment": machine})
+        assert verdict(verify, run, "--features", elsewhere, "--device", "cpu")[0] == code
+    compared(4, "verdicts")
+
+
 def test_damaged_tables(damaged, computed_once, verdict, compared):
     """Every column of digests.csv, history.csv and predictions.csv changed, a line left out,
     doubled or cut."""
@@ -453,7 +533,7 @@ def test_a_damaged_configuration(damaged, computed_once, verdict, compared):
     compared(tried, "edits")
 
 
-def test_options_forged_in_both_files(damaged, verdict, compared):
+def test_options_forged_in_both_files(damaged, computed_once, verdict, compared):
     """In config.json and model.pt alike, with all digests made anew: what the options say is what
     the run did, as far as it decides anything in this one."""
     run, commands = damaged
@@ -500,32 +580,31 @@ def test_a_damaged_manifest(damaged, computed_once, verdict, compared, rehashed)
     compared(tried, "edits")
 
 
-def test_a_manifest_of_other_songs_or_labels(demo, features, trained, tmp_path, verdict, compared):
+def test_a_manifest_of_other_songs_or_labels(demo, trained, ids, one_song, tmp_path, verdict,
+                                             compared):
     """Extraction finds another PCM, other features, another length, other labels or layers above
     than a re-hashed manifest says, and other settings."""
     run = shutil.copytree(trained, tmp_path / "run")
     kept, file = read_json(run / "manifest.json", ""), run / "manifest.json"
-    song, other = list(kept["songs"])[:2]
-    base = (verify, run, "--deam", demo / "DEAM", "--weights", demo / "backbone", "--songs", song,
-            "--device", "cpu")
+    song, base = str(ids[0]), (verify, run, "--deam", one_song, "--weights", demo / "backbone",
+                               "--device", "cpu")
     entries = {f"song {song}: {key}": {**kept["songs"][song], key: value} for key, value in (
         ("pcm", "0" * 64), ("features", "0" * 64), ("frames", 3))}
-    entries["names in the manifest[1][1]"] = {**kept["songs"][song], "more": 1}
+    entries[f"song {song}: more"] = {**kept["songs"][song], "more": 1}
     changes = {"annotations": {"annotations": "0" * 64}, "top layers": {"top_layers": "0" * 64},
                "swapped labels": {"swapped_labels": [[1, 9]]},
-               "weights": {"settings": {**kept["settings"], "weights": "0" * 64}},
-               "normalize epsilon": {"settings": {**kept["settings"], "normalize_epsilon": 1e-7}},
+               "settings.weights": {"settings": {**kept["settings"], "weights": "0" * 64}},
+               "settings.normalize_epsilon": {"settings": {**kept["settings"],
+                                                           "normalize_epsilon": 1e-7}},
                **{name: {"songs": {**kept["songs"], song: entry}}
                   for name, entry in entries.items()}}
     for name, change in changes.items():
         content = {**kept, **change}
         write_json(file, {**content, "digest": manifest_digest(content)})
         code, output = verdict(*base)
-        found = set(different(output)) - {"manifest.json"} - {
-            each for each in different(output)
-            if each.startswith(("settings of the features", "settings of model.pt"))}
-        assert code == 1 and any(each.startswith(name.split("[")[0]) for each in found), output
-        assert len(found) == 1, found
+        found = {each.split("[")[0] for each in different(output) if not each.startswith(
+            ("manifest.json", "settings of the features", "settings of model.pt"))}
+        assert code == 1 and len(found) == 1 and found.pop().startswith(name), output
     write_json(file, {**kept, "songs": {song: kept["songs"][song]}})
     assert "does not match its own digest" in verdict(*base)[1]
     compared(len(changes), "manifests")
@@ -545,7 +624,7 @@ def test_a_damaged_model(damaged, computed_once, verdict, compared):
         write_tensors(run / "model.pt", {**good, **change})
         assert [verdict(*commands[depth])[0] for depth in ("numbers", "eval")] == [2, 2], change
     write_tensors(run / "model.pt", {**good, "backbone": {"name": "another"}})
-    assert different(verdict(*commands["numbers"])[1]) == ["backbone[name]"]
+    assert different(verdict(*commands["numbers"])[1]) == ["backbone.name"]
     compared(len(edits) + 1, "edits")
 
 

@@ -74,7 +74,7 @@ COMMAS = SEMICOLONS.replace(".", ",")  # decimal ones
 
 @pytest.mark.parametrize("content", [
     TABLE.encode("utf-16"), TABLE.encode("utf-16-be").join([b"\xfe\xff", b""]),
-    TABLE.encode("utf-32"), TABLE.encode("utf-8-sig"), TABLE.replace("\n", ",,,\n"),
+    TABLE.encode("utf-8-sig"), TABLE.replace("\n", ",,,\n"),
     ",,,,\n\n" + TABLE + ",,,,\n", TABLE.replace("\n", "\r"), TABLE.strip(),
     TABLE.replace(",", " , "), TABLE.replace("\n", ",a note\n")])
 def test_tables_that_a_spreadsheet_saved(tmp_path, compared, content):
@@ -100,8 +100,9 @@ def test_tables_that_a_spreadsheet_saved(tmp_path, compared, content):
     # decimal commas, and columns enough for what they make of a row
     (HEADER.strip() + ",,,,\n2,3,5,1,2,4,5,1,2,,,,\n", "line 2: not a song id and 8 other cells"),
     (TABLE.replace("song_id,", "song_id,valence_mean,"), "needs one column valence_mean"),
-    (TABLE.encode("utf-16-le"), "UTF-16 without a byte order mark"),
-    (TABLE.replace("3.1", "3\0.1"), "zero bytes"), (b"PK\3\4" + bytes(100), "save it as CSV"),
+    *((content, "not text .* save it as UTF-8") for content in (
+        TABLE.encode("utf-16-le"), TABLE.encode("utf-32"), TABLE.replace("3.1", "3\0.1").encode())),
+    (b"PK\3\4" + bytes(100), "save it as CSV"),
     (("Grüße," + TABLE).encode("latin-1"), "save it as UTF-8"),
     ("<!DOCTYPE html>\n<html>", "its header is '<!DOCTYPE html>'")])
 def test_tables_that_would_be_read_wrongly(tmp_path, content, says):
@@ -128,7 +129,7 @@ def test_dynamic_tables_that_would_be_read_wrongly(tmp_path, content, says):
         deam.dynamic_means(tmp_path / "valence.csv")
 
 
-@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
 def test_splits_with_a_byte_order_mark(tmp_path, compared, encoding):
     (tmp_path / "s.json").write_text('{"train": [1], "val": [2], "test": [3]}', encoding=encoding)
     assert songs_of(read_splits(tmp_path / "s.json")) == [1, 2, 3]

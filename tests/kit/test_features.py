@@ -108,8 +108,8 @@ def test_the_manifests_digest_covers_all_that_decides(features, compared):
     compared(len(places), "places")
 
 
-def test_a_file_is_compared_with_its_digest_when_it_is_first_read(own, ids, compared):
-    """And again after it was written anew; songs that the manifest lacks are refused."""
+def test_a_file_is_compared_with_its_digest_whenever_it_is_read(own, ids, compared):
+    """Songs that the manifest lacks are refused."""
     manifest = read_manifest(own / "manifest.json")
     reader, first = FeatureReader(own, manifest["songs"], 64), ids[0]
     value = reader.read(first)
@@ -140,8 +140,8 @@ def test_what_is_not_finite_is_a_failure_and_not_stored(features, tmp_path, caps
         states[3, 63] = value
         folder.write_song(3, "0" * 64, states)
         assert [path.name for path in folder.root.glob("songs/*.pt")] == ["2.pt"]
-        assert folder.record(2)["frames"] == 4 and not folder.finish()
+        assert folder.entry(2)["frames"] == 4 and not folder.finish()
         assert "failed: song 3: NaN or infinity" in capsys.readouterr().out
         assert list(read_manifest(folder.root / "manifest.json")["songs"]) == ["2"]
-        assert folder.record(3) == {}  # to be tried again
+        assert folder.entry(3) == {}  # to be tried again
     compared(3, "folders")

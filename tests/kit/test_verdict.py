@@ -25,8 +25,8 @@ def counts(*arguments, **settings):
     (1.0, 1.01, {"close": 0.01}, "different"), (1.0, 1.0099, {"close": 0.01}, "close"),
     (1.0, 1.0 + 5e-7, {"identical": 6e-7}, "identical"),
     (1.0, 1.0 + 7e-7, {"identical": 6e-7}, "different"),
-    ("a", "b", {"any_close": True}, "close"), (None, "b", {"any_close": True}, "different"),
-    ("a", None, {"any_close": True}, "different")])
+    ("a", "b", {"close": 0.01}, "close"), (None, "b", {"close": 0.01}, "different"),
+    ("a", None, {"close": 0.01}, "different")])
 def test_comparisons(compared, expected, actual, settings, kind):
     assert counts(expected, actual, **settings) == [kind]
     compared(1, "comparison")
@@ -71,7 +71,7 @@ def test_nested_values_are_compared_number_by_number(capsys, compared):
     """What one side lacks is different; lists and dicts that are empty count too."""
     value = {"a": {"b": [1.0, 2.0], "c": {}}, "d": [], "e": None}
     assert flat(value) == {"a.b[0]": 1.0, "a.b[1]": 2.0, "a.c": {}, "d": [], "e": None}
-    edits = []
+    edits = [{**value, "a.b[0]": 1.5}, {**value, "a.b": [1.0, 2.0]}]
     for edit in (lambda v: v.pop("d"), lambda v: v["a"].pop("b"), lambda v: v["a"]["b"].append(3),
                  lambda v: v["a"].update(c={"x": 1}), lambda v: v.update(e=0),
                  lambda v: v.update(d=[[]]), lambda v: v["a"]["b"].pop()):
@@ -81,15 +81,29 @@ def test_nested_values_are_compared_number_by_number(capsys, compared):
         for pair in ((value, edited), (edited, value)):
             verdict = Verdict("a test")
             verdict.begin("part")
-            verdict.compare_leaves(*pair)
+            verdict.compare("", *pair)
             assert verdict.counts["different"] > 0, edited
     verdict.begin("part")
-    verdict.compare_leaves(value, copy.deepcopy(value))
-    assert verdict.counts == {"identical": 5, "close": 0, "different": 0}
+    verdict.compare("", value, copy.deepcopy(value))
+    assert verdict.counts == {"identical": 5}
     assert ABSENT not in ([], {}, "absent", None)
     verdict.compare("deep", {"a": [1, {"b": 2}]}, {"a": [1, {"b": 3}]})
-    assert "    deep[a][1][b]: DIFFERENT, expected 2, actual 3" in capsys.readouterr().out
+    assert "    deep.a[1].b: DIFFERENT, expected 2, actual 3" in capsys.readouterr().out
     compared(2 * len(edits) + 2, "comparisons")
+
+
+def test_a_part_of_many_differences_names_the_first(capsys, compared):
+    """And counts all; what is close does not hide what is different."""
+    verdict = Verdict("a test")
+    verdict.begin("part")
+    for n in range(80):
+        verdict.compare(f"close {n}", 1.0, 1.001, close=0.01)
+        verdict.compare(f"other {n}", 1, 2)
+    verdict.end()
+    output = capsys.readouterr().out
+    assert "part: close 80, different 80" in output
+    assert "close 49:" in output and "other 49:" in output and "50:" not in output
+    compared(160, "comparisons")
 
 
 def test_predictions_may_be_close_in_float32_alone(compared):
@@ -108,8 +122,12 @@ def test_predictions_may_be_close_in_float32_alone(compared):
             compare_predictions(verdict, {**made, "precision": precision}, other)
             assert verdict.counts["identical"] == 5 - (expected != "identical")
             assert expected == "identical" or verdict.counts[expected] == 1
+        verdict.begin("features of another machine")
+        compare_predictions(verdict, {**made, "precision": precision}, {
+            **made, "ridge_predictions": {"2": [5.0, 6.00001]}}, ridge_close=0.01)
+        assert verdict.counts == {"identical": 4, "close": 1}
         verdict.begin("penalty")
         compare_predictions(verdict, {**made, "precision": precision},
                             {**made, "ridge_penalty": 100.001})
-        assert verdict.counts == {"identical": 4, "close": 0, "different": 1}
-    compared(10, "comparisons")
+        assert verdict.counts == {"identical": 4, "different": 1}
+    compared(12, "comparisons")

@@ -282,7 +282,6 @@ def test_files_are_read_once_for_several_runs(small, undrawn, monkeypatch, compa
     """Train and val once, for ridge; of the test split once more a run: its layers differ."""
     features, runs = small
     read = []
-    monkeypatch.setattr(features_kit.FeatureReader, "compared", set())
     monkeypatch.setattr(eval_script, "POOLED", {})
     monkeypatch.setattr(features_kit, "load_tensors",
                         lambda path, what: read.append(path.stem) or load_tensors(path, what))
