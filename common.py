@@ -387,12 +387,13 @@ def emotion_loss(pred, true, lambda_corr=0.05, lambda_var=0.05, corr_target="tru
 
     MSE + lambda_corr·(r_pred − r_true)² + lambda_var·Σ_dim(var_pred − 1)², with r the Pearson
     correlation between valence and arousal and var the population variance. corr_target "zero"
-    penalises r_pred² instead. With `weights` (of quadrant_weights) the MSE is weighted.
+    penalises r_pred² instead. With `weights` (of quadrant_weights): the weighted MSE + the
+    correlation term, without the variance term.
     """
     squared = (pred - true).square().mean(1)
-    if weights is not None:
-        squared = weights.to(squared)[quadrant(true)] * squared
     target = pearson(true) if corr_target == "true" else 0.0
     correlation = lambda_corr * (pearson(pred) - target).square()
+    if weights is not None:
+        return (weights.to(squared)[quadrant(true)] * squared).mean() + correlation
     variance = lambda_var * (pred.var(0, correction=0) - 1).square().sum()
     return squared.mean() + correlation + variance

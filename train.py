@@ -32,13 +32,13 @@ def parser():
                    help="passes over the training songs")
     p.add_argument("--batch-size", type=number(int, 2, 10**6), default=32, metavar="N",
                    help="songs a step; the last partial batch is dropped")
-    p.add_argument("--schedule", choices=["triangular2", "cosine"], default="triangular2",
-                   help="learning rate over steps: cyclic, its height halved each cycle; or one "
-                        "fall from --max-lr to --lr")
+    p.add_argument("--schedule", choices=["triangular2", "cosine", "constant"],
+                   default="triangular2", help="learning rate over steps: cyclic, its height "
+                   "halved each cycle; or one fall from --max-lr to --lr; or --lr")
     p.add_argument("--lr", type=number(float, 0, 10, above=True), default=3e-5, metavar="RATE",
-                   help="lowest learning rate")
-    p.add_argument("--max-lr", type=number(float, 0, 10, above=True), default=1e-3, metavar="RATE",
-                   help="highest learning rate; that of --lr keeps it constant")
+                   help="lowest learning rate; the rate of --schedule constant")
+    p.add_argument("--max-lr", type=number(float, 0, 10, above=True), metavar="RATE",
+                   help="highest learning rate of the other schedules (default: 0.001)")
     p.add_argument("--step-size-up", type=number(int, 1, 10**9), default=100, metavar="N",
                    help="steps of triangular2 from the lowest rate to the highest")
     # optimiser and regularisation
@@ -58,10 +58,10 @@ def parser():
                    help="weight of the correlation penalty")
     p.add_argument("--corr-target", choices=["true", "zero"], default="true",
                    help="what the predictions' correlation is pulled to")
-    p.add_argument("--lambda-var", type=number(float, 0, 1e6), default=0.05, metavar="X",
-                   help="weight of the variance penalty")
+    p.add_argument("--lambda-var", type=number(float, 0, 1e6), metavar="X",
+                   help="weight of the variance penalty (default: 0.05; with --weight-loss none)")
     p.add_argument("--weight-loss", action="store_true",
-                   help="MSE weighted by inverse quadrant frequency, with --lambda-var 0")
+                   help="MSE weighted by inverse quadrant frequency, without variance penalty")
     # where, and in which arithmetic
     p.add_argument("--run", type=path, metavar="FOLDER",
                    help="where the run goes (default: runs/ and the name of --finetune, or that "
@@ -123,6 +123,8 @@ def open_data(args, splits=None):
 def learning_rate(step, steps, options):
     """The rate of optimiser step `step` (from 0) of `steps`. The cyclic one is torch's CyclicLR
     (Smith 2017, arXiv 1506.01186), as a function of the step, so that nothing has to be saved."""
+    if options.schedule == "constant":
+        return options.lr
     if options.schedule == "cosine":
         cosine = float(sin_pi(0.5 - step / max(steps - 1, 1)))  # the same on any machine
         return options.lr + (options.max_lr - options.lr) * 0.5 * (1 + cosine)
@@ -185,7 +187,8 @@ class Training:
             means = [value / self.epoch_steps for value in sums.tolist()]
             validation, _ = self.validate()
             if not all(map(math.isfinite, [*means, *validation])):
-                raise UserError("the loss is not finite: lower --max-lr")
+                raise UserError("the loss is not finite: lower --max-lr, or --lr with --schedule "
+                                "constant")
             self.history.append([epoch, rate, *means, *validation])
             self.digests.append([epoch, self.step, means[0], self.digest()])
             self.remember_best(validation[0])

@@ -10,14 +10,21 @@ PLACES = ("features", "run", "resume", "device", "allow_missing")
 
 
 def chosen_options(args, device):
-    """{name: value} of the options that decide a run's result; threads, which decide no bit in
-    exact arithmetic, are None there. device: in float32 its type decides bits. Raises UserError
-    for options that contradict each other."""
-    if args.max_lr < args.lr:
-        raise UserError(f"--max-lr {args.max_lr} is below --lr {args.lr}")
-    if args.weight_loss and args.lambda_var:
-        raise UserError("--weight-loss is without the variance penalty: add --lambda-var 0")
+    """{name: value} of the options that decide a run's result; None for a rate or a weight that the
+    schedule or the loss does without, and for threads, which decide no bit in exact arithmetic.
+    device: in float32 its type decides bits. Raises UserError for options that contradict each
+    other."""
+    if args.schedule == "constant" and args.max_lr is not None:
+        raise UserError("--schedule constant has one rate, --lr: leave out --max-lr")
+    if args.weight_loss and args.lambda_var is not None:
+        raise UserError("--weight-loss is without the variance penalty: leave out --lambda-var")
     options = {name: value for name, value in vars(args).items() if name not in PLACES}
+    if args.schedule != "constant" and args.max_lr is None:
+        options["max_lr"] = 1e-3
+    if not args.weight_loss and args.lambda_var is None:
+        options["lambda_var"] = 0.05
+    if args.schedule != "constant" and options["max_lr"] < args.lr:
+        raise UserError(f"--max-lr {options['max_lr']} is below --lr {args.lr}")
     if args.precision == "exact":  # any number of threads gives the same bits on any device
         options["threads"] = None
     else:
