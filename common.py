@@ -23,6 +23,7 @@ from kit.deam import (audio_files, dynamic_annotations, find_deam, label_statist
 from kit.features import (NOTEBOOK_MANIFEST, FeatureReader, notes_on, read_labels, read_manifest,
                           songs_by_split)
 from kit.files import prefetch, state_digest
+from kit.machine import groups_of_equal_length
 from kit.network import load_network, network, read_top_layers, state_above
 
 # ----------------------------------------------------------------------------------------- seeding
@@ -295,12 +296,11 @@ class EmotionModel(nn.Module):
 
     @torch.no_grad()
     def run_frozen(self, features):
-        """One clip's features[T, D] through the frozen stages → states[T, D], or pooled[D] where
-        the pooling is one of them, on the model's device. One clip at a time: the bits are the same
-        whether the result is kept or computed again."""
+        """features[B, T, D] through the frozen stages → states[B, T, D], or pooled[B, D] where the
+        pooling is one of them, on the model's device."""
         if not self.frozen_stages:
             return features.to(self.norm.weight.device)
-        return through(self.frozen_stages, features.to(self.norm.weight)[None])[0]
+        return through(self.frozen_stages, features.to(self.norm.weight))
 
     def pool(self, states):
         """states[B, …] of `run_frozen` → pooled[B, D]."""
@@ -318,14 +318,10 @@ class EmotionModel(nn.Module):
         training, unless there is room for the whole batch's, a group's activations are dropped and
         recomputed in the backward pass: the gradient is that of the whole batch, to the same bits.
         """
-        weight, places, pooled = self.norm.weight, {}, [None] * len(clips)
+        weight, pooled = self.norm.weight, [None] * len(clips)
         if not self.trained_stages:
             return torch.stack([clip.to(weight.device) for clip in clips]).to(weight)
-        for place, clip in enumerate(clips):
-            places.setdefault(len(clip), []).append(place)
-        groups = [same[start:start + micro_batch] for same in places.values()
-                  for start in range(0, len(same), micro_batch)]
-        for group in groups:
+        for group in groups_of_equal_length(clips, micro_batch):
             states = torch.stack([clips[place].to(weight.device, non_blocking=True)
                                   for place in group]).to(weight)
             rows = (checkpoint(self.pool, states, use_reentrant=False)

@@ -66,7 +66,8 @@ def predictions(model, data, split, scale, arithmetic):
     clips = DataLoader(FrozenOutputs(data.datasets[split], model, arithmetic), 8,
                        collate_fn=collate)
     bar = Progress(clips, desc=f"eval {split}", unit="batch")
-    values = (model.predict(bar, arithmetic) * scale.std + scale.mean).numpy()
+    values = model.predict(bar, arithmetic, arithmetic.clips_together)
+    values = (values * scale.std + scale.mean).numpy()
     if not np.isfinite(values).all():
         raise UserError("a prediction is NaN or infinite")
     return by_song(data.ids[split], values)

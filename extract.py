@@ -95,9 +95,9 @@ def compute(clips, backbone, size):
 def run(args):
     rank, processes, *_ = torchrun()
     arithmetic = Arithmetic(args.precision, args.device)
-    on_gpu = arithmetic.device.type == "cuda"
-    if on_gpu:  # torch's other threads would only spin, on the cores that decode
-        torch.set_num_threads(1)
+    if arithmetic.device.type == "cuda":
+        torch.set_num_threads(1)  # others would only spin, on the cores that decode
+        sys.setswitchinterval(1e-4)  # seconds: the thread that feeds the GPU waits less for others
     deam = DEAMHandler(args.deam)
     splits = read_splits(args.splits) if args.splits else splits_for(args.features)
     ids = choose_songs(args, deam, splits)
@@ -117,7 +117,7 @@ def run(args):
     clips = prefetch(functools.partial(decode, deam, backbone, folder), todo, min(cores(), 16))
     clips = Progress(clips, total=len(todo), desc="extract", unit="song",
                      disable=rank > 0 or not todo)
-    features = compute(clips, backbone, args.batch_size or (8 if on_gpu else 1))
+    features = compute(clips, backbone, args.batch_size or arithmetic.clips_together)
     for _ in prefetch(lambda song: folder.write_song(*song), features):
         pass
     complete = folder.finish()

@@ -105,7 +105,7 @@ class Predictor:
         """waveform[samples] → numpy [valence, arousal] on the 1–9 scale."""
         features = self.backbone.hidden_states(waveform[None])[0].to(self.stored)
         with self.exact():
-            z_scored = self.model([self.model.run_frozen(features)]).cpu()[0]
+            z_scored = self.model(self.model.run_frozen(features[None])).cpu()[0]
         return (z_scored * self.std + self.mean).numpy()
 
 

@@ -31,6 +31,7 @@ class Arithmetic:
     def __init__(self, precision, device="auto", threads=None):
         self.precision, self.device = precision, pick_device(device)
         self.dtype = torch.float64 if precision == "exact" else torch.float32
+        self.clips_together = 8 if self.device.type == "cuda" else 1  # where it decides no bit
         if threads:
             torch.set_num_threads(threads)
         if precision == "exact":
@@ -128,23 +129,35 @@ class FrozenOutputs(Dataset):
     def __init__(self, dataset, model, arithmetic, keep=None):
         self.dataset, self.model, self.arithmetic = dataset, model, arithmetic
         self.keep, self.kept = keep, {}
+        # several clips at a time only where none of their bits depends on it
+        one = arithmetic.precision != "exact" or model.frozen_dropout
+        self.together = 1 if one else arithmetic.clips_together
 
     def __len__(self):
         return len(self.dataset)
 
     def __getitems__(self, indices):
-        new = set(indices) - self.kept.keys()
-        clips = self.dataset.__getitems__([index for index in indices if index in new])
+        new = [index for index in dict.fromkeys(indices) if index not in self.kept]
+        clips, found = [features for features, _ in self.dataset.__getitems__(new)], {}
+        for group in groups_of_equal_length(clips, self.together):
+            with self.arithmetic():
+                outputs = self.model.run_frozen(torch.stack([clips[place] for place in group]))
+            # to pinned memory of the host, without waiting: only the GPU reads it again
+            outputs = outputs.to(self.keep, non_blocking=True) if self.keep else outputs
+            found |= {new[place]: states for place, states in zip(group, outputs)}
+        if self.keep:
+            self.kept |= found
         for index in indices:
-            states = self.kept.get(index)
-            if index in new:
-                features, _ = next(clips)
-                with self.arithmetic():
-                    states = self.model.run_frozen(features)
-                if self.keep:
-                    # to pinned memory of the host, without waiting: only the GPU reads it again
-                    states = self.kept[index] = states.to(self.keep, non_blocking=True)
-            yield states, self.dataset.labels[index]
+            yield found[index] if index in found else self.kept[index], self.dataset.labels[index]
+
+
+def groups_of_equal_length(clips, size):
+    """Places of clips[T, …] that have one length, up to `size` in a list."""
+    places = {}
+    for place, clip in enumerate(clips):
+        places.setdefault(len(clip), []).append(place)
+    return [same[start:start + size] for same in places.values()
+            for start in range(0, len(same), size)]
 
 
 def flat_parameter(parameters):

@@ -142,7 +142,7 @@ def step_kit(device, precision, finetune, batch, micro_batch, repeat):
     generator = torch.Generator().manual_seed(0)
     true = torch.randn(batch, 2, generator=generator).to(arithmetic.device, arithmetic.dtype)
     with arithmetic():
-        clips = [model.run_frozen(torch.randn(FRAMES, WIDTH, generator=generator))
+        clips = [model.run_frozen(torch.randn(1, FRAMES, WIDTH, generator=generator))[0]
                  for _ in range(batch)]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     flat = machine.flat_parameter(trainable)

@@ -175,7 +175,7 @@ def test_a_prediction_by_hand(transformer, compared, layer, finetune):
                 row.append(value)
             expected.append(torch.cat(row))
         for micro_batch in (1, 2, 4):
-            found = model([model.run_frozen(each) for each in features], micro_batch)
+            found = model([model.run_frozen(each[None])[0] for each in features], micro_batch)
             assert torch.allclose(found, torch.stack(expected), rtol=1e-9)
     compared(3 * found.numel(), "predictions")
 
@@ -319,7 +319,7 @@ def test_a_pooling_with_parameters_trains(made, splits, tmp_path, monkeypatch, n
     model = common.load_model(content, run / "model.pt").double()
     states = clips(9)[0]
     with torch.no_grad():
-        pooled = model.pool_clips([model.run_frozen(states)], 1)[0]
+        pooled = model.pool_clips(model.run_frozen(states[None]), 1)[0]
         for layer in model.layers:
             states, _ = layer(states[None] if states.ndim == 2 else states)
         states = F.layer_norm(states.reshape(-1, 64), (64,), model.norm.weight, model.norm.bias)

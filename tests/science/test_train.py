@@ -80,7 +80,7 @@ def test_dropout_follows_the_seed(made, compared):
         training = new_training(made, *QUICK, "--seed", seed)
         state = state or training.model.state_dict()
         training.model.load_state_dict(state)
-        clip = training.model.train().run_frozen(training.data.datasets["train"][0][0])
+        clip = training.model.train().run_frozen(training.data.datasets["train"][0][0][None])[0]
         predictions.setdefault(seed, []).append(training.model([clip]))
     first, again, other = *predictions[0], *predictions[5]
     assert torch.equal(first, again) and not torch.equal(first, other)
@@ -106,7 +106,7 @@ def test_two_epochs_by_hand(splits, tmp_path, compared, options, target):
     weights = weights if "--weight-loss" in options else None
 
     def numbers(clips, labels):
-        pred = model([model.run_frozen(clip) for clip in clips])
+        pred = model([model.run_frozen(clip[None])[0] for clip in clips])
         true = ((labels - data.mean) / data.std).float()
         loss = common.emotion_loss(pred, true, 0.4, 0.2, target, weights)
         return loss, (pred - true).square().mean(), (pred - true).abs().mean()
