@@ -227,12 +227,16 @@ def resample(waveform, rate, new_rate):
     length = -(-len(waveform) * phases // step)
     periods = -(-length // phases)
     padded = np.pad(waveform, (width, max(0, (periods + 1) * step + width - len(waveform))))
-    seen = np.lib.stride_tricks.sliding_window_view(padded, step + 2 * width)[::step]
-    resampled, rows = np.zeros((periods, phases)), max(1, 32768 // phases)  # that a cache holds
+    places = np.arange(periods)[:, None] * step + start
+    resampled, rows = np.zeros((periods, phases)), max(1, (1 << 18) // phases)  # a cache holds
     for first in range(0, periods, rows):
-        part = resampled[first:first + rows]
-        for tap, weights in enumerate(kernel):
-            part += seen[first:first + len(part), start + tap] * weights
+        part, place = resampled[first:first + rows], places[first:first + rows]
+        seen = np.empty(part.shape)
+        for weights in kernel:
+            padded.take(place, out=seen, mode="clip")  # unlike an index, while other threads run
+            seen *= weights
+            part += seen
+            place += 1
     return resampled.reshape(-1)[:length]
 
 
