@@ -97,7 +97,6 @@ def run(args):
     arithmetic = Arithmetic(args.precision, args.device)
     if arithmetic.device.type == "cuda":
         torch.set_num_threads(1)  # others would only spin, on the cores that decode
-        sys.setswitchinterval(1e-4)  # seconds: the thread that feeds the GPU waits less for others
     deam = DEAMHandler(args.deam)
     splits = read_splits(args.splits) if args.splits else splits_for(args.features)
     ids = choose_songs(args, deam, splits)

@@ -146,6 +146,9 @@ class Training:
         start_from(self.model, top)
         self.model.to(self.device, arithmetic.dtype)
         self.trainable = [each for each in self.model.parameters() if each.requires_grad]
+        # hashed once, since they never change
+        self.frozen_digests = {name: tensor_digest(each) for name, each in
+                               self.model.named_parameters() if not each.requires_grad}
         self.initial = self.digest()
         self.flat = flat_parameter(self.trainable)
         self.optimizer = torch.optim.AdamW([self.flat], lr=self.options.lr, foreach=False,
@@ -245,7 +248,7 @@ class Training:
         return {"model": self.digest(), "val_predictions": tensor_digest(six_decimals)}
 
     def digest(self):
-        return state_digest(self.model.state_dict())
+        return state_digest(self.model.state_dict(), self.frozen_digests)
 
 
 def run(args):

@@ -73,11 +73,13 @@ def tensor_digest(tensor):
     return digest.hexdigest()
 
 
-def state_digest(state):
-    """sha256 over the sorted names and the digests of a state dict's tensors, buffers included."""
-    names = sorted(state)
+def state_digest(state, known={}):
+    """sha256 over the sorted names and the digests of a state dict's tensors, buffers included.
+    known: {name: digest} of tensors that need not be read again."""
+    names = [name for name in state if name not in known]
     digests = prefetch(tensor_digest, [state[name] for name in names])
-    return sha256("".join(f"{name} {each}\n" for name, each in zip(names, digests)).encode())
+    digests = {**known, **dict(zip(names, digests))}
+    return sha256("".join(f"{name} {digests[name]}\n" for name in sorted(digests)).encode())
 
 
 def json_digest(value):

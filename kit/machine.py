@@ -32,6 +32,8 @@ class Arithmetic:
         self.precision, self.device = precision, pick_device(device)
         self.dtype = torch.float64 if precision == "exact" else torch.float32
         self.clips_together = 8 if self.device.type == "cuda" else 1  # where it decides no bit
+        if self.device.type == "cuda":
+            sys.setswitchinterval(1e-4)  # seconds: the thread that feeds it waits less for others
         if threads:
             torch.set_num_threads(threads)
         if precision == "exact":
