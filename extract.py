@@ -117,7 +117,8 @@ def run(args):
     clips = Progress(clips, total=len(todo), desc="extract", unit="song",
                      disable=rank > 0 or not todo)
     features = compute(clips, backbone, args.batch_size or arithmetic.clips_together)
-    for _ in prefetch(lambda song: folder.write_song(*song), features):
+    # these threads wait most of the time, for the GPU and for the disk
+    for _ in prefetch(lambda song: folder.write_song(*song), features, threads=12):
         pass
     complete = folder.finish()
     if not rank:

@@ -35,7 +35,7 @@ def thread_pool(threads):
     return ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
 
 
-def prefetch(function, items, threads=8):
+def prefetch(function, items, threads=min(max(os.cpu_count() or 8, 8), 16)):
     """Yield function(item) for each of items, in their order, computed a few items ahead by
     `threads` threads. The function must not use prefetch itself."""
     waiting = deque()

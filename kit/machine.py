@@ -143,7 +143,8 @@ class FrozenOutputs(Dataset):
         clips, found = [features for features, _ in self.dataset.__getitems__(new)], {}
         for group in groups_of_equal_length(clips, self.together):
             with self.arithmetic():
-                outputs = self.model.run_frozen(torch.stack([clips[place] for place in group]))
+                outputs = self.model.run_frozen(torch.stack([
+                    clips[place].to(self.arithmetic.device) for place in group]))
             # to pinned memory of the host, without waiting: only the GPU reads it again
             outputs = outputs.to(self.keep, non_blocking=True) if self.keep else outputs
             found |= {new[place]: states for place, states in zip(group, outputs)}
