@@ -72,9 +72,11 @@ class Backbone:
             raise UserError(f"layer {layer}: {self.source['name']} has {layers} layers")
 
     def to(self, arithmetic, layer):
-        """Ready to compute the states of `layer` in this Arithmetic, on its device."""
+        """Ready to compute the states of `layer` in this Arithmetic, on its device; the layers above
+        it, which take memory, are dropped."""
         self.check(layer)
-        self.arithmetic, self.layer = arithmetic, layer
+        self.arithmetic, transformer = arithmetic, self.model.encoder.transformer
+        transformer.layers = transformer.layers[:layer]
         self.model.to(arithmetic.device, arithmetic.dtype).requires_grad_(False)
         return self
 
@@ -102,8 +104,7 @@ class Backbone:
                 states.append(transformer._preprocess(features))
             torch.set_num_threads(threads)
             states = torch.cat(states)
-            # one by one: the transformer's own forward() may skip layers at random
-            for layer in transformer.layers[:self.layer]:
+            for layer in transformer.layers:  # one by one: forward() may skip layers at random
                 states, _ = layer(states)
         return states
 

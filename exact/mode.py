@@ -155,13 +155,16 @@ UNLIKE = {aten._addmm_activation.default, aten._addmm_activation.out}
 def floats_in(values):
     """The floating-point tensors in (lists of) values. Raises NotImplementedError for complex ones:
     a compiler may fuse the operations of which their product is made."""
+    floats = []
     for value in values:
-        if isinstance(value, (list, tuple)):
-            yield from floats_in(value)
-        elif isinstance(value, torch.Tensor) and value.is_complex():
-            raise NotImplementedError("exact arithmetic has no complex numbers")
-        elif isinstance(value, torch.Tensor) and value.is_floating_point():
-            yield value
+        if isinstance(value, torch.Tensor):
+            if value.is_floating_point():
+                floats.append(value)
+            elif value.is_complex():
+                raise NotImplementedError("exact arithmetic has no complex numbers")
+        elif isinstance(value, (list, tuple)):
+            floats += floats_in(value)
+    return floats
 
 
 def in_exact():
@@ -237,10 +240,11 @@ class Exact(TorchDispatchMode):
         kwargs, hint, (name, known, in_place) = kwargs or {}, "", name_of(func)
         if known and name in VIEWS:
             return func(*args, **kwargs)
-        floats = list(floats_in((*args, *kwargs.values())))
-        known = known and all(kwargs.get(each) in (None, "none") for each in OTHERWISE)
-        if known:
-            kwargs = {each: value for each, value in kwargs.items() if each not in OTHERWISE}
+        floats = floats_in((*args, *kwargs.values()))
+        if kwargs and known:
+            known = all(kwargs.get(each) in (None, "none") for each in OTHERWISE)
+            kwargs = {each: value for each, value in kwargs.items()
+                      if not known or each not in OTHERWISE}
         if known and name in RULES and (floats or name in FROM_INTEGERS):
             return by_rule(func, name, in_place, floats, args, kwargs)
         if known and name in RANDOM:
@@ -250,12 +254,13 @@ class Exact(TorchDispatchMode):
             hint = ": draw on the CPU, then move"
         elif known and name in EXACT:
             result = func(*args, **kwargs)
-            for values in floats_in([result]) if name in EITHER_ZERO else ():
-                values.add_(0.0)
+            if name in EITHER_ZERO:
+                for values in floats_in([result]):
+                    values.add_(0.0)
             return result
         elif not floats:
             result = func(*args, **kwargs)
-            if next(floats_in([result]), None) is None:  # integers and booleans
+            if not floats_in([result]):  # integers and booleans
                 return result
             hint = " of integers: convert them first, with .double()"
         compositions = [func.decompose]
@@ -282,12 +287,13 @@ class Exact(TorchDispatchMode):
 def by_rule(func, name, in_place, floats, args, kwargs):
     """What the rule of an operation gives. Where an operand is empty nothing is added up: torch's
     own result."""
-    if not all(x.numel() for x in floats_in(args)):
+    out = kwargs.get("out")
+    if not all(x.numel() for x in floats if x is not out):
         return func(*args, **kwargs)
     if name not in ANY_FLOAT and any(x.dtype != torch.float64 for x in floats):
         raise NotImplementedError(f"exact arithmetic is for float64, but {func} got "
                                   f"{floats[0].dtype}")
-    out = kwargs.pop("out", None)
+    kwargs.pop("out", None)
     result = RULES[name](*args, **kwargs)
     if in_place:
         if not torch.can_cast(result.dtype, args[0].dtype):

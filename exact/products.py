@@ -22,7 +22,7 @@ def product(a, b, bias=None):
 
 
 def addmm(c, a, b, *, beta=1, alpha=1):
-    if c.ndim == 1 and len(c) == b.shape[-1] and alpha == beta == 1:
+    if c.ndim == 1 and b.ndim == 2 and len(c) == b.shape[-1] and alpha == beta == 1:
         return product(a, b, c)
     out = product(a, b)
     out = out if alpha == 1 else out.mul_(alpha)

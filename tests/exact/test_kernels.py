@@ -53,6 +53,7 @@ CASES = {
     "one operand twice": lambda: products.product(A[:8, :8], A[:8, :8]),
     "with a bias": lambda: products.addmm(W[7:20], A, B),
     "batch": lambda: products.product(X, X.mT),
+    "batch with a bias": lambda: products.addmm(W[:20], X, X.mT),
     "K in several parts": lambda: products.product(draw(3, 300), draw(300, 2)),
     "convolution": lambda: convolution(draw(1, 32, 150), 5, 3, 2),
     "of groups": lambda: convolution(draw(2, 32, 70), 8, 8, 1, 4, 2, W[:8]),
