@@ -72,12 +72,15 @@ class Backbone:
             raise UserError(f"layer {layer}: {self.source['name']} has {layers} layers")
 
     def to(self, arithmetic, layer):
-        """Ready to compute the states of `layer` in this Arithmetic, on its device; the layers above
-        it, which take memory, are dropped."""
+        """Ready to compute the states of `layer` in this Arithmetic, on its device, with what is
+        below that layer."""
         self.check(layer)
-        self.arithmetic, transformer = arithmetic, self.model.encoder.transformer
-        transformer.layers = transformer.layers[:layer]
-        self.model.to(arithmetic.device, arithmetic.dtype).requires_grad_(False)
+        self.arithmetic, self.layer = arithmetic, layer
+        encoder, transformer = self.model.encoder, self.model.encoder.transformer
+        below = nn.ModuleList([self.model.feature_extractor, encoder.feature_projection,
+                               transformer.pos_conv_embed, transformer.layer_norm,
+                               *transformer.layers[:layer]])
+        below.to(arithmetic.device, arithmetic.dtype).requires_grad_(False)
         return self
 
     @torch.no_grad()
@@ -104,7 +107,8 @@ class Backbone:
                 states.append(transformer._preprocess(features))
             torch.set_num_threads(threads)
             states = torch.cat(states)
-            for layer in transformer.layers:  # one by one: forward() may skip layers at random
+            # one by one: the transformer's own forward() may skip layers at random
+            for layer in transformer.layers[:self.layer]:
                 states, _ = layer(states)
         return states
 
