@@ -3,7 +3,7 @@
   python verify.py last1.tar --deam PATH                  # seconds: do its numbers follow?
   python verify.py last1.tar --deam PATH --sample 5       # minutes: PCM and features of five songs
   python verify.py last1.tar --features DEAM_feats        # minutes: the first steps of training
-  python verify.py last1.tar --features DEAM_feats --steps all    # hours: everything
+  python verify.py last1.tar --features DEAM_feats --steps all    # a day on a CPU: everything
   python verify.py --features DEAM_feats                  # are its files those of its manifest?
   python verify.py runs/last1 --deam PATH --pack last1.tar        # check a run, then pack it
 
