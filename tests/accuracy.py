@@ -4,7 +4,7 @@
   python tests/accuracy.py base       # WAV2VEC2_BASE with random weights, in a minute
 
 Relative errors in the 2-norm. Features are those of layer 10, for 3 s of noise. Pretrained encoders
-have a channel far larger than the others: here the norm before each layer makes it so, and the
+may have a channel far larger than the others: here the norm before each layer makes it so, and the
 error is that of the other channels. Gradients are those of `last1` without dropout, for 4 clips:
 the median over tensors.
 """
