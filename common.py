@@ -2,8 +2,9 @@
 
     seeding · Wav2Vec2 · dataset · heads · loss
 
-To try another pooling, head or loss, change `Pooling`, `Head` or `emotion_loss`: nothing else in
-the kit needs to know. What supports these five parts is in kit/, the arithmetic in exact/.
+To try another pooling, head or loss, change `Pooling`, `Head` or `emotion_loss`; a new parameter of
+the loss is also an option of train.py. What supports these five parts is in kit/, the arithmetic in
+exact/.
 """
 
 import functools
@@ -51,7 +52,7 @@ class Backbone:
     config.json beside it or, without one, the base one.
     params: torchaudio's parameters of the architecture. digest: sha256 of the float32 weights,
     whatever file they came from. source: their name, revision and the file's sha256.
-    Raises UserError for unreadable or unfitting weights, or without network.
+    Raises UserError for weights that are unreadable, do not fit, or cannot be downloaded.
     """
 
     def __init__(self, weights):
@@ -72,8 +73,8 @@ class Backbone:
             raise UserError(f"layer {layer}: {self.source['name']} has {layers} layers")
 
     def to(self, arithmetic, layer):
-        """Ready to compute the states of `layer` in this Arithmetic, on its device, with what is
-        below that layer."""
+        """Ready to compute the states of `layer` in this Arithmetic: that layer and all below it go
+        to its device."""
         self.check(layer)
         self.arithmetic, self.layer = arithmetic, layer
         encoder, transformer = self.model.encoder, self.model.encoder.transformer
@@ -169,8 +170,9 @@ class DEAMFeatHandler:
     "test"), the label statistics `mean`, `std` (float64[2], population σ over train and val) that
     z-score the targets, `loader`, and `top_layers`, the encoder layers above the features'.
 
-    splits: of read_splits; None takes those in the folder, which extract.py copied from the kit's
-    splits.json: 1395, 174 and 175 songs, stratified on valence ≥ 5, artists shared between splits.
+    splits: of read_splits; None takes those in the folder. extract.py copied them there: those of
+    its --splits, or the kit's splits.json of 1395, 174 and 175 songs, stratified on valence ≥ 5,
+    artists shared between splits.
     labels: "corrected" exchanges valence and arousal for the ranges of ids that the audit found
     swapped. allow_missing: work on the songs that are there; None takes all, and a missing one is
     an error when it is read.
@@ -376,8 +378,8 @@ def pearson(values):
 
 def quadrant_weights(labels):
     """float64[4]: a weight for each quadrant, inverse to how many of labels[N, 2] it holds
-    (z-scored), scaled so that the mean over the four quadrants is 1, as the published system has
-    it. A quadrant without songs has no weight."""
+    (z-scored), scaled so that the mean over the quadrants that hold songs is 1, as the published
+    system has it. A quadrant without songs has no weight."""
     counts = torch.bincount(quadrant(labels), minlength=4)
     inverse = torch.where(counts > 0, 1 / counts.double(), 0.0)
     return inverse / inverse.sum() * (counts > 0).sum()

@@ -34,8 +34,8 @@ def parser():
     p.add_argument("--store", choices=["float32", "float16"], default="float32",
                    help="type of the stored states")
     p.add_argument("--batch-size", type=number(int, 1, 1024), metavar="N",
-                   help="clips of equal length computed together; decides no bit (default: 1 on a "
-                        "CPU, 8 on a GPU)")
+                   help="clips of equal length computed together; decides no bit in exact "
+                        "arithmetic (default: 8 there on a GPU, else 1)")
     p.add_argument("--songs", type=number(int, 1), nargs="+", metavar="ID",
                    help="only these songs (default: all of the splits)")
     p.share("--allow-missing", "--device")

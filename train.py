@@ -20,8 +20,9 @@ def parser():
     p = Parser(__doc__)
     # what trains, and on what
     p.add_argument("--finetune", default="last1", metavar="frozen|last1|last2|…|lastN|all",
-                   help="what trains: the heads alone; the top n layers with the norm and the "
-                        "heads; all layers above the features'")
+                   help="what trains: the heads, and a pooling that has parameters; also the "
+                        "norm and the top n layers; or (lastN, all) every layer above the "
+                        "features'")
     p.share("--features", help="the folder that extract.py wrote")
     p.share("--labels", "--allow-missing")
     p.add_argument("--fold", type=number(int, 0, 9), metavar="K",
@@ -150,7 +151,7 @@ class Training:
         self.frozen_digests = {name: tensor_digest(each) for name, each in
                                self.model.named_parameters() if not each.requires_grad}
         self.initial = self.digest()
-        self.flat = flat_parameter(self.trainable)
+        self.flat = flat_parameter(self.trainable)  # all that trains, as AdamW and clipping see it
         self.optimizer = torch.optim.AdamW([self.flat], lr=self.options.lr, foreach=False,
                                            weight_decay=self.options.weight_decay)
         outputs = frozen_outputs(data, self.model, arithmetic, self.options)
@@ -223,7 +224,8 @@ class Training:
 
     @torch.no_grad()
     def validate(self):
-        """(loss, MSE, MAE) on val, and the predictions float64[N, 2], z-scored."""
+        """(loss, MSE, MAE) over all val songs at once, where those of train are means over batches;
+        and the predictions float64[N, 2], z-scored."""
         pred = self.model.predict(self.val_loader, self.arithmetic, self.options.micro_batch)
         with self.arithmetic():
             true = self.targets(self.data.datasets["val"].labels)

@@ -1,15 +1,15 @@
 """Check a published record: is what it says true, on this machine, as far as the inputs allow?
 
-  python verify.py last1.tar --deam PATH                  # seconds: do its numbers follow?
-  python verify.py last1.tar --deam PATH --sample 5       # minutes: PCM and features of five songs
+  python verify.py last1.tar --deam ANNOTATIONS           # seconds: do its numbers follow?
+  python verify.py last1.tar --deam PATH                  # with audio, minutes: five songs as well
   python verify.py last1.tar --features DEAM_feats        # minutes: the first steps of training
   python verify.py last1.tar --features DEAM_feats --steps all    # a day on a CPU: everything
   python verify.py --features DEAM_feats                  # are its files those of its manifest?
   python verify.py runs/last1 --deam PATH --pack last1.tar        # check a run, then pack it
 
-RECORD is a run's folder, or the .tar that --pack made of one. Parts that the inputs do not allow
-are named, with the option that would. The verdict over the others is REPRODUCED (exit code 0),
-CLOSE (3) or NOT REPRODUCED (1).
+RECORD is a run's folder, or the .tar that --pack made of one. A part that cannot be checked is
+listed, with the option that would allow it. The verdict over the others is REPRODUCED (exit code
+0), CLOSE (3) or NOT REPRODUCED (1).
 """
 
 import os
@@ -189,7 +189,8 @@ def check_features(verdict, record, args, deam):
     except UserError as error:
         if args.weights:
             raise
-        return verdict.skip(part, f"{error}: name the backbone with --weights")
+        reason = str(error).partition(":")[0]
+        return verdict.skip(part, f"{reason}: name the backbone with --weights")
     sample = choose_songs(args, songs)
     verdict.begin(f"{part} of {len(sample)} of {len(manifest['songs'])} songs")
     actual = describe_features(deam, backbone, settings["layer"], settings["precision"],
@@ -213,8 +214,8 @@ def choose_songs(args, songs):
                             f"{args.deam}")
         return list(map(str, args.songs))
     sample = random.SystemRandom().sample(songs, min(args.sample, len(songs)))
-    print(f"  {len(sample)} of {len(songs)} songs, drawn at random; for the same ones again: --songs "
-          f"{' '.join(sample)}")
+    print(f"  {len(sample)} of {len(songs)} songs, drawn at random; for the same ones again: "
+          f"--songs {' '.join(sample)}")
     return sample
 
 
@@ -288,9 +289,11 @@ def prepare_training(verdict, record, args):
     compare_songs(verdict, record, songs, data.manifest.get("environment"))
     data.reader.songs = {**manifest["songs"], **songs}  # files of other songs must be the record's
     config = {**train.configuration(options, data, arithmetic), "features": manifest["digest"]}
-    # of the options, which are the record's own, only the device may be another
-    verdict.compare_all(record.config, record.config, flat_config(config),
-                        close=closeness_on_machine(record, data, arithmetic.device))
+    actual = flat_config(config)
+    verdict.compare_all([name for name in record.config if name != "device"], record.config,
+                        actual)
+    verdict.compare("device", record.config.get("device"), actual.get("device"),
+                    close=closeness_on_machine(record, data, arithmetic.device))
     for name in ("mean", "std"):
         verdict.compare(f"labels' {name}", record.model[name].tolist(),
                         getattr(data, name).tolist())
@@ -335,15 +338,18 @@ def check_predictions(verdict, record, args, repeated):
     arithmetic = Arithmetic("exact", args.device)
     published = load_model(record.model, record.folder / "model.pt")
     close = closeness_on_machine(record, data, arithmetic.device)
-    for metrics in record.metrics.values():
-        data = DEAMFeatHandler(args.features, record.splits, labels=metrics["labels"])
-        ridge_pred, penalty = evaluation.ridge_predictions(data, metrics["split"])
-        for model in filter(None, (published, repeated)):
-            model = model.to(arithmetic.device, arithmetic.dtype)
-            pred = evaluation.predictions(model, data, metrics["split"], scale, arithmetic)
-            compare_predictions(verdict, metrics, {
-                "predictions": pred, "ridge_predictions": ridge_pred, "ridge_penalty": penalty},
-                ridge_close=close)
+    for folder, metrics in record.metrics.items():
+        try:
+            data = DEAMFeatHandler(args.features, record.splits, labels=metrics["labels"])
+            ridge_pred, penalty = evaluation.ridge_predictions(data, metrics["split"])
+            for model in filter(None, (published, repeated)):
+                model = model.to(arithmetic.device, arithmetic.dtype)
+                pred = evaluation.predictions(model, data, metrics["split"], scale, arithmetic)
+                compare_predictions(verdict, metrics, {
+                    "predictions": pred, "ridge_predictions": ridge_pred,
+                    "ridge_penalty": penalty}, ridge_close=close)
+        except UserError as error:  # of features that are not the record's
+            verdict.compare(folder.name, "predictions", str(error))
     verdict.end()
 
 
@@ -374,6 +380,8 @@ def check_folder(root):
 def run(args):
     if not args.record and not args.features:
         raise UserError("name a RECORD, or --features FOLDER")
+    if not args.record and (args.deam or args.weights or args.songs or args.pack):
+        raise UserError("without RECORD a folder of features is checked, by --features alone")
     if not args.record:
         return check_folder(args.features)
     deam = DEAMHandler(args.deam) if args.deam else None

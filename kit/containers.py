@@ -9,6 +9,7 @@ import struct
 import tempfile
 import zlib
 
+from kit.cli import UserError
 from kit.mpeg import BLOCK, find_all, read_at, recordings_in, skip_tags, starts_frames, untagged
 
 CONVERT = "convert it to WAV, FLAC or MP3"
@@ -69,10 +70,14 @@ class Stream:
 
     def copy(self):
         """A file of the system's with the same bytes, which libsndfile reads without Python."""
-        copy = tempfile.TemporaryFile()
-        while data := self.read(BLOCK):
-            copy.write(data)
-        copy.seek(0)
+        try:
+            copy = tempfile.TemporaryFile()
+            while data := self.read(BLOCK):
+                copy.write(data)
+            copy.seek(0)
+        except OSError as error:  # of the copy's own file: those of reading are kept in `error`
+            raise UserError(f"cannot copy an MP3 to a temporary file ({error}): set TMPDIR to a "
+                            "folder with room") from None
         return copy
 
     def tell(self):

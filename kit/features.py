@@ -14,6 +14,7 @@ from kit.deam import COLUMNS, SPLITS, corrected, read_annotations, songs_of
 from kit.files import (differences, json_digest, json_text, load_tensors, lock, plain_json,
                        prefetch, read_json, sha256, shortened, state_digest, table_text,
                        tensor_digest, write_file, write_json, write_tensors)
+from kit.network import read_top_layers
 from kit.schema import DIGEST, is_plain
 
 SETTINGS = {"weights": DIGEST, "layer": int, "precision": ("exact", "float32"),
@@ -164,7 +165,8 @@ class FeatureFolder:
         if differing := differences(then, now):
             raise UserError(f"{self.root} holds features made otherwise ({differing}): choose "
                             "another --features")
-        self.manifest |= {key: earlier[key] for key in ("songs", "source", "digest")}
+        self.manifest |= {key: earlier[key] for key in ("songs", "source", "digest", "environment")
+                          if key in earlier}
 
     def begin(self, annotations, splits, top_layers):
         """Write what stands beside the songs, where it is not there yet."""
@@ -175,9 +177,10 @@ class FeatureFolder:
             path = self.root / name
             if not path.exists() or path.read_bytes() != text.encode():  # it may be read-only
                 write_file(path, text)
-        manifest, top = self.root / "manifest.json", self.root / "top_layers.pt"
-        if not manifest.exists() or not top.exists():
-            write_tensors(top, top_layers)
+        try:
+            read_top_layers(self.root, self.manifest)
+        except UserError:  # there are none, or they are damaged
+            write_tensors(self.root / "top_layers.pt", top_layers)
         self.write_manifest()
 
     def entry_file(self, song):
@@ -286,8 +289,8 @@ def songs_by_split(splits, annotations, reader, allow_missing):
                if allow_missing is not None and not reader.has(song)]
     if missing and not allow_missing or len(missing) == len(everything):
         raise UserError(f"{len(missing)} of {len(everything)} songs have no features in "
-                        f"{reader.root}: {shortened(missing)}; extract them, or train with "
-                        "--allow-missing on those that are there")
+                        f"{reader.root}: {shortened(missing)}; extract them (train.py "
+                        "--allow-missing works on those that are there)")
     missing = set(missing)
     return {split: [song for song in splits[split] if song not in missing] for split in SPLITS}
 

@@ -45,8 +45,8 @@ def draw_or_say(draw, *arguments):
 
 
 def save(figure, folder, name, caption):
-    """Write a figure as PNG and PDF, with its caption above it, broken into lines that fit; a source
-    that would fill more than six lines ends with "…"."""
+    """Write a figure as PNG and PDF, with its caption above it, broken into lines that fit; a
+    source that would fill more than six lines ends with "…"."""
     letters = round(66 * figure.get_figwidth() / COLUMN)  # so many fit, even capitals
     lines = [textwrap.fill(line, letters, max_lines=6, placeholder=" …")
              for line in caption.split("\n")]

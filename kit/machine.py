@@ -31,7 +31,8 @@ class Arithmetic:
     def __init__(self, precision, device="auto", threads=None):
         self.precision, self.device = precision, pick_device(device)
         self.dtype = torch.float64 if precision == "exact" else torch.float32
-        self.clips_together = 8 if self.device.type == "cuda" else 1  # where it decides no bit
+        # how many clips to compute together: on a GPU several, where it decides no bit
+        self.clips_together = 8 if self.device.type == "cuda" and precision == "exact" else 1
         if self.device.type == "cuda":
             sys.setswitchinterval(1e-4)  # seconds: the thread that feeds it waits less for others
         if threads:
@@ -131,9 +132,8 @@ class FrozenOutputs(Dataset):
     def __init__(self, dataset, model, arithmetic, keep=None):
         self.dataset, self.model, self.arithmetic = dataset, model, arithmetic
         self.keep, self.kept = keep, {}
-        # several clips at a time only where none of their bits depends on it
-        one = arithmetic.precision != "exact" or model.frozen_dropout
-        self.together = 1 if one else arithmetic.clips_together
+        # with dropout the seeds of masks are drawn clip by clip
+        self.together = 1 if model.frozen_dropout else arithmetic.clips_together
 
     def __len__(self):
         return len(self.dataset)

@@ -110,7 +110,8 @@ def read_rows(path, names, kinds):
     that train.py would not write of them."""
     text = read_text(path, "a table of a run")
     try:
-        rows = [[kind(cell) for kind, cell in zip(kinds, row, strict=True)]
+        # a forged cell may have any number of digits
+        rows = [[kind(cell[:100]) for kind, cell in zip(kinds, row, strict=True)]
                 for row in csv.reader(text.splitlines()[1:])]
     except (ValueError, csv.Error):
         rows = []
@@ -274,9 +275,8 @@ def predictions_table(predictions, annotations):
 
 PACKED = ("manifest.json splits.json config.json history.csv digests.csv model.pt "
           "history.png history.pdf").split()
-FIGURES = "true_vs_predicted", "confusion"
-EVALUATED = ["metrics.json", "predictions.csv", *(f"{figure}.{kind}" for figure in FIGURES
-                                                  for kind in ("png", "pdf"))]
+EVALUATED = ["metrics.json", "predictions.csv"]
+FIGURES = ["true_vs_predicted.png", "true_vs_predicted.pdf", "confusion.png", "confusion.pdf"]
 
 
 @contextlib.contextmanager
@@ -292,7 +292,7 @@ def open_record(path):
                     name = Path(place, *Path(entry.name).parts[1:])
                     # only what --pack writes: nothing that points elsewhere is unpacked
                     if entry.isfile() and ".." not in entry.name and name.name in (
-                            PACKED + EVALUATED):
+                            PACKED + EVALUATED + FIGURES):
                         name.parent.mkdir(parents=True, exist_ok=True)
                         name.write_bytes(tar.extractfile(entry).read())
         except (tarfile.TarError, OSError, EOFError, ValueError) as error:
@@ -302,20 +302,25 @@ def open_record(path):
 
 
 def files_to_pack(folder):
-    """The names of a run's files that are published: all that checks need, and the figures; no
-    audio, no features. Raises UserError where one is missing."""
+    """The names of a run's files that are published: all that checks need, and the figures, of
+    which folds that were evaluated together have none; no audio, no features. Raises UserError
+    where one is missing."""
     evaluations = sorted(each.parent.name for each in folder.glob("eval-*/metrics.json"))
     if not evaluations:
         raise UserError(f"{folder} is not evaluated: run eval.py on it first")
-    names = sorted(PACKED + [f"{each}/{name}" for each in evaluations for name in EVALUATED])
+    names = PACKED + [f"{each}/{name}" for each in evaluations for name in EVALUATED]
+    for each in evaluations:
+        figures = [f"{each}/{name}" for name in FIGURES]
+        names += figures if any((folder / name).exists() for name in figures) else []
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise UserError(f"{folder} is not complete: {shortened(missing)} missing")
-    return names
+    return sorted(names)
 
 
 def pack(folder, file):
     """Write a run's files as a .tar. The same files give the same tar. Raises UserError."""
-    names, buffer, title = files_to_pack(folder), io.BytesIO(), file.name.removesuffix(".tar")[:99]
+    names, buffer = files_to_pack(folder), io.BytesIO()
+    title = file.name.removesuffix(".tar").encode()[:99].decode(errors="ignore")
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for name in names:
             data, entry = (folder / name).read_bytes(), tarfile.TarInfo(f"{title}/{name}")

@@ -25,8 +25,8 @@ class Verdict:
 
     def compare(self, name, expected, actual, close=0.0, identical=0.0):
         """Compare two values, nested ones leaf by leaf. Numbers that differ by at most `identical`
-        are identical, by less than `close` close. With a `close` so are two digests: they do not
-        say how far apart."""
+        are identical, by less than `close` close. With a `close` so are two texts: digests do
+        not say how far apart they are."""
         expected, actual = flat(expected, name), flat(actual, name)
         for place in {**expected, **actual}:
             pair = expected.get(place, ABSENT), actual.get(place, ABSENT)

@@ -156,8 +156,21 @@ def test_what_is_not_complete_or_not_true_is_not_packed(short, tmp_path, verdict
     assert code == 1 and different(output) == ["eval-test: model"]
     shutil.rmtree(run / "eval-test")
     assert "is not evaluated: run eval.py" in fails(verify, run, "--pack", tar)
+    assert "without RECORD" in fails(verify, "--features", run, "--pack", tar)
     assert not tar.exists()
-    compared(count + 2, "refusals")
+    compared(count + 3, "refusals")
+
+
+def test_a_fold_without_pictures_is_packed(short, tmp_path, compared):
+    """eval.py draws none of folds that it pools; and a long name is shortened in the tar."""
+    run, tar = shutil.copytree(short[0], tmp_path / "run"), tmp_path / f"{'曲' * 60}.tar"
+    for name in records.FIGURES:
+        (run / "eval-test" / name).unlink()
+    assert call(verify, run, "--pack", tar) == 0
+    with tarfile.open(tar) as packed:
+        names = [entry.name.partition("/")[2] for entry in packed]
+    assert "eval-test/metrics.json" in names and not {*records.FIGURES} & {Path(each).name for each in names}
+    compared(len(names), "files")
 
 
 def test_a_tar_of_other_things(short, tmp_path, fails, compared):
@@ -491,7 +504,7 @@ def test_damaged_tables(damaged, computed_once, verdict, compared):
             for column, cell in enumerate(lines[row].split(",")):
                 middle = len(cell) // 2
                 digit = "2" if cell[middle] == "1" else "1"
-                for other in ("nan", "x", cell[:middle] + digit + cell[middle + 1:]):
+                for other in ("nan", "x", "9" * 401, cell[:middle] + digit + cell[middle + 1:]):
                     cells = lines[row].split(",")
                     cells[column] = other
                     edits.append("\n".join([*lines[:row], ",".join(cells), *lines[row + 1:]]))

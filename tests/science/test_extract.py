@@ -84,6 +84,16 @@ def test_settings_are_not_mixed_in_one_folder(demo, features, fails, compared, s
     compared(1, "refusals")
 
 
+def test_damaged_top_layers_are_written_again(demo, own, compared):
+    file = own / "top_layers.pt"
+    whole = file.read_bytes()
+    for damaged in (whole[:-100], b""):
+        file.write_bytes(damaged)
+        assert call(extract, *extraction(demo, own, *FLOAT32)) == 0
+        assert file.read_bytes() == whole
+    compared(2, "damages")
+
+
 def test_stopped_and_resumed(demo, features, ids, tmp_path, fails, compared):
     """SIGTERM and SIGKILL, each as soon as some songs more are there, lose none of those and change
     no bit. A second extraction into the folder meanwhile ends with a line that names the first."""

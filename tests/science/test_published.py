@@ -151,10 +151,12 @@ def test_the_table_has_a_row_for_each_number(runs, splits, compared):
             shown = [float(each.strip(",").replace("−", "-").replace("–", "nan"))
                      for each in rows[title]]
             theirs = [math.nan] if theirs is None else np.ravel(theirs)
-            assert shown == pytest.approx([*theirs, *np.ravel(ours)], abs=5.1e-5, nan_ok=True), title
+            both = [*theirs, *np.ravel(ours)]
+            assert shown == pytest.approx(both, abs=5.1e-5, nan_ok=True), title
         assert own["quadrants_right"] == right == np.trace(own["confusion"])
         shares = [f"{share:.0%}" for share in (right / 160, *metrics.wilson(right, 160))]
-        published_right = {"penalties": "107, 67% [59%, 74%]", "no_penalties": "110, 69% [61%, 75%]"}
+        published_right = {"penalties": "107, 67% [59%, 74%]",
+                           "no_penalties": "110, 69% [61%, 75%]"}
         assert " ".join(rows["quadrants right"]) == (
             f"{published_right[name]} {right}, " + "{} [{}, {}]".format(*shares))
         for song, values in facts["predictions"].items():
