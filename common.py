@@ -86,9 +86,10 @@ class Backbone:
 
     @torch.no_grad()
     def hidden_states(self, waveforms):
-        """float64[B, samples] of equal length, on the CPU → [B, T, D] on the device: the states
-        after the encoder layer given to `to`; of layer 0 the encoder's input. Never pad a waveform:
-        the first group norm runs over time, so padding would change every frame."""
+        """Waveforms float64[B, samples] of kit/audio.py (mono, at the backbone's sample rate, of
+        equal length, on the CPU) → [B, T, D] on the device: the states after the encoder layer
+        given to `to`; of layer 0 the encoder's input. Never pad a waveform: the first group norm
+        runs over time, so padding would change every frame."""
         if self.epsilon is not None:
             with Exact():  # also for float32: torch's own sum follows the thread count
                 waveforms = waveforms - waveforms.mean(1, keepdim=True)

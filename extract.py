@@ -75,8 +75,8 @@ def choose_songs(args, deam, splits):
 
 
 def decode(deam, backbone, folder, song):
-    """(song, waveform, digest of its PCM, a remark or None); None for a song that fails, which the
-    folder notes."""
+    """(song, waveform, digest of its PCM, a remark or None), decoded, mixed to mono and resampled
+    by kit/audio.py; None for a song that fails, which the folder notes."""
     try:
         return song, *read_clip(deam.audio[song], backbone.sample_rate)
     except BadClip as error:

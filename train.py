@@ -70,8 +70,9 @@ def parser():
     p.add_argument("--resume", action="store_true",
                    help="resume the run in --run, or start it if there is none")
     p.share("--precision", "--device")
-    p.add_argument("--micro-batch", type=number(int, 1, 10**6), default=4, metavar="N",
-                   help="songs whose activations are computed together; part of the result's bits")
+    p.add_argument("--micro-batch", type=number(int, 1, 10**6), metavar="N",
+                   help="songs whose activations are computed together; part of the result's bits "
+                        "(default: 4; in float32 on a GPU the whole batch)")
     p.add_argument("--threads", type=number(int, 1, 1024), metavar="N",
                    help="CPU threads (default: all cores; but in float32, where they decide "
                         "bits, 8)")

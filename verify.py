@@ -7,6 +7,13 @@
   python verify.py --features DEAM_feats                  # are its files those of its manifest?
   python verify.py runs/last1 --deam PATH --pack last1.tar        # check a run, then pack it
 
+Each part compares, cheapest first:
+  1 files of one run: options, splits, digests, tables, rates and metrics, with each other
+  2 numbers: every metric and interval, with those recomputed from the predictions and the labels
+  3 PCM and features: of a sample of songs, with the manifest's digests
+  4 training: options, initial model, each loss and digest, of the first steps or of all
+  5 predictions: of the published model for every evaluated split, and those of ridge regression
+
 RECORD is a run's folder, or the .tar that --pack made of one. A part that cannot be checked is
 listed, with the option that would allow it. The verdict over the others is REPRODUCED (exit code
 0), CLOSE (3) or NOT REPRODUCED (1).

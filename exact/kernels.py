@@ -110,7 +110,7 @@ def row_digits_kernel(X, D, NEAR, REST, rows, K, padded, batch_stride, row_strid
                       bits, BR: tl.constexpr, BK: tl.constexpr):
     """Whole rows of x: their largest numbers, then their digits."""
     g, r = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
-    k, real = tl.arange(0, BK)[None, :], (r < rows)[:, None]
+    k, real = tl.arange(0, BK)[None, :].to(tl.int64), (r < rows)[:, None]
     X += g * batch_stride + r[:, None] * row_stride
     row = g * rows + r
     top = tl.zeros((BR, BK), tl.int64)
@@ -539,7 +539,7 @@ def norm_backward(dy, x, w, mean, reciprocal, n, bits):
 @triton.jit(do_not_specialize=["K", "bits"])
 def vector_norm_kernel(X, OUT, K, row_stride, stride, bits, BLOCK: tl.constexpr):
     """sums.norm of a row: over it for its largest number, then for the sum of squares, on grids."""
-    r, k = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    r, k = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK).to(tl.int64)
     X += r * row_stride
     top = tl.zeros((BLOCK,), tl.int64)
     for start in range(0, K, BLOCK):

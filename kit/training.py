@@ -10,8 +10,8 @@ PLACES = ("features", "run", "resume", "device", "allow_missing")
 
 
 def chosen_options(args, device):
-    """{name: value} of the options that decide a run's result; None for a rate or a weight that the
-    schedule or the loss does without, and for threads, which decide no bit in exact arithmetic.
+    """{name: value} of the options that decide a run's result, defaults that depend on others
+    settled; None for a rate or a weight that the schedule or the loss does without, and for threads, which decide no bit in exact arithmetic.
     device: in float32 its type decides bits. Raises UserError for options that contradict each
     other."""
     if args.schedule == "constant" and args.max_lr is not None:
@@ -23,6 +23,9 @@ def chosen_options(args, device):
         options["max_lr"] = 1e-3
     if not args.weight_loss and args.lambda_var is None:
         options["lambda_var"] = 0.05
+    if args.micro_batch is None:  # float32 has other bits on a GPU in any case
+        whole = args.precision == "float32" and device == "cuda"
+        options["micro_batch"] = args.batch_size if whole else 4
     if args.schedule != "constant" and options["max_lr"] < args.lr:
         raise UserError(f"--max-lr {options['max_lr']} is below --lr {args.lr}")
     if args.precision == "exact":  # any number of threads gives the same bits on any device

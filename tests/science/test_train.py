@@ -25,6 +25,7 @@ from kit import deam, figures, files, machine, network, records
 from kit.cli import UserError
 from kit.features import manifest_digest
 from kit.files import load_tensors, read_json, state_digest, write_json, write_tensors
+from kit.training import chosen_options
 from kit.weights import Weights
 
 BASE = {**torchaudio.pipelines.WAV2VEC2_BASE._params, "aux_num_out": None}
@@ -335,7 +336,11 @@ def test_the_defaults_are_the_published_configuration(compared):
         "corr_target": "true", "weight_loss": False, "grad_clip": 1.0, "fold": None, "seed": 0,
         "select": "last", "labels": "shipped", "precision": "exact", "threads": None}
     assert config["songs"] == {"train": 1, "val": 1, "test": 1}
-    compared(len(config["options"]), "options")
+    for device, precision, songs in (("cuda", "exact", 4), ("cuda", "float32", 16),
+                                     ("cpu", "float32", 4)):
+        args = train.parser().parse_args(["--precision", precision, "--batch-size", "16"])
+        assert chosen_options(args, device)["micro_batch"] == songs
+    compared(len(config["options"]) + 3, "options")
 
 
 def test_splits_without_val_are_refused(splits, tmp_path, fails, compared):
