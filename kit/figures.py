@@ -192,10 +192,5 @@ def draw_path(plane, times, values):
                    weight="bold", color=COLOURS["grey"])
     plane.plot(*values.T, "-", color=COLOURS["grey"], linewidth=0.8)
     points = plane.scatter(*values.T, c=times, cmap="viridis", s=14, zorder=3)
-    start_is_left = values[0, 0] <= values[-1, 0]
-    for place, word, is_left in ((0, "start", start_is_left), (-1, "end", not start_is_left)):
-        if len(values) > 1 or place == 0:
-            plane.annotate(word, values[place], textcoords="offset points", fontsize=6,
-                           xytext=(-4 if is_left else 4, 4), ha="right" if is_left else "left")
     if len(values) > 1:
         plane.figure.colorbar(points, label="time (s)", location="bottom", aspect=40)
