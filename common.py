@@ -51,7 +51,8 @@ class Backbone:
     Hugging Face folder; or a file of weights in either spelling, whose architecture is that of the
     config.json beside it or, without one, the base one.
     params: torchaudio's parameters of the architecture. digest: sha256 of the float32 weights,
-    whatever file they came from. source: their name, revision and the file's sha256.
+    whatever file they came from. source: their name, revision and the file's sha256. sample_rate:
+    of its waveforms, in Hz. epsilon: of their z-score; None where they are not z-scored.
     Raises UserError for weights that are unreadable, do not fit, or cannot be downloaded.
     """
 
@@ -106,7 +107,7 @@ class Backbone:
             for waveform in waveforms.split(1):
                 features, _ = self.model.feature_extractor(waveform, None)
                 features = self.model.encoder.feature_projection(features)
-                states.append(transformer._preprocess(features))
+                states.append(transformer._preprocess(features))  # adds the positional convolution
             torch.set_num_threads(threads)
             states = torch.cat(states)
             # one by one: the transformer's own forward() may skip layers at random
@@ -134,8 +135,9 @@ class DEAMHandler:
         self.dynamic, self.audio = dynamic_annotations(files), audio_files(files)
 
     def get_waveform(self, song_id, sample_rate=16000):
-        """(waveform float64[samples] at `sample_rate`, mono; sha256 of the decoded float32 PCM).
-        Raises BadClip."""
+        """(waveform float64[samples] at `sample_rate`, mono; sha256 of the decoded float32 PCM), for
+        verify.py and one's own programs: extract.py reads clips with kit/audio.py's read_clip,
+        which also remarks on them. Raises BadClip."""
         return read_waveform(self.audio[song_id], sample_rate)
 
 
@@ -173,7 +175,7 @@ class DEAMFeatHandler:
 
     splits: of read_splits; None takes those in the folder. extract.py copied them there: those of
     its --splits, or the kit's splits.json of 1395, 174 and 175 songs, stratified on valence ≥ 5,
-    artists shared between splits.
+    artists shared between splits. train.py --fold gives those of folds.json.
     labels: "corrected" exchanges valence and arousal for the ranges of ids that the audit found
     swapped. allow_missing: work on the songs that are there; None takes all, and a missing one is
     an error when it is read.

@@ -10,8 +10,9 @@
 Each part compares, cheapest first:
   1 files of one run: options, splits, digests, tables, rates and metrics, with each other
   2 numbers: every metric and interval, with those recomputed from the predictions and the labels
-  3 PCM and features: of a sample of songs, with the manifest's digests
-  4 training: options, initial model, each loss and digest, of the first steps or of all
+  3 PCM and features: of a sample of songs, and how all were made, with the manifest
+  4 training: the features, options and initial model, then each loss and digest, of the first
+    steps or of all
   5 predictions: of the published model for every evaluated split, and those of ridge regression
 
 RECORD is a run's folder, or the .tar that --pack made of one. A part that cannot be checked is

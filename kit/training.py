@@ -10,10 +10,10 @@ PLACES = ("features", "run", "resume", "device", "allow_missing")
 
 
 def chosen_options(args, device):
-    """{name: value} of the options that decide a run's result, defaults that depend on others
-    settled; None for a rate or a weight that the schedule or the loss does without, and for threads, which decide no bit in exact arithmetic.
-    device: in float32 its type decides bits. Raises UserError for options that contradict each
-    other."""
+    """{name: value} of the options that decide a run's result, with the defaults that depend on
+    others; None for a rate or a weight that the schedule or the loss does without, and for threads,
+    which decide no bit in exact arithmetic. device: in float32 its type decides bits. Raises
+    UserError for options that contradict each other."""
     if args.schedule == "constant" and args.max_lr is not None:
         raise UserError("--schedule constant has one rate, --lr: leave out --max-lr")
     if args.weight_loss and args.lambda_var is not None:
