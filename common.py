@@ -135,8 +135,8 @@ class DEAMHandler:
         self.dynamic, self.audio = dynamic_annotations(files), audio_files(files)
 
     def get_waveform(self, song_id, sample_rate=16000):
-        """(waveform float64[samples] at `sample_rate`, mono; sha256 of the decoded float32 PCM), for
-        verify.py and one's own programs: extract.py reads clips with kit/audio.py's read_clip,
+        """(waveform float64[samples] at `sample_rate`, mono; sha256 of the decoded float32 PCM),
+        for verify.py and one's own programs: extract.py reads clips with kit/audio.py's read_clip,
         which also remarks on them. Raises BadClip."""
         return read_waveform(self.audio[song_id], sample_rate)
 

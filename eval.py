@@ -47,7 +47,7 @@ from kit import report
 from kit.cli import Progress, UserError
 from kit.deam import splits_digest
 from kit.evaluations import (Evaluation, are_folds, check_comparable, differing_settings,
-                             folds_by_name, pooled_name, write_report)
+                             folds_by_name, pooled_name, report_name, write_report)
 from kit.files import prefetch
 from kit.machine import Arithmetic, FrozenOutputs
 from kit.metrics import (artist_groups, label_digest, measure_folds, measure_split,
@@ -135,8 +135,7 @@ def evaluate(args, folder, arithmetic, opened):
         "initial_model": content["initial_model"], "model": content["digest"],
         "numbers": measure_split(data.annotations, splits, split, pred, ridge_pred),
         "ridge_penalty": penalty, "predictions": pred, "ridge_predictions": ridge_pred}
-    suffix = "" if labels == config["labels"] else f"-{labels}"
-    return Evaluation(folder / f"eval-{split}{suffix}", config, data, metrics)
+    return Evaluation(folder / report_name(split, labels, config["labels"]), config, data, metrics)
 
 
 def pool_folds(evaluations):

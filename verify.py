@@ -69,6 +69,7 @@ from common import Backbone, DEAMFeatHandler, DEAMHandler, load_model
 from kit.audio import BadClip
 from kit.cli import Progress, UserError
 from kit.deam import SPLITS, corrected, fold_splits, read_annotations, read_splits, songs_of
+from kit.evaluations import report_name
 from kit.features import describe_features, find_damage, labels_table, read_manifest
 from kit.files import (differences, plain_json, read_tensors, read_text, sha256, shortened,
                        state_digest, tensor_digest)
@@ -126,9 +127,8 @@ def check_files(verdict, record):
         verdict.compare_all(("finetune", "precision", "features", "splits", "source",
                              "trained_on_labels", "swapped_labels", "initial_model", "model"),
                             facts, metrics, f"{folder.name}: ")
-        suffix = "" if metrics["labels"] == config["labels"] else f"-{metrics['labels']}"
-        verdict.compare(f"{folder.name}: split and labels", folder.name,
-                        f"eval-{metrics['split']}{suffix}")
+        verdict.compare(f"{folder.name}: split and labels", folder.name, report_name(
+            metrics["split"], metrics["labels"], config["labels"]))
     verdict.end()
 
 

@@ -19,6 +19,12 @@ class Evaluation(NamedTuple):
     content: dict  # of metrics.json
 
 
+def report_name(split, labels, trained_on):
+    """The folder of a run's report: "eval-test", and the labels behind it where the run was trained
+    on others."""
+    return f"eval-{split}" + ("" if labels == trained_on else f"-{labels}")
+
+
 def write_report(evaluation, device, draw=True):
     """metrics.json, predictions.csv and the figures."""
     folder, config, data, content = evaluation
