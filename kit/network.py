@@ -2,10 +2,11 @@
 and its top layers in a file of their own, which train.py starts from.
 """
 
+from unittest import mock
+
 import torch
 import torchaudio
 from torch import nn
-from torch.nn.utils import parametrize
 
 from kit.audio import RATES
 from kit.cli import UserError
@@ -25,7 +26,7 @@ TOP_LAYERS = {"params": PARAMS, "layer": int, "state": {str: torch.Tensor}}
 
 def network(params):
     """torchaudio's wav2vec2 network without weights (they are assigned, not copied over random
-    ones), its positional weight norm removed. Raises UserError for impossible params.
+    ones), without its positional weight norm. Raises UserError for impossible params.
     params: torchaudio's, and perhaps `layer_norm_eps`: as in transformers, the epsilon of every
     layer norm behind the convolutions."""
     params = dict(params)
@@ -41,11 +42,12 @@ def network(params):
             raise ValueError("a dropout rate is not from 0 to 1")
         if not 0 <= epsilon <= 1:
             raise ValueError("layer_norm_eps is not from 0 to 1")
-        with torch.device("meta"):
+        # the positional weight norm is in the weights already (kit.weights.fold_weight_norm)
+        with (torch.device("meta"),
+              mock.patch.object(nn.utils.parametrizations, "weight_norm", lambda conv, **_: conv)):
             model = torchaudio.models.wav2vec2_model(**params)
     except (ValueError, RuntimeError, TypeError, ZeroDivisionError, IndexError) as error:
         raise UserError(f"there is no network of this architecture: {error}") from None
-    parametrize.remove_parametrizations(model.encoder.transformer.pos_conv_embed.conv, "weight")
     for module in model.encoder.modules():
         if isinstance(module, nn.LayerNorm):
             module.eps = epsilon

@@ -126,9 +126,12 @@ def write_songs(root, songs):
 def demo_weights():
     """Random weights in torchaudio's names. Uniform draws are exact arithmetic: the same on every
     machine. The gains are such that loudness and timbre survive ten random layers."""
-    generator, state = np.random.default_rng(1744), {}
-    for name, value in network(PARAMS).state_dict().items():
-        shape = tuple(value.shape)
+    generator, state, empty = np.random.default_rng(1744), {}, network(PARAMS).state_dict()
+    names = list(empty)  # the positional weights are drawn after their bias
+    names.remove(POSITION + "weight")
+    names.insert(names.index(POSITION + "bias") + 1, POSITION + "weight")
+    for name in names:
+        value, shape = empty[name], tuple(empty[name].shape)
         if "norm" in name:
             state[name] = (torch.ones if name.endswith("weight") else torch.zeros)(shape)
             continue
