@@ -78,6 +78,7 @@ class Backbone:
         to its device."""
         self.check(layer)
         self.arithmetic, self.layer = arithmetic, layer
+        self.encode = arithmetic.replayed(self.encode_eagerly)
         encoder, transformer = self.model.encoder, self.model.encoder.transformer
         below = nn.ModuleList([self.model.feature_extractor, encoder.feature_projection,
                                transformer.pos_conv_embed, transformer.layer_norm,
@@ -91,28 +92,30 @@ class Backbone:
         equal length, on the CPU) → [B, T, D] on the device: the states after the encoder layer
         given to `to`; of layer 0 the encoder's input. Never pad a waveform: the first group norm
         runs over time, so padding would change every frame."""
+        if self.arithmetic.device.type == "cuda":
+            waveforms = waveforms.pin_memory().to(self.arithmetic.device, non_blocking=True)
         if self.epsilon is not None:
             with Exact():  # also for float32: torch's own sum follows the thread count
                 waveforms = waveforms - waveforms.mean(1, keepdim=True)
                 power = (waveforms * waveforms).mean(1, keepdim=True)
                 waveforms = waveforms / (power + self.epsilon).sqrt()
-        transformer, arithmetic = self.model.encoder.transformer, self.arithmetic
-        waveforms = waveforms.to(arithmetic.dtype)
-        if arithmetic.device.type == "cuda":
-            waveforms = waveforms.pin_memory().to(arithmetic.device, non_blocking=True)
-        threads, states = torch.get_num_threads(), []
-        with arithmetic():
-            if arithmetic.precision != "exact":
-                torch.set_num_threads(CONVOLUTION_THREADS)
-            for waveform in waveforms.split(1):
-                features, _ = self.model.feature_extractor(waveform, None)
-                features = self.model.encoder.feature_projection(features)
-                states.append(transformer._preprocess(features))  # adds the positional convolution
-            torch.set_num_threads(threads)
-            states = torch.cat(states)
-            # one by one: the transformer's own forward() may skip layers at random
-            for layer in transformer.layers[:self.layer]:
-                states, _ = layer(states)
+        with self.arithmetic():
+            return self.encode(waveforms.to(self.arithmetic.dtype))
+
+    def encode_eagerly(self, waveforms):
+        """Waveforms[B, samples] as the network takes them → [B, T, D]."""
+        transformer, threads, states = self.model.encoder.transformer, torch.get_num_threads(), []
+        if self.arithmetic.precision != "exact":
+            torch.set_num_threads(CONVOLUTION_THREADS)
+        for waveform in waveforms.split(1):
+            features, _ = self.model.feature_extractor(waveform, None)
+            features = self.model.encoder.feature_projection(features)
+            states.append(transformer._preprocess(features))  # adds the positional convolution
+        torch.set_num_threads(threads)
+        states = torch.cat(states)
+        # one by one: the transformer's own forward() may skip layers at random
+        for layer in transformer.layers[:self.layer]:
+            states, _ = layer(states)
         return states
 
 

@@ -46,7 +46,6 @@ if __name__ == "__main__":
     ARGS = start(parser(), "rerun the same command to resume")  # before torch is imported
 
 import functools
-import itertools
 
 import torch
 
@@ -84,12 +83,23 @@ def decode(deam, backbone, folder, song):
 
 
 def compute(clips, backbone, size):
-    """Yield (song, digest of its PCM, features[T, D], remark) for clips (of `decode`); neighbours
-    of equal length are computed together, up to `size`."""
-    for _, neighbours in itertools.groupby(filter(None, clips), lambda clip: len(clip[1])):
-        while batch := list(itertools.islice(neighbours, size)):
-            songs, waveforms, pcms, remarks = zip(*batch)
-            yield from zip(songs, pcms, backbone.hidden_states(torch.stack(waveforms)), remarks)
+    """Yield (song, digest of its PCM, features[T, D], remark) for clips (of `decode`). `size` clips
+    of equal length are computed together, and fewer when more than eight lengths wait."""
+    waiting = {}
+    for clip in filter(None, clips):
+        samples = len(clip[1])
+        waiting.setdefault(samples, []).append(clip)
+        if len(waiting[samples]) == size:
+            yield from compute_together(waiting.pop(samples), backbone)
+        elif len(waiting) > 8:
+            yield from compute_together(waiting.pop(next(iter(waiting))), backbone)
+    for rest in waiting.values():
+        yield from compute_together(rest, backbone)
+
+
+def compute_together(clips, backbone):
+    songs, waveforms, pcms, remarks = zip(*clips)
+    return zip(songs, pcms, backbone.hidden_states(torch.stack(waveforms)), remarks)
 
 
 def run(args):

@@ -54,6 +54,33 @@ class Arithmetic:
     def __call__(self):
         return Exact() if self.precision == "exact" else contextlib.nullcontext()
 
+    def replayed(self, function):
+        """The function, on a GPU in exact arithmetic as Replayed."""
+        return Replayed(function) if self.clips_together > 1 else function
+
+
+class Replayed:
+    """A function of one tensor as CUDA graphs, one for each shape from the second tensor of that
+    shape on: the same kernels, which then wait neither for Python nor for its other threads. What
+    Python computes is computed once: it must be the same for every tensor of a shape."""
+
+    def __init__(self, function):
+        self.function, self.graphs, self.pool = function, {}, None
+
+    def __call__(self, x):
+        if x.shape not in self.graphs:
+            self.graphs[x.shape] = None
+            return self.function(x)
+        if not self.graphs[x.shape]:
+            graph, x_there = torch.cuda.CUDAGraph(), x.clone()
+            with torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):
+                y_there = self.function(x_there)
+            self.graphs[x.shape], self.pool = (graph, x_there, y_there), graph.pool()
+        graph, x_there, y_there = self.graphs[x.shape]
+        x_there.copy_(x)
+        graph.replay()
+        return y_there.clone()
+
 
 def say_of_kernels(device):
     """One line on stderr if exact arithmetic's GPU kernels are compiled first, or cannot run."""

@@ -61,17 +61,20 @@ def test_threads_and_batches_change_no_bit(demo, ids, tmp_path, compared, settin
     compared(4, "songs, two ways")
 
 
-def test_neighbours_of_equal_length_are_computed_together(compared):
-    """Each clip once, up to `size` together; what failed is left out."""
-    for lengths, sizes in (([5] * 7, [2, 2, 2, 1]), ([1, 2, 2, 2, 1], [1, 2, 1, 1]), ([], [])):
+def test_clips_of_equal_length_are_computed_together(compared):
+    """Each clip once, up to `size` together, no more than eight lengths waiting; what failed is
+    left out."""
+    many = [*range(1, 11), 1]
+    for lengths, sizes in (([5] * 7, [2, 2, 2, 1]), ([1, 2, 2, 2, 1], [2, 2, 1]),
+                           (many, [1] * 11), ([], [])):
         clips, groups = [], []
         for song, length in enumerate(lengths):
             clips += [(song, torch.zeros(length), "pcm", None), None]
         backbone = SimpleNamespace(hidden_states=lambda states: (groups.append(len(states)),
                                                                  states)[1])
-        songs = [song for song, *_ in extract.compute(clips, backbone, 2)]
-        assert songs == list(range(len(lengths))) and groups == sizes
-    compared(12, "clips")
+        found = {song: len(states) for song, _, states, _ in extract.compute(clips, backbone, 2)}
+        assert [found[song] for song in range(len(lengths))] == lengths and groups == sizes
+    compared(23, "clips")
 
 
 @pytest.mark.parametrize("settings, says", [
