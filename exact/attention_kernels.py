@@ -14,8 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from exact.kernels import (LONGEST, OPTIONS, bits_of, grid, joined_long, nine,
-                           store_digits, three_digits, to_digits, tops)
+from exact.kernels import (LONGEST, OPTIONS, bits_of, ceil_div, grid, joined_long, nine,
+                           power_of_two_from, store_digits, three_digits, to_digits, tops)
 
 ROWS, COLUMNS, WARPS = 64, 32, 4  # of a block of scores
 
@@ -224,7 +224,7 @@ def mask_kernel(KEPT, SEED: tl.int64, THRESHOLD, rows, length, BLOCK: tl.constex
 
 
 def padded_width(size):
-    return max(32, triton.next_power_of_2(size))
+    return max(32, power_of_two_from(size))
 
 
 def fit(q, k, v):
@@ -240,7 +240,7 @@ def threshold(p):
 def kept_mask(seed, rows, length, p, device):
     """bool[rows, length]: what dropout.dropped does not take."""
     kept = torch.empty(rows, length, dtype=torch.bool, device=device)
-    mask_kernel[triton.cdiv(rows * -(-length // 4), 1024),](
+    mask_kernel[ceil_div(rows * -(-length // 4), 1024),](
         kept.view(torch.int8), seed, threshold(p), rows, length, 1024, **OPTIONS)
     return kept
 
@@ -254,7 +254,7 @@ def by_rows(x, bits, limits, factor=1.0, one_grid=False):
     width = padded_width(k)
     digits = torch.empty(3, heads, rows, width, dtype=torch.int8, device=x.device)
     numbers = torch.empty(3, heads, rows, 1, dtype=torch.float64, device=x.device)
-    rows_kernel[triton.cdiv(rows, 32), heads](
+    rows_kernel[ceil_div(rows, 32), heads](
         x, top, digits, *numbers, rows, factor, *limits, k, width, bits, not one_grid, 32,
         **OPTIONS)
     return digits, *numbers
@@ -271,7 +271,7 @@ def forward(q, unit_q, k, unit_k, columns_v, unit_v, bad, seed, p):
     (_, heads, t, d), s, (e, padded) = q.shape, k.shape[2], columns_v.shape[2:]
     out = torch.empty(heads, t, e, dtype=torch.float64, device=q.device)
     top, sums = torch.empty(2, heads, t, 1, dtype=torch.float64, device=q.device)
-    forward_kernel[triton.cdiv(t, ROWS), heads](
+    forward_kernel[ceil_div(t, ROWS), heads](
         q, unit_q, k, unit_k, columns_v, unit_v, bad, out, top, sums, seed or 0,
         threshold(p), t, s, padded, d, e, padded_width(e), seed is not None, ROWS, COLUMNS,
         num_warps=WARPS, **OPTIONS)
@@ -284,7 +284,7 @@ def gradient(of, a, b, ag, bg, columns, unit_columns, query_factors, unit_k, uni
     unit_q, top, up, inner = query_factors
     (_, heads, m, d), length, (size, padded) = a.shape, b.shape[2], columns.shape[2:]
     out = torch.empty(heads, m, size, dtype=torch.float64, device=a.device)
-    gradient_kernel[triton.cdiv(m, ROWS), heads](
+    gradient_kernel[ceil_div(m, ROWS), heads](
         a, b, ag, bg, columns, unit_q, top, unit_k, up, inner, unit_columns, unit, bad, out,
         seed or 0, threshold(p), m, length, padded, d, ag.shape[3], size, padded_width(size),
         of, seed is not None, ROWS, COLUMNS, num_warps=WARPS, **OPTIONS)

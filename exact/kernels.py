@@ -21,7 +21,7 @@ from exact import grids
 from exact.gpu import has_int8_products
 
 OPTIONS = {"enable_fp_fusion": False}  # of every launch here
-SMALL = 1 << 19  # numbers, of which rounding takes less time than to launch its kernels
+SMALL = 1 << 19  # numbers, of which rounding takes less time than to launch a kernel for it
 LONGEST = 1 << 15  # K that five int32 accumulators hold, with room: 3 · 2^14 · K < 2^31
 
 # ------------------------------------------------------------------------------------------- parts
@@ -158,8 +158,17 @@ def column_digits_kernel(X, TOP, D, NEAR, REST, rows, K, padded, batch_stride, r
     tl.store(REST + row, rest, mask=r < rows)
 
 
+def ceil_div(a, b):
+    return -(-a // b)  # Triton's own take ten times as long, and there are hundreds in a step
+
+
+def power_of_two_from(n):
+    """The smallest power of two that is at least n."""
+    return 1 << (n - 1).bit_length()
+
+
 def padded(k):
-    return triton.cdiv(k, 64) * 64
+    return ceil_div(k, 64) * 64
 
 
 def to_digits(x, bits):
@@ -174,13 +183,13 @@ def to_digits(x, bits):
     plane = groups * rows * length
     contiguous = x.stride(2) == 1 or k == 1
     if contiguous or rows * k <= SMALL:
-        bk = min(1024 if contiguous else 64, triton.next_power_of_2(length))
-        br = min(2048 // bk, triton.next_power_of_2(rows))
-        row_digits_kernel[triton.cdiv(rows, br), groups](
+        bk = min(1024 if contiguous else 64, power_of_two_from(length))
+        br = min(2048 // bk, power_of_two_from(rows))
+        row_digits_kernel[ceil_div(rows, br), groups](
             x, digits, near, rest, rows, k, length, *x.stride(), plane, bits, br, bk, **OPTIONS)
         return digits, near, rest
     top = tops(x)
-    column_digits_kernel[triton.cdiv(rows, 64), triton.cdiv(length, 64), groups](
+    column_digits_kernel[ceil_div(rows, 64), ceil_div(length, 64), groups](
         x, top, digits, near, rest, rows, k, length, *x.stride(), plane, bits, 64, 64, **OPTIONS)
     return digits, near, rest
 
@@ -190,9 +199,9 @@ def tops(x):
     groups, rows, k = x.shape
     across = x.stride(2) != 1  # rows lie side by side
     br, bk = (64, 64) if across else (1, 4096)
-    per_program = max(bk, triton.next_power_of_2(triton.cdiv(k, 64)))
+    per_program = max(bk, power_of_two_from(ceil_div(k, 64)))
     top = torch.zeros(groups, rows, dtype=torch.int64, device=x.device)
-    tops_kernel[triton.cdiv(rows, br), triton.cdiv(k, per_program), groups](
+    tops_kernel[ceil_div(rows, br), ceil_div(k, per_program), groups](
         x, top, rows, k, *x.stride(), per_program, br, bk, **OPTIONS)
     return top
 
@@ -269,6 +278,53 @@ def product_kernel(A, NEAR_A, REST_A, B, NEAR_B, REST_B, BIAS, OUT, M, N, K, a_p
     tl.store(OUT + place, y, mask=(m < M)[:, None] & (n < N)[None, :])
 
 
+@triton.jit(do_not_specialize=["M", "N", "bits"])
+def small_product_kernel(A, B, BIAS, OUT, M, N, K, row_a, stride_a, stride_b, column_b, bits,
+                         BIASED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+                         BK: tl.constexpr):
+    """OUT[M, N] = A · B of numbers, of any strides: once over K for the largest of each row and
+    column, once for digits and their products."""
+    n, m = tl.program_id(0) * BN + tl.arange(0, BN), tl.program_id(1) * BM + tl.arange(0, BM)
+    in_rows, in_columns, k = (m < M)[:, None], (n < N)[None, :], tl.arange(0, BK).to(tl.int64)
+    A += m[:, None].to(tl.int64) * row_a
+    B += n[None, :].to(tl.int64) * column_b
+    top_a, top_b = tl.zeros((BM, BK), tl.int64), tl.zeros((BK, BN), tl.int64)
+    for start in range(0, K, BK):
+        inside = start + k < K
+        a = tl.load(A + (start + k)[None, :] * stride_a, mask=in_rows & inside[None, :], other=0.0)
+        b = tl.load(B + (start + k)[:, None] * stride_b, mask=in_columns & inside[:, None],
+                    other=0.0)
+        top_a, top_b = tl.maximum(top_a, bits_of(a)), tl.maximum(top_b, bits_of(b))
+    up_a, near_a, rest_a = grid(tl.max(top_a, 1), bits)
+    up_b, near_b, rest_b = grid(tl.max(top_b, 0), bits)
+    c0 = tl.zeros((BM, BN), tl.int32)
+    c1, c2, c3, c4 = c0, c0, c0, c0
+    for start in tl.range(0, K, BK, num_stages=1):
+        inside = start + k < K
+        a = tl.load(A + (start + k)[None, :] * stride_a, mask=in_rows & inside[None, :], other=0.0)
+        b = tl.load(B + (start + k)[:, None] * stride_b, mask=in_columns & inside[:, None],
+                    other=0.0)
+        a0, a1, a2 = three_digits(nearest(a * up_a[:, None]).to(tl.int32))
+        b0, b1, b2 = three_digits(nearest(b * up_b[None, :]).to(tl.int32))
+        c0, c1, c2, c3, c4 = nine(a0, a1, a2, b0, b1, b2, c0, c1, c2, c3, c4)
+    y = joined_long(c0, c1, c2, c3, c4) * near_a[:, None]
+    y *= near_b[None, :]
+    y = y * rest_a[:, None] * rest_b[None, :] + 0.0
+    if BIASED:
+        y += tl.load(BIAS + n, mask=n < N, other=0.0)[None, :]
+    tl.store(OUT + m[:, None] * N + n[None, :], y, mask=in_rows & in_columns)
+
+
+def small_product(a, b, bits, bias):
+    """product() of matrices, in one launch."""
+    (m, k), n = a.shape, b.shape[1]
+    out = a.new_empty(m, n)
+    small_product_kernel[ceil_div(n, 32), ceil_div(m, 32)](
+        a, b, out if bias is None else bias.contiguous(), out, m, n, k, *a.stride(), *b.stride(),
+        bits, bias is not None, 32, 32, 64, **OPTIONS)
+    return out
+
+
 BLOCK = 64  # rows, columns and digits along K that a program takes at a time: fast on all of sizes
 
 
@@ -277,10 +333,10 @@ def multiply(a, b, bias, out, splits, m, n, row, strides):
     the kernel is to know of the rows of a, (blocks, block_stride, frame_stride, FRAMES)."""
     (a, near_a, rest_a), (b, near_b, rest_b), whole = a, b, splits == 1
     _, b_groups, _, k = b.shape
-    programs = triton.cdiv(n, BLOCK), triton.cdiv(m, BLOCK), len(out)
+    programs = ceil_div(n, BLOCK), ceil_div(m, BLOCK), len(out)
     product_kernel[programs](
         a, near_a, rest_a, b, near_b, rest_b, near_b if bias is None else bias, out, m, n, k,
-        a.stride(0), b.stride(0), *row[:3], b_groups, padded(triton.cdiv(k, splits)), splits,
+        a.stride(0), b.stride(0), *row[:3], b_groups, padded(ceil_div(k, splits)), splits,
         *strides, row[3], whole and bias is not None, whole, BLOCK, BLOCK, BLOCK, **OPTIONS)
     return out
 
@@ -335,13 +391,16 @@ def kept(x, bits, dim, make):
 def product(a, b, bits, bias=None):
     """a[…, M, K] @ b[…, K, N] + bias[N], as products.product and then an addition."""
     lead, (m, k), n = a.shape[:-2], a.shape[-2:], b.shape[-1]
+    int8 = has_int8_products(a.device)
+    if not lead and int8 and max(m, n) * k <= SMALL and k <= LONGEST:
+        return small_product(a, b, bits, bias)
     b = kept(b, bits, -2, lambda: to_digits(b.mT.view(-1, n, k), bits))
     a = kept(a, bits, -1, lambda: to_digits(a.view(-1, m, k), bits))
     _, groups, _, length = a[0].shape
-    programs = groups * triton.cdiv(m, BLOCK) * triton.cdiv(n, BLOCK)
-    splits = max(1, triton.cdiv(length, LONGEST), min(256 // programs, length // 2048))
+    programs = groups * ceil_div(m, BLOCK) * ceil_div(n, BLOCK)
+    splits = max(1, ceil_div(length, LONGEST), min(256 // programs, length // 2048))
     bias = bias if bias is None else bias.contiguous()
-    if not has_int8_products(a[1].device):
+    if not int8:
         out = a[1].new_empty(groups, m, n)
         multiply_by_library(a, b, bias, out, 1)
         return out.view(*lead, m, n)
@@ -356,7 +415,7 @@ def product(a, b, bits, bias=None):
 
 def convolution(x, w, bias, bits, stride, padding, frames, groups, block):
     """products.convolution of x[B, C, L] without dilation, with windows of at most LONGEST."""
-    (outputs, channels, kernel), blocks = w.shape, triton.cdiv(frames, block)
+    (outputs, channels, kernel), blocks = w.shape, ceil_div(frames, block)
     weights, near_w, rest_w = kept(w, bits, -1, lambda: to_digits(
         w.transpose(1, 2).reshape(1, outputs, -1), bits))
     rows, step, width, pitch = (block - 1) * stride + kernel, 1, channels, channels
@@ -365,12 +424,12 @@ def convolution(x, w, bias, bits, stride, padding, frames, groups, block):
     if row_stride % 16 or library:  # slow to read, or not at all: each in a row of its own
         rows, step, width = block, stride, kernel * channels
         pitch = row_stride = weights.shape[-1]
-    plane = triton.cdiv(len(x) * groups * blocks * rows * pitch, 16) * 16
+    plane = ceil_div(len(x) * groups * blocks * rows * pitch, 16) * 16
     # and room for what the last windows read past their end, which is multiplied by zeros
     digits = torch.empty(3 * plane + BLOCK, dtype=torch.int8, device=x.device)
     near, rest = x.new_empty(2, len(x) * groups * blocks)
-    bc = min(64, triton.next_power_of_2(pitch))
-    bf = min(4096 // bc, triton.next_power_of_2(rows))
+    bc = min(64, power_of_two_from(pitch))
+    bf = min(4096 // bc, power_of_two_from(rows))
     window_digits_kernel[blocks, groups, len(x)](
         x, digits, near, rest, channels, x.shape[2], rows, width, pitch, step, block * stride,
         padding, *x.stride(), plane, bits, bf, bc, **OPTIONS)
@@ -423,14 +482,14 @@ def gelu_backward_kernel(DY, X, DX, count, NORMAL, DENSITY, BLOCK: tl.constexpr)
 def gelu(x, normal, density):
     x = x.contiguous()
     y, count = torch.empty_like(x), x.numel()
-    gelu_kernel[(triton.cdiv(count, 1024),)](x, y, count, normal, density, 1024, **OPTIONS)
+    gelu_kernel[(ceil_div(count, 1024),)](x, y, count, normal, density, 1024, **OPTIONS)
     return y
 
 
 def gelu_backward(dy, x, normal, density):
     dy, x = dy.contiguous(), x.contiguous()
     dx, count = torch.empty_like(x), x.numel()
-    gelu_backward_kernel[(triton.cdiv(count, 1024),)](dy, x, dx, count, normal, density, 1024,
+    gelu_backward_kernel[(ceil_div(count, 1024),)](dy, x, dx, count, normal, density, 1024,
                                                       **OPTIONS)
     return dx
 
@@ -496,7 +555,7 @@ def norm(x, w, b, eps, bits, groups=1, per_group=1, length=1):
     has `per_group`, each for `length` numbers. Returns it, the means and 1 / sqrt()."""
     x, (rows, n) = x.contiguous(), x.shape
     y, (mean, reciprocal) = torch.empty_like(x), x.new_empty(2, rows, 1)
-    block = min(8192, triton.next_power_of_2(n))
+    block = min(8192, power_of_two_from(n))
     norm_kernel[(rows,)](
         x, x if w is None else w, x if b is None else b, y, mean, reciprocal, n, groups, per_group,
         length, eps, bits, w is not None, b is not None, block,
@@ -532,7 +591,7 @@ def norm_backward(dy, x, w, mean, reciprocal, n, bits):
     dx, terms = torch.empty_like(x), torch.empty_like(x)
     norm_backward_kernel[(x.numel() // n,)](
         dy, x, x if w is None else w, mean, reciprocal, dx, terms, n, bits, w is not None,
-        triton.next_power_of_2(n), **OPTIONS)
+        power_of_two_from(n), **OPTIONS)
     return dx, terms
 
 
@@ -560,7 +619,7 @@ def vector_norm_kernel(X, OUT, K, row_stride, stride, bits, BLOCK: tl.constexpr)
 
 def vector_norm(x, bits):
     """The norm of each row of x[R, K], of any strides."""
-    out, block = x.new_empty(len(x)), min(8192, triton.next_power_of_2(x.shape[1]))
+    out, block = x.new_empty(len(x)), min(8192, power_of_two_from(x.shape[1]))
     vector_norm_kernel[(len(x),)](x, out, x.shape[1], *x.stride(), bits, block,
                                   num_warps=16 if block == 8192 else 4, **OPTIONS)
     return out
@@ -598,14 +657,14 @@ def total(x, bits):
     """The sum of each row of x[R, K], of any strides."""
     (rows, k), out = x.shape, x.new_empty(len(x))
     br, bk = (64, 64) if x.stride(1) != 1 and x.stride(0) == 1 else (
-        max(1, 2048 // triton.next_power_of_2(k)), min(2048, triton.next_power_of_2(k)))
-    br = min(br, triton.next_power_of_2(rows))
-    parts = min(triton.cdiv(k, 8 * bk), max(1, 512 * br // rows))
-    per_program = triton.cdiv(k, parts * bk) * bk
+        max(1, 2048 // power_of_two_from(k)), min(2048, power_of_two_from(k)))
+    br = min(br, power_of_two_from(rows))
+    parts = min(ceil_div(k, 8 * bk), max(1, 512 * br // rows))
+    per_program = ceil_div(k, parts * bk) * bk
     steps = top = out
     if parts > 1:
         top, steps = tops(x[None])[0], torch.zeros(rows, dtype=torch.int64, device=x.device)
-    sum_kernel[triton.cdiv(rows, br), parts](x, top, steps, out, rows, k, *x.stride(), per_program,
+    sum_kernel[ceil_div(rows, br), parts](x, top, steps, out, rows, k, *x.stride(), per_program,
                                              bits, parts == 1, br, bk, **OPTIONS)
     if parts > 1:
         _, near, rest = grids.grid(top.view(torch.float64), bits)

@@ -51,6 +51,8 @@ CASES = {
     "of parts": lambda: products.product(A[::2, 1:70:3], B[1:70:3]),
     "one number": lambda: products.product(W[:1, None], W[:1, None]),
     "one operand twice": lambda: products.product(A[:8, :8], A[:8, :8]),
+    "small": lambda: products.product(A[:7, 3:], B[3:, :7]),
+    "small, of parts": lambda: products.addmm(W[::2][:8], A[::2, 1:70:3], A[1:, 2:70:3].mT),
     "with a bias": lambda: products.addmm(W[7:20], A, B),
     "batch": lambda: products.product(X, X.mT),
     "batch with a bias": lambda: products.addmm(W[:20], X, X.mT),
