@@ -55,7 +55,7 @@ from kit.cli import Progress, UserError, torchrun
 from kit.deam import read_splits, songs_of, splits_for
 from kit.features import FeatureFolder, describe_features
 from kit.files import prefetch, shortened
-from kit.machine import Arithmetic, cores, environment
+from kit.machine import Arithmetic, cores, environment, on_host
 from kit.swapped import swapped_ranges
 
 
@@ -82,24 +82,32 @@ def decode(deam, backbone, folder, song):
         return folder.fail(song, f"{deam.audio[song]}: {error}")
 
 
-def compute(clips, backbone, size):
-    """Yield (song, digest of its PCM, features[T, D], remark) for clips (of `decode`). `size` clips
-    of equal length are computed together, and fewer when more than eight lengths wait."""
+def batches(clips, size):
+    """Yield lists of `size` clips (of `decode`) of equal length, shorter ones at the end and where
+    more than eight lengths wait."""
     waiting = {}
     for clip in filter(None, clips):
         samples = len(clip[1])
         waiting.setdefault(samples, []).append(clip)
         if len(waiting[samples]) == size:
-            yield from compute_together(waiting.pop(samples), backbone)
+            yield waiting.pop(samples)
         elif len(waiting) > 8:
-            yield from compute_together(waiting.pop(next(iter(waiting))), backbone)
-    for rest in waiting.values():
-        yield from compute_together(rest, backbone)
+            yield waiting.pop(next(iter(waiting)))
+    yield from waiting.values()
 
 
-def compute_together(clips, backbone):
-    songs, waveforms, pcms, remarks = zip(*clips)
-    return zip(songs, pcms, backbone.hidden_states(torch.stack(waveforms)), remarks)
+def compute(clips, backbone, size, store):
+    """Yield (song, digest of its PCM, features[T, D] of type `store`, remark) for clips (of
+    `decode`), computed in `batches`."""
+    computed = ((batch, hidden_states(batch, backbone).to(store)) for batch in batches(clips, size))
+    for batch, states in on_host(computed):
+        for (song, _, pcm, remark), features in zip(batch, states):
+            yield song, pcm, features, remark
+
+
+def hidden_states(batch, backbone):
+    _, waveforms, _, _ = zip(*batch)
+    return backbone.hidden_states(torch.stack(waveforms))
 
 
 def run(args):
@@ -126,8 +134,9 @@ def run(args):
     clips = prefetch(functools.partial(decode, deam, backbone, folder), todo, min(cores(), 16))
     clips = Progress(clips, total=len(todo), desc="extract", unit="song",
                      disable=rank > 0 or not todo)
-    features = compute(clips, backbone, args.batch_size or arithmetic.clips_together)
-    # these threads wait most of the time, for the GPU and for the disk
+    features = compute(clips, backbone, args.batch_size or arithmetic.clips_together,
+                       getattr(torch, args.store))
+    # these threads wait most of the time, for the disk
     for _ in prefetch(lambda song: folder.write_song(*song), features, threads=12):
         pass
     complete = folder.finish()

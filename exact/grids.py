@@ -7,8 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-# float64 values that a chain of operations takes at a time, to stay in a core's cache
-CACHED = 1 << 15
+# float64 values that a chain of operations takes at a time: enough to be worth a thread's while,
+# and a cache still holds them
+CACHED = 1 << 17
 
 # ------------------------------------------------------------------------------------------- slices
 

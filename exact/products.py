@@ -17,8 +17,8 @@ def product(a, b, bias=None):
     if (fast := kernels(a.device)) and a.shape[:-2].numel() <= 1024:
         return fast.product(a, b, bits, bias)
     (a, rest_a), (b, rest_b) = to_grid(a, bits, -1), to_grid(b, bits, -2)
-    out = scaled(a @ b, rest_a, rest_b).add_(0.0)
-    return out if bias is None else out.add_(bias)
+    # 0.0: the sign of a zero sum follows the order of its terms
+    return scaled(a @ b, rest_a, rest_b).add_(0.0 if bias is None else bias + 0.0)
 
 
 def addmm(c, a, b, *, beta=1, alpha=1):

@@ -209,21 +209,12 @@ def resample(waveform, rate, new_rate):
     """Band-limited resampling of float64[samples], both rates in Hz: a sinc in a Hann window over 6
     zero crossings, cut off at 0.99 of the lower Nyquist frequency (torchaudio's defaults; after
     J. O. Smith, Digital Audio Resampling). Element by element in a fixed order: the same bits on
-    any machine. The kernel has one row for each phase that occurs, without the zeros around it, so
-    that rates without a common factor take no more memory than others."""
+    any machine."""
     divisor = math.gcd(rate, new_rate)
     step, phases = rate // divisor, new_rate // divisor
     if step == phases:
         return waveform
-    cutoff, crossings = 0.99 * min(step, phases), 6
-    width = math.ceil(crossings * step / cutoff)
-    phase, offset = np.arange(phases), np.arange(-width, width + 1)
-    start = phase * step // phases  # the input sample at or before each phase
-    ticks = (start[:, None] + offset) * phases - (phase * step)[:, None]
-    t = np.clip(ticks / (step * phases) * cutoff, -crossings, crossings)
-    hann = sin_pi(0.5 - np.abs(t) / (2 * crossings)) ** 2
-    sinc = np.where(t == 0, 1.0, sin_pi(t) / np.where(t == 0, 1.0, t * math.pi))
-    kernel = (sinc * hann * (cutoff / step)).T.copy()
+    kernel, start, width = resampling_kernel(step, phases)
     length = -(-len(waveform) * phases // step)
     periods = -(-length // phases)
     padded = np.pad(waveform, (width, max(0, (periods + 1) * step + width - len(waveform))))
@@ -232,12 +223,28 @@ def resample(waveform, rate, new_rate):
     for first in range(0, periods, rows):
         part, place = resampled[first:first + rows], places[first:first + rows]
         seen = np.empty(part.shape)
-        for weights in kernel:
-            padded.take(place, out=seen, mode="clip")  # unlike an index, while other threads run
+        for tap, weights in enumerate(kernel):
+            # unlike an index, while other threads run
+            padded[tap:].take(place, out=seen, mode="clip")
             seen *= weights
             part += seen
-            place += 1
     return resampled.reshape(-1)[:length]
+
+
+@functools.lru_cache(8)
+def resampling_kernel(step, phases):
+    """(float64[taps, phases], each phase's first sample, samples before it that the kernel sees)
+    to resample `step` samples to `phases`. Only phases that occur, without the zeros around them:
+    rates without a common factor take no more memory than others."""
+    cutoff, crossings = 0.99 * min(step, phases), 6
+    width = math.ceil(crossings * step / cutoff)
+    phase, offset = np.arange(phases), np.arange(-width, width + 1)
+    start = phase * step // phases  # the input sample at or before each phase
+    ticks = (start[:, None] + offset) * phases - (phase * step)[:, None]
+    t = np.clip(ticks / (step * phases) * cutoff, -crossings, crossings)
+    hann = sin_pi(0.5 - np.abs(t) / (2 * crossings)) ** 2
+    sinc = np.where(t == 0, 1.0, sin_pi(t) / np.where(t == 0, 1.0, t * math.pi))
+    return (sinc * hann * (cutoff / step)).T.copy(), start, width
 
 
 def sin_pi(x):

@@ -82,6 +82,28 @@ class Replayed:
         return y_there.clone()
 
 
+def on_host(computed):
+    """Yield (what, tensor) of each (what, tensor) once it is on the host: a GPU's while the GPU
+    computes the next one. To wait for an event leaves the core to other threads, .cpu() does not.
+    """
+    on_its_way = []
+    for what, tensor in computed:
+        there = torch.cuda.Event(blocking=True) if tensor.is_cuda else None
+        on_its_way.append((what, tensor.to("cpu", non_blocking=True), there))
+        if there:
+            there.record()
+        if not there or len(on_its_way) > 1:
+            yield arrived(*on_its_way.pop(0))
+    for each in on_its_way:
+        yield arrived(*each)
+
+
+def arrived(what, tensor, there):
+    if there:
+        there.synchronize()
+    return what, tensor
+
+
 def say_of_kernels(device):
     """One line on stderr if exact arithmetic's GPU kernels are compiled first, or cannot run."""
     if gpu.first_use(device):

@@ -72,7 +72,8 @@ def test_clips_of_equal_length_are_computed_together(compared):
             clips += [(song, torch.zeros(length), "pcm", None), None]
         backbone = SimpleNamespace(hidden_states=lambda states: (groups.append(len(states)),
                                                                  states)[1])
-        found = {song: len(states) for song, _, states, _ in extract.compute(clips, backbone, 2)}
+        found = {song: len(states) for song, _, states, _ in
+                 extract.compute(clips, backbone, 2, torch.float32)}
         assert [found[song] for song in range(len(lengths))] == lengths and groups == sizes
     compared(23, "clips")
 
