@@ -105,14 +105,14 @@ def near_normal(x):
 @elementwise
 def gelu_in_slices(x):
     centre, r, place = near_normal(x)
-    s = centre.mul_(0.5).mul_(r).neg_().add_(1.0).mul_(r)
+    s = centre.mul_(-0.5).mul_(r).add_(1.0).mul_(r)
     return s.mul_(look_up("density", place)).add_(look_up("normal", place)).mul_(x)
 
 
 @elementwise
 def gelu_backward_in_slices(dy, x):
     c, r, place = near_normal(x)
-    s = (c * 0.5).mul_(r).neg_().add_(1.0).mul_(r)
+    s = (c * -0.5).mul_(r).add_(1.0).mul_(r)
     t = (c * c).sub_(1.0).mul_(0.5).mul_(r).sub_(c).mul_(r).add_(1.0)
     slope = t.mul_(x).add_(s).mul_(look_up("density", place)).add_(look_up("normal", place))
     return slope.mul_(dy)

@@ -40,7 +40,7 @@ def windows(x, frames, kernel, stride, dilation):
 
 
 def frames_of(x, terms):
-    """How many whole BLOCKs of frames, of `terms` values each, to compute at a time."""
+    """How many whole BLOCKs of frames, of up to `terms` values each, to compute at a time."""
     return BLOCK * max(1, (1 << 21 if x.device.type == "cpu" else 1 << 27) // (BLOCK * terms))
 
 
@@ -84,7 +84,8 @@ def convolution(x, w, bias, stride, padding, dilation, transposed=False, _output
         torch.add(y, 0.0 if bias is None else bias[:, None] + 0.0, out=result[:, part])
 
     for clip, result in zip(x, out):
-        in_slices(convolve, frames, frames_of(x, channels * kernel * groups), x.device)
+        step = frames_of(x, max(channels * kernel * groups, outputs))
+        in_slices(convolve, frames, step, x.device)
     return out
 
 
