@@ -219,8 +219,8 @@ def resample(waveform, rate, new_rate):
     periods = -(-length // phases)
     padded = np.pad(waveform, (width, max(0, (periods + 1) * step + width - len(waveform))))
     places = np.arange(periods)[:, None] * step + start
-    # a minute at a time: between shorter parts threads wait for each other, longer ones need memory
-    resampled, rows = np.zeros((periods, phases)), max(1, (1 << 20) // phases)
+    # a quarter of a minute at a time: between shorter parts threads wait for each other
+    resampled, rows = np.zeros((periods, phases)), max(1, (1 << 18) // phases)
     for first in range(0, periods, rows):
         part, place = resampled[first:first + rows], places[first:first + rows]
         seen = np.empty(part.shape)
