@@ -31,6 +31,7 @@ CASES = {  # of x[60, 500] and y[500, 40]: the digest of the answer, and what to
         x.view(1, -1) @ x.view(-1, 1), y[:200].view(1, -1) @ x.view(-1, 1)[:8000]])),
     "sum": ("d1f90507", lambda x, y: x.repeat(20, 1).sum()),
     "sum of columns": ("d557db2e", lambda x, y: x.repeat(40, 1).sum(0)),
+    "norm": ("a7d2e3e2", lambda x, y: torch.cat([x.norm(dim=1), y.norm(dim=0)])),
     "index_add": ("191da637", lambda x, y: torch.zeros_like(x[:7]).index_add(
         0, torch.arange(60, device=x.device) % 7, x)),
     "division": ("1a143734", lambda x, y: x / 3.0),
@@ -62,8 +63,15 @@ CASES = {  # of x[60, 500] and y[500, 40]: the digest of the answer, and what to
         (1 - beta**n)**0.5 for beta in (0.9, 0.99, 0.999) for n in range(1, 300)],
         dtype=torch.float64)),
 }
-# of x[2048, 1024], on a GPU: libraries have other algorithms for large products
-LARGE = {"large product": "7b132e72", "large product in float64": "5f403570"}
+LARGE = {  # of x[2048, 1024], on a GPU: which has other kernels, and libraries other algorithms
+    "large product": ("7b132e72", lambda x: x @ x.T),
+    "large product of columns": ("d9359b53", lambda x: x.T @ x),
+    "longest product": ("d2e7cfac", lambda x: x.view(1, -1) @ x.view(-1, 1)),
+    "norm of all": ("ad88143b", lambda x: x.norm()),
+    "group norm of long rows": ("9c26f3e2", lambda x: F.group_norm(x[None], 64)),
+}
+# what a library makes of integers on a grid, without a rule
+IN_FLOAT64 = {"large product in float64": ("5f403570", lambda x: x @ x.T)}
 
 
 def digest(x):
@@ -77,11 +85,11 @@ def answers(device, large):
         torch.manual_seed(0)
         found = {name: digest(case(x, y)) for name, (_, case) in CASES.items()}
         if large:
-            x = sample(device, 2048, 1024)
-            found["large product"] = digest(x @ x.T)
-    if large:  # what a library makes of integers on a grid, without a rule
-        x = (x * 2.0**20).round()
-        found["large product in float64"] = digest(x @ x.T)
+            matrix = sample(device, 2048, 1024)
+            found |= {name: digest(case(matrix)) for name, (_, case) in LARGE.items()}
+    if large:
+        matrix = (matrix * 2.0**20).round()
+        found |= {name: digest(case(matrix)) for name, (_, case) in IN_FLOAT64.items()}
     return found
 
 
@@ -94,7 +102,7 @@ def check(device="cpu"):
         raise ArithmeticError(f"{' and '.join(emulation())}: cuBLAS may approximate float64 "
                               "products, and CUDA began before exact could turn that off: unset it")
     for name, found in answers(device, device.type == "cuda").items():
-        expected = CASES[name][0] if name in CASES else LARGE[name]
+        expected, _ = (CASES | LARGE | IN_FLOAT64)[name]
         if found != expected:
             raise ArithmeticError(f"{name} on {device} gives other bits than it must ({found}, "
                                   f"not {expected}): results there are not those of other machines")

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from exact import Exact, check, dropout, gpu, grids, mode, norms, products, sums
-from exact.check import CASES
+from exact.check import CASES, IN_FLOAT64, LARGE, answers
 
 
 def draw(*shape, seed=0):
@@ -513,7 +513,9 @@ def test_known_answers(monkeypatch, compared):
             patch.setitem(mode.RULES, name, lambda *a, **k: rule(*a, **k) * (1 + 2.0**-52))
             with pytest.raises(ArithmeticError, match=f"^{case} on cpu"):
                 check()
-    compared(len(CASES), "known answers")
+    known = CASES | LARGE | IN_FLOAT64  # also those for GPUs
+    assert answers("cpu", large=True) == {name: digest for name, (digest, _) in known.items()}
+    compared(len(known), "known answers")
 
 
 def test_it_works_without_the_kit(tmp_path, compared):
