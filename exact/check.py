@@ -67,6 +67,7 @@ LARGE = {  # of x[2048, 1024], on a GPU: which has other kernels, and libraries 
     "large product": ("7b132e72", lambda x: x @ x.T),
     "large product of columns": ("d9359b53", lambda x: x.T @ x),
     "longest product": ("d2e7cfac", lambda x: x.view(1, -1) @ x.view(-1, 1)),
+    "norm of long rows": ("d6665527", lambda x: x.view(4, -1).norm(dim=1)),
     "norm of all": ("ad88143b", lambda x: x.norm()),
     "group norm of long rows": ("9c26f3e2", lambda x: F.group_norm(x[None], 64)),
 }
