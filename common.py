@@ -78,7 +78,7 @@ class Backbone:
         to its device."""
         self.check(layer)
         self.arithmetic, self.layer = arithmetic, layer
-        self.compute = arithmetic.replayed(self.encode)
+        self.graphs = arithmetic.graphs()
         encoder, transformer = self.model.encoder, self.model.encoder.transformer
         below = nn.ModuleList([self.model.feature_extractor, encoder.feature_projection,
                                transformer.pos_conv_embed, transformer.layer_norm,
@@ -100,10 +100,11 @@ class Backbone:
                 power = (waveforms * waveforms).mean(1, keepdim=True)
                 waveforms = waveforms / (power + self.epsilon).sqrt()
         with self.arithmetic():
-            return self.compute(waveforms.to(self.arithmetic.dtype))
+            waveforms = waveforms.to(self.arithmetic.dtype)
+            return self.graphs.run(self.encode, waveforms) if self.graphs else self.encode(waveforms)
 
     def encode(self, waveforms):
-        """Waveforms[B, samples] as the network takes them → [B, T, D]."""
+        """Waveforms[B, samples] as the network takes them, on the device → [B, T, D]."""
         transformer, threads, states = self.model.encoder.transformer, torch.get_num_threads(), []
         if self.arithmetic.precision != "exact":
             torch.set_num_threads(CONVOLUTION_THREADS)

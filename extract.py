@@ -83,16 +83,16 @@ def decode(deam, backbone, folder, song):
 
 
 def batches(clips, size):
-    """Yield lists of `size` clips (of `decode`) of equal length, shorter ones at the end and where
-    more than eight lengths wait."""
+    """Yield lists of `size` clips (of `decode`) of equal length. Fewer at the end, and where more
+    than 32 clips, or `size`, would wait for others of their length: then the longest list."""
     waiting = {}
     for clip in filter(None, clips):
         samples = len(clip[1])
         waiting.setdefault(samples, []).append(clip)
         if len(waiting[samples]) == size:
             yield waiting.pop(samples)
-        elif len(waiting) > 8:
-            yield waiting.pop(next(iter(waiting)))
+        elif sum(map(len, waiting.values())) > max(32, size):
+            yield waiting.pop(max(waiting, key=lambda samples: len(waiting[samples])))
     yield from waiting.values()
 
 

@@ -298,7 +298,7 @@ def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False,
     if query.dtype != torch.float64 or other_mask or 0 in (*query.shape, *key.shape, *value.shape):
         return aten._scaled_dot_product_attention_math(query, key, value, attn_mask, dropout_p,
                                                        is_causal, scale=scale)[0]
-    # numpy's: torch's imports its compiler
+    # numpy's, because torch's would import torch's compiler, for seconds
     lead = np.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
     q, k, v = (t.expand(*lead, *t.shape[-2:]).reshape(-1, *t.shape[-2:])
                for t in (query, key, value))

@@ -27,6 +27,7 @@ def gradients(function, *tensors):
 
 CASES = {  # of x[60, 500] and y[500, 40]: the digest of the answer, and what to compute
     "product": ("87f6bd66", lambda x, y: x @ y),
+    "product and bias": ("ad50c3b4", lambda x, y: F.linear(x, y.T, y[0])),
     "long product": ("cbad890c", lambda x, y: torch.stack([
         x.view(1, -1) @ x.view(-1, 1), y[:200].view(1, -1) @ x.view(-1, 1)[:8000]])),
     "sum": ("d1f90507", lambda x, y: x.repeat(20, 1).sum()),
@@ -63,15 +64,16 @@ CASES = {  # of x[60, 500] and y[500, 40]: the digest of the answer, and what to
         (1 - beta**n)**0.5 for beta in (0.9, 0.99, 0.999) for n in range(1, 300)],
         dtype=torch.float64)),
 }
-LARGE = {  # of x[2048, 1024], on a GPU: which has other kernels, and libraries other algorithms
+LARGE = {  # of x[2048, 1024], on a GPU: there are other kernels, and libraries' other algorithms
     "large product": ("7b132e72", lambda x: x @ x.T),
+    "large product and bias": ("50b87ac6", lambda x: F.linear(x, x, x[:, 0])),
     "large product of columns": ("d9359b53", lambda x: x.T @ x),
     "longest product": ("d2e7cfac", lambda x: x.view(1, -1) @ x.view(-1, 1)),
     "norm of long rows": ("d6665527", lambda x: x.view(4, -1).norm(dim=1)),
     "norm of all": ("ad88143b", lambda x: x.norm()),
     "group norm of long rows": ("9c26f3e2", lambda x: F.group_norm(x[None], 64)),
 }
-# what a library makes of integers on a grid, without a rule
+# of integers in x[2048, 1024], outside Exact: what the library itself computes
 IN_FLOAT64 = {"large product in float64": ("5f403570", lambda x: x @ x.T)}
 
 

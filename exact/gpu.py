@@ -60,8 +60,9 @@ def load(device):
         triton.knobs.build.impl = by_zig
     try:
         module = importlib.import_module("exact.kernels")
-        x = torch.ones(2, 2, dtype=torch.float64, device=device)
-        module.product(x, x, 22)
+        for size in (2, 1024):  # there are other kernels for large matrices
+            x = torch.ones(size, size, dtype=torch.float64, device=device)
+            module.product(x, x, 21)
     except Exception as error:  # whatever Triton needs and does not find: Python's headers, …
         return None, f"what Triton needs to start ({type(error).__name__}: {str(error)[:200]})"
     return module, None

@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-# float64 values that a chain of operations takes at a time: enough to be worth a thread's while,
-# and a cache still holds them
+# float64 values that a chain of operations takes at a time: fewer are not worth handing to a
+# thread, more do not stay in a cache
 CACHED = 1 << 17
 
 # ------------------------------------------------------------------------------------------- slices
@@ -22,8 +22,7 @@ def workers(threads, process):
 
 def in_slices(work, count, step, device):
     """Call work(slice) for slices of `step` rows of `count`, independent of each other. On a CPU
-    threads share them out, each slice small enough for its cache; a GPU takes them one after
-    another."""
+    threads share them out; a GPU takes them one after another."""
     slices = [slice(start, min(start + step, count)) for start in range(0, count, step)]
     if device.type == "cpu" and len(slices) > 1 and torch.get_num_threads() > 1:
         pool = workers(torch.get_num_threads(), os.getpid())

@@ -21,7 +21,7 @@ from exact import grids
 from exact.gpu import has_int8_products
 
 OPTIONS = {"enable_fp_fusion": False}  # of every launch here
-SMALL = 1 << 19  # numbers, of which rounding takes less time than to launch a kernel for it
+SMALL = 1 << 19  # numbers of an operand that is read twice rather than rounded in advance
 LONGEST = 1 << 15  # K that five int32 accumulators hold, with room: 3 · 2^14 · K < 2^31
 
 # ------------------------------------------------------------------------------------------- parts
@@ -282,8 +282,8 @@ def product_kernel(A, NEAR_A, REST_A, B, NEAR_B, REST_B, BIAS, OUT, M, N, K, a_p
 def small_product_kernel(A, B, BIAS, OUT, M, N, K, row_a, stride_a, stride_b, column_b, bits,
                          BIASED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                          BK: tl.constexpr):
-    """OUT[M, N] = A · B of numbers, of any strides: once over K for the largest of each row and
-    column, once for digits and their products."""
+    """OUT[M, N] = A · B (+ BIAS[N]) of float64 operands of any strides. Goes over K twice: for the
+    largest number of each row and column, then for the digits and their products."""
     n, m = tl.program_id(0) * BN + tl.arange(0, BN), tl.program_id(1) * BM + tl.arange(0, BM)
     in_rows, in_columns, k = (m < M)[:, None], (n < N)[None, :], tl.arange(0, BK).to(tl.int64)
     A += m[:, None].to(tl.int64) * row_a
@@ -312,7 +312,7 @@ def small_product_kernel(A, B, BIAS, OUT, M, N, K, row_a, stride_a, stride_b, co
     y = y * rest_a[:, None] * rest_b[None, :] + 0.0
     if BIASED:
         y += tl.load(BIAS + n, mask=n < N, other=0.0)[None, :]
-    tl.store(OUT + m[:, None] * N + n[None, :], y, mask=in_rows & in_columns)
+    tl.store(OUT + m[:, None].to(tl.int64) * N + n[None, :], y, mask=in_rows & in_columns)
 
 
 def small_product(a, b, bits, bias):

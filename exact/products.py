@@ -17,7 +17,7 @@ def product(a, b, bias=None):
     if (fast := kernels(a.device)) and a.shape[:-2].numel() <= 1024:
         return fast.product(a, b, bits, bias)
     (a, rest_a), (b, rest_b) = to_grid(a, bits, -1), to_grid(b, bits, -2)
-    # 0.0: the sign of a zero sum follows the order of its terms
+    # + 0.0 makes -0 a 0: the sign of a zero sum follows the order of its terms
     return scaled(a @ b, rest_a, rest_b).add_(0.0 if bias is None else bias + 0.0)
 
 
@@ -40,7 +40,7 @@ def windows(x, frames, kernel, stride, dilation):
 
 
 def frames_of(x, terms):
-    """How many whole BLOCKs of frames, of up to `terms` values each, to compute at a time."""
+    """How many whole BLOCKs of frames to compute at a time, if one takes up to `terms` values."""
     return BLOCK * max(1, (1 << 21 if x.device.type == "cpu" else 1 << 27) // (BLOCK * terms))
 
 

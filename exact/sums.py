@@ -90,7 +90,7 @@ def norm(x, ord=2, dim=None, keepdim=False, dtype=None):
         return total(x.abs(), dims, keepdim)
     if ord == math.inf or not dims:
         return x.abs().amax(dims, keepdim)
-    # one program has a row: of longer ones, those of `total` share the work
+    # the kernel gives a row to one program: too much for longer ones, whose sum programs share
     if (fast := kernels(x.device)) and 1 < math.prod(x.shape[d] for d in dims) <= 1 << 20:
         return by_rows(fast.vector_norm, x, dims, keepdim)
     up, down, rest = grid(magnitude(x, dims), 10)  # squares of these do not overflow

@@ -225,18 +225,18 @@ def resample(waveform, rate, new_rate):
         part, place = resampled[first:first + rows], places[first:first + rows]
         seen = np.empty(part.shape)
         for tap, weights in enumerate(kernel):
-            # unlike an index, while other threads run
+            # unlike indexing, lets other threads run meanwhile
             padded[tap:].take(place, out=seen, mode="clip")
             seen *= weights
             part += seen
     return resampled.reshape(-1)[:length]
 
 
-@functools.lru_cache(8)
+@functools.lru_cache(2)
 def resampling_kernel(step, phases):
-    """(float64[taps, phases], each phase's first sample, samples before it that the kernel sees)
-    to resample `step` samples to `phases`. Only phases that occur, without the zeros around them:
-    rates without a common factor take no more memory than others."""
+    """(kernel float64[taps, phases], each phase's own sample, how many before and behind it the
+    kernel sees) to resample `step` samples to `phases`. Only phases that occur, without the zeros
+    around them: rates without a common factor take no more memory than others."""
     cutoff, crossings = 0.99 * min(step, phases), 6
     width = math.ceil(crossings * step / cutoff)
     phase, offset = np.arange(phases), np.arange(-width, width + 1)

@@ -54,53 +54,56 @@ class Arithmetic:
     def __call__(self):
         return Exact() if self.precision == "exact" else contextlib.nullcontext()
 
-    def replayed(self, function):
-        """The function, on a GPU in exact arithmetic as Replayed."""
-        return Replayed(function) if self.clips_together > 1 else function
+    def graphs(self):
+        """Graphs for the encoder, on a GPU in exact arithmetic; else None. Float32's GPU is kept
+        busy without."""
+        return Graphs() if self.device.type == "cuda" and self.precision == "exact" else None
 
 
-class Replayed:
-    """A function of one tensor as CUDA graphs, one for each shape from the second tensor of that
-    shape on: the same kernels, which then wait neither for Python nor for its other threads. What
-    Python computes is computed once: it must be the same for every tensor of a shape."""
+class Graphs:
+    """Runs a function of one tensor as CUDA graphs: the first tensor of a shape is computed as
+    usual, the second is captured, and later ones replay the capture, the same kernels without
+    waiting for Python. What Python computes or decides it does once a shape, and weights must not
+    change. At most four shapes have a graph, which keeps its memory. For one thread."""
 
-    def __init__(self, function):
-        self.function, self.graphs, self.pool = function, {}, None
+    def __init__(self):
+        self.seen, self.captured, self.pool = set(), {}, None
 
-    def __call__(self, x):
-        if x.shape not in self.graphs:
-            self.graphs[x.shape] = None
-            return self.function(x)
-        if not self.graphs[x.shape]:
-            graph, x_there = torch.cuda.CUDAGraph(), x.clone()
+    def run(self, function, x):
+        if x.shape not in self.captured:
+            if x.shape not in self.seen or len(self.captured) == 4:
+                y = function(x)
+                self.seen.add(x.shape)
+                return y
+            graph, x_static = torch.cuda.CUDAGraph(), x.clone()
             with torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):
-                y_there = self.function(x_there)
-            self.graphs[x.shape], self.pool = (graph, x_there, y_there), graph.pool()
-        graph, x_there, y_there = self.graphs[x.shape]
-        x_there.copy_(x)
+                y_static = function(x_static)
+            self.captured[x.shape], self.pool = (graph, x_static, y_static), graph.pool()
+        graph, x_static, y_static = self.captured[x.shape]
+        x_static.copy_(x)
         graph.replay()
-        return y_there.clone()
+        return y_static.clone()
 
 
 def on_host(computed):
-    """Yield (what, tensor) of each (what, tensor) once it is on the host: a GPU's while the GPU
-    computes the next one. To wait for an event leaves the core to other threads, .cpu() does not.
-    """
+    """Yield (what, tensor) of each (what, tensor) once it is on the host. A GPU's is yielded after
+    the next one has been started, which the GPU computes meanwhile. To wait for an event leaves the
+    core to other threads, as .cpu() would not."""
     on_its_way = []
     for what, tensor in computed:
-        there = torch.cuda.Event(blocking=True) if tensor.is_cuda else None
-        on_its_way.append((what, tensor.to("cpu", non_blocking=True), there))
-        if there:
-            there.record()
-        if not there or len(on_its_way) > 1:
+        copied = torch.cuda.Event(blocking=True) if tensor.is_cuda else None
+        on_its_way.append((what, tensor.to("cpu", non_blocking=True), copied))
+        if copied:
+            copied.record()
+        if not copied or len(on_its_way) > 1:
             yield arrived(*on_its_way.pop(0))
     for each in on_its_way:
         yield arrived(*each)
 
 
-def arrived(what, tensor, there):
-    if there:
-        there.synchronize()
+def arrived(what, tensor, copied):
+    if copied:
+        copied.synchronize()
     return what, tensor
 
 

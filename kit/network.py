@@ -2,6 +2,7 @@
 and its top layers in a file of their own, which train.py starts from.
 """
 
+import threading
 from unittest import mock
 
 import torch
@@ -21,6 +22,7 @@ PARAMS = {
     "encoder_ff_interm_features": int, "encoder_ff_interm_dropout": float,
     "encoder_dropout": float, "encoder_layer_norm_first": bool, "encoder_layer_drop": float,
     "aux_num_out": None}
+one_at_a_time = threading.Lock()  # what network() patches is the process's
 TOP_LAYERS = {"params": PARAMS, "layer": int, "state": {str: torch.Tensor}}
 
 
@@ -42,8 +44,9 @@ def network(params):
             raise ValueError("a dropout rate is not from 0 to 1")
         if not 0 <= epsilon <= 1:
             raise ValueError("layer_norm_eps is not from 0 to 1")
-        # the positional weight norm is in the weights already (kit.weights.fold_weight_norm)
-        with (torch.device("meta"),
+        # torchaudio would add weight norm to the positional convolution, for which torch imports
+        # its compiler; in the weights it is folded already (kit.weights.fold_weight_norm)
+        with (one_at_a_time, torch.device("meta"),
               mock.patch.object(nn.utils.parametrizations, "weight_norm", lambda conv, **_: conv)):
             model = torchaudio.models.wav2vec2_model(**params)
     except (ValueError, RuntimeError, TypeError, ZeroDivisionError, IndexError) as error:

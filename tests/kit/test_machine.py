@@ -8,7 +8,8 @@ from kit import machine
 
 
 def test_python_computes_two_tensors_of_a_shape_and_graphs_the_others(monkeypatch, compared):
-    """Each shape has a graph of its own, all share memory, and no result is overwritten later."""
+    """Each of four shapes has a graph of its own, all share memory, and no result is overwritten
+    later."""
     called, capturing, pools = [], [], []
 
     def double(x):
@@ -32,12 +33,13 @@ def test_python_computes_two_tensors_of_a_shape_and_graphs_the_others(monkeypatc
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
-    replayed = machine.Replayed(double)
-    lengths = [3, 3, 5, 3, 5, 5, 3, 7]
+    graphs = machine.Graphs()
+    lengths = [3, 3, 5, 3, 5, 5, 3, 7, 7, 8, 8, 9, 9, 9, 3]
     inputs = [torch.full((length,), float(n)) for n, length in enumerate(lengths)]
-    results = [replayed(x) for x in inputs]
+    results = [graphs.run(double, x) for x in inputs]
     assert all(torch.equal(result, x * 2) for result, x in zip(results, inputs))
-    assert called == [3, 3, 5, 5, 7] and pools == [None, "pool"]
+    assert called == [3, 3, 5, 5, 7, 7, 8, 8, 9, 9, 9]  # the fifth shape has no graph
+    assert pools == [None, "pool", "pool", "pool"]
     compared(len(lengths), "tensors")
 
 

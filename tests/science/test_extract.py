@@ -62,11 +62,11 @@ def test_threads_and_batches_change_no_bit(demo, ids, tmp_path, compared, settin
 
 
 def test_clips_of_equal_length_are_computed_together(compared):
-    """Each clip once, up to `size` together, no more than eight lengths waiting; what failed is
+    """Each clip once, up to `size` together, no more than 32 waiting for others; what failed is
     left out."""
-    many = [*range(1, 11), 1]
+    many = [*range(1, 33), 33, 1]
     for lengths, sizes in (([5] * 7, [2, 2, 2, 1]), ([1, 2, 2, 2, 1], [2, 2, 1]),
-                           (many, [1] * 11), ([], [])):
+                           (many, [1, 1, *[1] * 32]), ([], [])):
         clips, groups = [], []
         for song, length in enumerate(lengths):
             clips += [(song, torch.zeros(length), "pcm", None), None]
@@ -75,7 +75,7 @@ def test_clips_of_equal_length_are_computed_together(compared):
         found = {song: len(states) for song, _, states, _ in
                  extract.compute(clips, backbone, 2, torch.float32)}
         assert [found[song] for song in range(len(lengths))] == lengths and groups == sizes
-    compared(23, "clips")
+    compared(46, "clips")
 
 
 @pytest.mark.parametrize("settings, says", [
