@@ -24,7 +24,7 @@ from kit.deam import (audio_files, dynamic_annotations, find_deam, label_statist
 from kit.features import (NOTEBOOK_MANIFEST, FeatureReader, notes_on, read_labels, read_manifest,
                           songs_by_split)
 from kit.files import prefetch, state_digest
-from kit.machine import groups_of_equal_length
+from kit.machine import Graphs, groups_of_equal_length
 from kit.network import load_network, network, read_top_layers, state_above
 
 # ----------------------------------------------------------------------------------------- seeding
@@ -78,7 +78,7 @@ class Backbone:
         to its device."""
         self.check(layer)
         self.arithmetic, self.layer = arithmetic, layer
-        self.graphs = arithmetic.graphs()
+        self.graphs = Graphs(arithmetic.most_graphs)
         encoder, transformer = self.model.encoder, self.model.encoder.transformer
         below = nn.ModuleList([self.model.feature_extractor, encoder.feature_projection,
                                transformer.pos_conv_embed, transformer.layer_norm,
@@ -100,8 +100,7 @@ class Backbone:
                 power = (waveforms * waveforms).mean(1, keepdim=True)
                 waveforms = waveforms / (power + self.epsilon).sqrt()
         with self.arithmetic():
-            waveforms = waveforms.to(self.arithmetic.dtype)
-            return self.graphs.run(self.encode, waveforms) if self.graphs else self.encode(waveforms)
+            return self.graphs.run(self.encode, waveforms.to(self.arithmetic.dtype))
 
     def encode(self, waveforms):
         """Waveforms[B, samples] as the network takes them, on the device → [B, T, D]."""

@@ -97,8 +97,8 @@ def batches(clips, size):
 
 
 def compute(clips, backbone, size, store):
-    """Yield (song, digest of its PCM, features[T, D] of type `store`, remark) for clips (of
-    `decode`), computed in `batches`."""
+    """Yield (song, digest of its PCM, features[T, D] on the CPU, remark) for clips (of `decode`),
+    computed in `batches`; features of type `store`, of which a GPU has less to copy."""
     computed = ((batch, hidden_states(batch, backbone).to(store)) for batch in batches(clips, size))
     for batch, states in on_host(computed):
         for (song, _, pcm, remark), features in zip(batch, states):

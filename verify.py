@@ -386,11 +386,11 @@ def check_folder(root):
 
 
 def run(args):
-    if not args.record and not args.features:
-        raise UserError("name a RECORD, or --features FOLDER")
-    if not args.record and (args.deam or args.weights or args.songs or args.pack):
-        raise UserError("without RECORD a folder of features is checked, by --features alone")
     if not args.record:
+        if not args.features:
+            raise UserError("name a RECORD, or --features FOLDER")
+        if args.deam or args.weights or args.songs or args.pack:
+            raise UserError("without RECORD a folder of features is checked, by --features alone")
         return check_folder(args.features)
     deam = DEAMHandler(args.deam) if args.deam else None
     with open_record(args.record) as folder:

@@ -240,7 +240,7 @@ def threshold(p):
 def kept_mask(seed, rows, length, p, device):
     """bool[rows, length]: what dropout.dropped does not take."""
     kept = torch.empty(rows, length, dtype=torch.bool, device=device)
-    mask_kernel[ceil_div(rows * -(-length // 4), 1024),](
+    mask_kernel[ceil_div(rows * ceil_div(length, 4), 1024),](
         kept.view(torch.int8), seed, threshold(p), rows, length, 1024, **OPTIONS)
     return kept
 

@@ -104,8 +104,9 @@ def check(device="cpu"):
     if device.type == "cuda" and emulation():
         raise ArithmeticError(f"{' and '.join(emulation())}: cuBLAS may approximate float64 "
                               "products, and CUDA began before exact could turn that off: unset it")
+    known = CASES | LARGE | IN_FLOAT64
     for name, found in answers(device, device.type == "cuda").items():
-        expected, _ = (CASES | LARGE | IN_FLOAT64)[name]
+        expected, _ = known[name]
         if found != expected:
             raise ArithmeticError(f"{name} on {device} gives other bits than it must ({found}, "
                                   f"not {expected}): results there are not those of other machines")

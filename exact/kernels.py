@@ -320,8 +320,8 @@ def small_product(a, b, bits, bias):
     (m, k), n = a.shape, b.shape[1]
     out = a.new_empty(m, n)
     small_product_kernel[ceil_div(n, 32), ceil_div(m, 32)](
-        a, b, out if bias is None else bias.contiguous(), out, m, n, k, *a.stride(), *b.stride(),
-        bits, bias is not None, 32, 32, 64, **OPTIONS)
+        a, b, out if bias is None else bias, out, m, n, k, *a.stride(), *b.stride(), bits,
+        bias is not None, 32, 32, 64, **OPTIONS)
     return out
 
 
@@ -391,6 +391,7 @@ def kept(x, bits, dim, make):
 def product(a, b, bits, bias=None):
     """a[…, M, K] @ b[…, K, N] + bias[N], as products.product and then an addition."""
     lead, (m, k), n = a.shape[:-2], a.shape[-2:], b.shape[-1]
+    bias = bias if bias is None else bias.contiguous()
     int8 = has_int8_products(a.device)
     if not lead and int8 and max(m, n) * k <= SMALL and k <= LONGEST:
         return small_product(a, b, bits, bias)
@@ -399,7 +400,6 @@ def product(a, b, bits, bias=None):
     _, groups, _, length = a[0].shape
     programs = groups * ceil_div(m, BLOCK) * ceil_div(n, BLOCK)
     splits = max(1, ceil_div(length, LONGEST), min(256 // programs, length // 2048))
-    bias = bias if bias is None else bias.contiguous()
     if not int8:
         out = a[1].new_empty(groups, m, n)
         multiply_by_library(a, b, bias, out, 1)
@@ -490,7 +490,7 @@ def gelu_backward(dy, x, normal, density):
     dy, x = dy.contiguous(), x.contiguous()
     dx, count = torch.empty_like(x), x.numel()
     gelu_backward_kernel[(ceil_div(count, 1024),)](dy, x, dx, count, normal, density, 1024,
-                                                      **OPTIONS)
+                                                   **OPTIONS)
     return dx
 
 
@@ -665,7 +665,7 @@ def total(x, bits):
     if parts > 1:
         top, steps = tops(x[None])[0], torch.zeros(rows, dtype=torch.int64, device=x.device)
     sum_kernel[ceil_div(rows, br), parts](x, top, steps, out, rows, k, *x.stride(), per_program,
-                                             bits, parts == 1, br, bk, **OPTIONS)
+                                          bits, parts == 1, br, bk, **OPTIONS)
     if parts > 1:
         _, near, rest = grids.grid(top.view(torch.float64), bits)
         out = steps.to(torch.float64).mul_(near).mul_(rest).add_(0.0)

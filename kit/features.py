@@ -206,8 +206,8 @@ class FeatureFolder:
         return [song for song in ids if song not in entries or damages[song]]
 
     def write_song(self, song, pcm, features, note=None):
-        """Store features[T, D] of a song; pcm: the digest of what was decoded."""
-        features = features.to(getattr(torch, self.manifest["settings"]["store"])).cpu().clone()
+        """Store features[T, D] of a song, on the CPU; pcm: the digest of what was decoded."""
+        features = features.to(getattr(torch, self.manifest["settings"]["store"])).clone()
         if not features.isfinite().all():
             return self.fail(song, f"song {song}: NaN or infinity in its features, as "
                                    f"{features.dtype}")

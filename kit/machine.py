@@ -31,8 +31,10 @@ class Arithmetic:
     def __init__(self, precision, device="auto", threads=None):
         self.precision, self.device = precision, pick_device(device)
         self.dtype = torch.float64 if precision == "exact" else torch.float32
-        # how many clips to compute together: on a GPU several, where it decides no bit
-        self.clips_together = 8 if self.device.type == "cuda" and precision == "exact" else 1
+        # how many clips to compute together, and how many shapes as Graphs: some on a GPU, where
+        # that decides no bit
+        exact_on_gpu = self.device.type == "cuda" and precision == "exact"
+        self.clips_together, self.most_graphs = (8, 4) if exact_on_gpu else (1, 0)
         if self.device.type == "cuda":
             sys.setswitchinterval(1e-4)  # seconds: the thread that feeds it waits less for others
         if threads:
@@ -54,24 +56,20 @@ class Arithmetic:
     def __call__(self):
         return Exact() if self.precision == "exact" else contextlib.nullcontext()
 
-    def graphs(self):
-        """Graphs for the encoder, on a GPU in exact arithmetic; else None. Float32's GPU is kept
-        busy without."""
-        return Graphs() if self.device.type == "cuda" and self.precision == "exact" else None
-
 
 class Graphs:
     """Runs a function of one tensor as CUDA graphs: the first tensor of a shape is computed as
     usual, the second is captured, and later ones replay the capture, the same kernels without
     waiting for Python. What Python computes or decides it does once a shape, and weights must not
-    change. At most four shapes have a graph, which keeps its memory. For one thread."""
+    change. At most `most` shapes have a graph, which keeps its memory; all tensors of others are
+    computed as usual. For one thread."""
 
-    def __init__(self):
-        self.seen, self.captured, self.pool = set(), {}, None
+    def __init__(self, most):
+        self.most, self.seen, self.captured, self.pool = most, set(), {}, None
 
     def run(self, function, x):
         if x.shape not in self.captured:
-            if x.shape not in self.seen or len(self.captured) == 4:
+            if x.shape not in self.seen or len(self.captured) == self.most:
                 y = function(x)
                 self.seen.add(x.shape)
                 return y

@@ -33,7 +33,7 @@ def test_python_computes_two_tensors_of_a_shape_and_graphs_the_others(monkeypatc
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
-    graphs = machine.Graphs()
+    graphs = machine.Graphs(4)
     lengths = [3, 3, 5, 3, 5, 5, 3, 7, 7, 8, 8, 9, 9, 9, 3]
     inputs = [torch.full((length,), float(n)) for n, length in enumerate(lengths)]
     results = [graphs.run(double, x) for x in inputs]
